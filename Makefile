@@ -1,0 +1,57 @@
+# What a developer and the CI do; `make` alone lists it. Every target sets up what it needs first.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+TEST_STAMP := .venv/.test-setup-stamp
+# Certificates of the system, as pip does: a company's own authority is known there.
+export UV_SYSTEM_CERTS ?= true
+FACES ?= ../shared/faces
+# Real weights, where a checkout of them lies beside this one; dlib's come with the dependencies.
+ifneq ($(wildcard ../shared/models/.),)
+check test e2e bench: export MODEL_DIR ?= ../shared/models
+endif
+
+.PHONY: help setup up check test e2e bench clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+set$(TEST_STAMP): $(STAMP)
+	@scripts/setup.sh tests
+	@touch $@
+
+up: $(STAMP) ## Install what is locked into .venv (and libcurl4 for mongod, where it is missing)
+
+$(STAMP): uv.lock pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	@scripts/setup.sh tests
+	@touch $@
+
+up: $(STAMP) ## Start everything on this machine, run the demo once, serve until Ctrl-C
+	@exec $(BIN)/idem up
+
+check: $(STAMP) ## Format, lint, types, imports, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/unit
+
+test: $(TEST_STAMP) ## All tests, on real servers and real faces
+	$(BIN)/pytest -q tests
+
+e2e: $(STAMP) ## The whole stack over HTTP
+	$(BIN)/pytest -q tests/e2e
+
+bench: $(STAMP) ## Measure a stack of its own: make bench FACES=DIR ARGS="--json --model buffalo_sc"
+	@exec $(BIN)/idem bench --faces $(FACES) $(ARGS)
+
+clean: ## Remove what was built; the data in .data stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

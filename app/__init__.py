@@ -1,0 +1,1 @@
+"""Idem: enrol people by face, find those who enrol twice, authenticate by selfie, prove who did what."""

@@ -1,0 +1,87 @@
+"""Strict JSON: what a lenient parser would let in, MongoDB cannot store or two readers would read differently."""
+
+import json
+import re
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from fastapi import Request, Response, params
+from fastapi.routing import APIRoute
+
+from app.errors import Advice, UnsupportedMediaType, Validation
+
+#: An escape that may be half of a surrogate pair.
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class StrictRoute(APIRoute):
+    """A route that takes JSON only as `parsed` does; routes with photos parse theirs themselves."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler behind this check."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        takes_json = not isinstance(self.body_field.field_info, params.Form)
+
+        async def handle_strictly(request: Request) -> Response:
+            refuse_encodings(request)
+            data = await request.body() if takes_json else b""
+            if data:
+                if not _is_json(request):
+                    raise UnsupportedMediaType("Send application/json.")
+                parsed("body", data)
+            return await handle(request)
+
+        return handle_strictly
+
+
+def refuse_encodings(request: Request) -> None:
+    """Compressed bodies are not taken: a small one may hold a mountain. Raises UnsupportedMediaType."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("Send the body without a Content-Encoding.")
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def parsed(name: str, data: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8 without repeated keys, NaN, infinities, or halves of surrogate pairs. Raises Validation."""
+    message = "A JSON object is expected."
+    try:
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_refused)
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Validation(message, errors=(Advice(name, "json", message),)) from error
+    if not isinstance(value, dict):
+        raise Validation(message, errors=(Advice(name, "json", message),))
+    return value
+
+
+def check_text(texts: Iterable[tuple[str, str]]) -> None:
+    """Refuse halves of surrogate pairs, which an odd charset can bring into a form. Raises Validation."""
+    for name, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = "The text holds characters that do not exist."
+            raise Validation(
+                message, errors=(Advice(name.encode(errors="replace").decode(), "text", message),)
+            ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) != len(pairs):
+        message = "a key came twice"
+        raise ValueError(message)
+    return named
+
+
+def _refused(constant: str) -> None:
+    message = f"{constant} is not JSON"
+    raise ValueError(message)

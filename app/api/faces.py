@@ -1,0 +1,282 @@
+"""Face operations: verify, identify, compare, detect, measure."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
+from app.api.identities import PHOTO_PROBLEMS, NoFields
+from app.api.problems import problems
+from app.api.shapes import Body
+from app.api.uploads import Upload, body_of, uploaded
+from app.audit import Action
+from app.documents.events import Subject
+from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.identities import Identity, Liveness
+from app.documents.sealed import gallery_key
+from app.domain.attributes import canonical_ref
+from app.domain.callers import Role
+from app.domain.quality import QualityReport
+from app.errors import (
+    Advice,
+    AttemptsExhausted,
+    Forbidden,
+    NotFound,
+    NotImplementedYet,
+    ReplayedPhoto,
+    Unauthenticated,
+    Validation,
+)
+from app.runtime import Runtime
+from app.use_cases import compare, detect, identify, verify
+
+router = APIRouter(prefix="/v1", tags=["faces"], responses=problems(Unauthenticated, Forbidden, Validation))
+
+CALLERS = (Role.RELYING_APP, Role.OFFICER)
+
+
+class VerificationFields(Body):
+    """Whom the selfie is said to show: by id, or by reference in a gallery."""
+
+    identity_id: Annotated[str, Field(max_length=64)] | None = None
+    external_ref: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    gallery: str = DEFAULT_GALLERY
+    nonce: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    audience: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class InGallery(Body):
+    """Whose rules hold."""
+
+    gallery: str = DEFAULT_GALLERY
+
+
+class IdentificationFields(InGallery):
+    """Where to look, and how many to name."""
+
+    limit: Annotated[int, Field(ge=1, le=50)] = 10
+
+
+class VerificationView(BaseModel):
+    """The answer to 1:1; `assertion` is signed for the audience, null when there is no match."""
+
+    match: bool
+    identity_id: str
+    score: float | None
+    threshold: float
+    fmr: float | None
+    liveness: Liveness | None
+    quality: QualityReport
+    decision_id: str
+    assertion: str | None
+
+
+class MatchView(BaseModel):
+    """Somebody active at or above the threshold."""
+
+    identity_id: str
+    external_ref: str | None
+    score: float
+    rank: int
+    fpir: float
+
+
+class IdentificationView(BaseModel):
+    """The answer to 1:N."""
+
+    candidates: list[MatchView]
+    threshold: float
+    gallery_size: int
+    as_of_seq: int
+    decision_id: str
+
+
+class ComparisonView(BaseModel):
+    """How alike two photos are."""
+
+    match: bool
+    score: float
+    threshold: float
+    fmr: float
+
+
+class FaceView(BaseModel):
+    """One face; box is x, y, width, height, landmarks five x, y, in pixels of the upright photo."""
+
+    box: list[float]
+    landmarks: list[list[float]]
+    detection_score: float
+    quality: QualityReport
+    liveness: Liveness | None
+
+
+class DetectionView(BaseModel):
+    """All faces of a photo, largest first."""
+
+    faces: list[FaceView]
+    width: int
+    height: int
+
+
+class AdviceView(BaseModel):
+    """One thing to do better."""
+
+    code: str
+    message: str
+
+
+class MeasuredView(BaseModel):
+    """One face's quality, whether the gallery would take it, and what to do better."""
+
+    quality: QualityReport
+    accepted: bool
+    advice: list[AdviceView]
+    liveness: Liveness | None
+
+
+def _verification(answer: verify.Verification) -> VerificationView:
+    return VerificationView(
+        match=answer.match, identity_id=answer.identity_id, score=answer.score, threshold=answer.threshold, fmr=answer.fmr,
+        liveness=answer.liveness, quality=answer.quality, decision_id=answer.decision_id, assertion=answer.assertion,
+    )  # fmt: skip
+
+
+async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields) -> tuple[Gallery, Identity]:
+    """The claimed identity. Raises NotFound for unknown, erased and foreign ones, Validation unless it is named once."""
+    if (fields.identity_id is None) == (fields.external_ref is None):
+        message = "Name the identity by identity_id or by external_ref."
+        raise Validation(message, errors=(Advice("identity_id", "one-of", message),))
+    if fields.identity_id is not None:
+        action.subject = Subject(kind="identity", id=fields.identity_id)
+        identity = await Identity.living(fields.identity_id)
+        if identity is None:
+            raise NotFound
+        return await gallery_of(action, identity.gallery_id), identity
+    gallery = await visible_gallery(runtime, action, fields.gallery)
+    ref_hash = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(fields.external_ref or ""))
+    identity = await Identity.by_external_ref(gallery.id, ref_hash)
+    if identity is None:
+        raise NotFound
+    action.subject = Subject(kind="identity", id=identity.id)
+    return gallery, identity
+
+
+@router.post(
+    "/verifications",
+    openapi_extra=body_of(VerificationFields, "photo"),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound, ReplayedPhoto, AttemptsExhausted),
+)
+async def verify_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    action: Annotated[Action, Depends(acting("face.verify", *CALLERS))],
+    upload: Annotated[Upload[VerificationFields], Depends(uploaded(VerificationFields, "photo"))],
+    key: IdempotencyKey = None,
+) -> VerificationView:
+    """Is this the person? A non-match is an answer, not an error."""
+    fields = upload.fields
+    gallery, identity = await _claimed(runtime, action, fields)
+    first = await first_answer(runtime, request, action, key, fields.model_dump(), files=upload.digests)
+    if first is not None:
+        return _verification(verify.answer_of(runtime, gallery, first[0], first[1].score))
+    claim = verify.Claim(identity, fields.audience, fields.nonce)
+    return _verification(await verify.verify(runtime, action, gallery, claim, upload.photos["photo"][0]))
+
+
+@router.post(
+    "/identifications",
+    openapi_extra=body_of(IdentificationFields, "photo"),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound),
+)
+async def identify_face(
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("face.identify", *CALLERS))],
+    upload: Annotated[Upload[IdentificationFields], Depends(uploaded(IdentificationFields, "photo"))],
+) -> IdentificationView:
+    """Who is this? Everybody active at or above the threshold, best first."""
+    gallery = await visible_gallery(runtime, action, upload.fields.gallery)
+    found = await identify.identify(runtime, action, gallery, upload.photos["photo"][0], upload.fields.limit)
+    return IdentificationView(
+        candidates=[
+            MatchView(identity_id=c.identity_id, external_ref=c.external_ref, score=c.score, rank=c.rank, fpir=c.fpir)
+            for c in found.candidates
+        ],
+        threshold=found.threshold,
+        gallery_size=found.gallery_size,
+        as_of_seq=found.as_of_seq,
+        decision_id=found.decision_id,
+    )
+
+
+@router.post(
+    "/comparisons",
+    openapi_extra=body_of(InGallery, "photo_a", "photo_b"),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound),
+)
+async def compare_faces(
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("face.compare", *CALLERS))],
+    upload: Annotated[Upload[InGallery], Depends(uploaded(InGallery, "photo_a", "photo_b"))],
+) -> ComparisonView:
+    """Do two photos show one person? Nothing is kept."""
+    gallery = await visible_gallery(runtime, action, upload.fields.gallery)
+    (photo_a,), (photo_b,) = upload.photos["photo_a"], upload.photos["photo_b"]
+    answer = await compare.compare(runtime, action, gallery, photo_a, photo_b)
+    return ComparisonView(match=answer.match, score=answer.score, threshold=answer.threshold, fmr=answer.fmr)
+
+
+@router.post("/faces/detect", openapi_extra=body_of(NoFields, "photo"), responses=problems(*PHOTO_PROBLEMS, Validation))
+async def detect_faces(
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("face.detect", *CALLERS))],
+    upload: Annotated[Upload[NoFields], Depends(uploaded(NoFields, "photo"))],
+) -> DetectionView:
+    """All faces of a photo."""
+    found = await detect.detect(runtime, action, upload.photos["photo"][0])
+    faces = [
+        FaceView(
+            box=[round(float(v), 2) for v in f.face.box],
+            landmarks=[[round(float(x), 2), round(float(y), 2)] for x, y in f.face.landmarks],
+            detection_score=round(f.face.detection_score, 4),
+            quality=f.quality,
+            liveness=f.liveness,
+        )
+        for f in found.faces
+    ]
+    return DetectionView(faces=faces, width=found.width, height=found.height)
+
+
+@router.post(
+    "/faces/quality",
+    openapi_extra=body_of(InGallery, "photo"),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound),
+)
+async def measure_quality(
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("face.quality", *CALLERS))],
+    upload: Annotated[Upload[InGallery], Depends(uploaded(InGallery, "photo"))],
+) -> MeasuredView:
+    """One face's quality by the gallery's rules, with advice to the person in front of the camera."""
+    gallery = await visible_gallery(runtime, action, upload.fields.gallery)
+    found = await detect.assess(runtime, action, gallery, upload.photos["photo"][0])
+    advice = [AdviceView(code=a.code, message=a.message) for a in found.advice]
+    return MeasuredView(quality=found.quality, accepted=not advice, advice=advice, liveness=found.liveness)
+
+
+@router.post("/challenges", status_code=501, responses=problems(NotImplementedYet))
+async def create_challenge(action: Annotated[Action, Depends(acting("face.challenge", *CALLERS))]) -> None:
+    """A nonce to bind a selfie to."""
+    raise NotImplementedYet("Challenges are not built yet.")
+
+
+@router.post("/faces/detect:batch", status_code=501, responses=problems(NotImplementedYet))
+async def detect_batch(action: Annotated[Action, Depends(acting("face.detect", *CALLERS))]) -> None:
+    """Detection on many photos."""
+    raise NotImplementedYet("Batches are not built yet.")
+
+
+@router.post("/verifications:batch", status_code=501, responses=problems(NotImplementedYet))
+async def verify_batch(action: Annotated[Action, Depends(acting("face.verify", *CALLERS))]) -> None:
+    """Many verifications."""
+    raise NotImplementedYet("Batches are not built yet.")

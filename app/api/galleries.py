@@ -1,0 +1,192 @@
+"""Galleries: populations that are kept apart, with their policies."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, Field, ValidationError
+
+from app.api.bodies import StrictRoute
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, visible_gallery
+from app.api.paging import Page, Paged, page_of
+from app.api.problems import problems
+from app.api.shapes import Body
+from app.audit import Action
+from app.documents.galleries import Gallery
+from app.domain.callers import Role
+from app.domain.policy import GalleryPolicy, thresholds_for
+from app.errors import Advice, Conflict, Forbidden, NotFound, Unauthenticated, Validation
+from app.runtime import Runtime
+from app.use_cases import galleries
+
+router = APIRouter(
+    route_class=StrictRoute,
+    prefix="/v1/galleries",
+    tags=["galleries"],
+    responses=problems(Unauthenticated, Forbidden, Validation),
+)
+
+READERS = (Role.ADMIN, Role.OFFICER, Role.RELYING_APP)
+Reading = Annotated[Action, Depends(acting("gallery.read", *READERS, is_read=True))]
+GALLERY_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+
+
+class NewGallery(Body):
+    """A gallery to be made; what its policy leaves out is the model's default."""
+
+    name: Annotated[str, Field(pattern=GALLERY_NAME)]
+    pack: str | None = None
+    policy: dict[str, Any] = Field(default_factory=dict)
+
+
+class GalleryPatch(Body):
+    """RFC 7396: only a gallery's policy can change; null sets a field back to the model's default."""
+
+    policy: dict[str, Any]
+
+
+class ModelView(BaseModel):
+    """The model that made the gallery's templates."""
+
+    pack: str
+    dimension: int
+    contract: str
+    licence: str
+
+
+class ThresholdsView(BaseModel):
+    """The thresholds in force, and where they come from."""
+
+    verify: float
+    identify: float
+    dedup: float
+    source: str
+
+
+class Counts(BaseModel):
+    """Everybody and everything that is not erased."""
+
+    identities: int
+    samples: int
+
+
+class IndexView(BaseModel):
+    """How the gallery is searched."""
+
+    kind: str
+    generation: int | None
+    vectors: int
+    tail: int
+    recall: float | None
+
+
+class GalleryView(BaseModel):
+    """A gallery as the contract gives it."""
+
+    id: str
+    name: str
+    model: ModelView
+    policy: GalleryPolicy
+    thresholds: ThresholdsView
+    counts: Counts
+    index: IndexView
+
+
+def view(runtime: Runtime, gallery: Gallery) -> GalleryView:
+    """The gallery as the contract gives it."""
+    card = runtime.engine.card
+    limits = thresholds_for(gallery.policy, card, gallery.samples)
+    return GalleryView(
+        id=gallery.id,
+        name=gallery.name,
+        model=ModelView(
+            pack=gallery.pack, dimension=gallery.dimension, contract=gallery.contract, licence=gallery.licence
+        ),
+        policy=gallery.policy,
+        thresholds=ThresholdsView(
+            verify=limits.verify, identify=limits.identify, dedup=limits.dedup, source=limits.source
+        ),
+        counts=Counts(identities=gallery.identities, samples=gallery.samples),
+        # Every vector is searched exactly, and comes from the changes' tail: no generation has been published.
+        index=IndexView(
+            kind="exact", generation=gallery.generation, vectors=gallery.samples, tail=gallery.samples, recall=1.0
+        ),
+    )
+
+
+def _merged(base: GalleryPolicy, defaults: GalleryPolicy, patch: dict[str, Any]) -> GalleryPolicy:
+    known = base.model_dump() | {n: getattr(defaults, n, None) if v is None else v for n, v in patch.items()}
+    try:
+        return GalleryPolicy.model_validate(known)
+    except ValidationError as error:
+        advice = tuple(Advice(".".join(["policy", *map(str, e["loc"])]), e["type"], e["msg"]) for e in error.errors())
+        raise Validation("The policy does not fit.", errors=advice) from error
+
+
+@router.get("")
+async def list_galleries(
+    runtime: CurrentRuntime, request: Request, action: Reading, page: Annotated[Page, Depends()]
+) -> Paged[GalleryView]:
+    """The galleries that the caller may see, newest first."""
+    allowed = None if action.caller is None else action.caller.galleries
+    filters = {} if allowed is None else {"name": {"$in": list(allowed)}}
+    items, cursor = await page_of(Gallery, filters, page, request, runtime.keys)
+    return Paged(items=[view(runtime, gallery) for gallery in items], next_cursor=cursor)
+
+
+@router.post("", status_code=201, responses=problems(Conflict))
+async def create_gallery(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    body: NewGallery,
+    action: Annotated[Action, Depends(acting("gallery.create", Role.ADMIN))],
+    key: IdempotencyKey = None,
+) -> GalleryView:
+    """Make an empty gallery, bound to the model that is running."""
+    first = await first_answer(runtime, request, action, key, body.model_dump())
+    if first is not None:
+        known = await Gallery.get(first[0].subject.id)
+        if known is None:
+            raise NotFound
+        gallery = known
+    else:
+        policy = _merged(runtime.starting_policy(), runtime.starting_policy(), body.policy)
+        gallery = await galleries.create(runtime, action, body.name, body.pack, policy)
+    response.headers["Location"] = f"/v1/galleries/{gallery.name}"
+    return view(runtime, gallery)
+
+
+@router.get("/{name}", responses=problems(NotFound))
+async def get_gallery(runtime: CurrentRuntime, name: str, action: Reading) -> GalleryView:
+    """One gallery."""
+    return view(runtime, await visible_gallery(runtime, action, name))
+
+
+@router.patch("/{name}", responses=problems(NotFound))
+async def update_gallery(
+    runtime: CurrentRuntime,
+    request: Request,
+    name: str,
+    body: GalleryPatch,
+    action: Annotated[Action, Depends(acting("gallery.update", Role.ADMIN))],
+    key: IdempotencyKey = None,
+) -> GalleryView:
+    """Change the policy; it holds for the next request on every process."""
+    gallery = await visible_gallery(runtime, action, name)
+    if await first_answer(runtime, request, action, key, body.model_dump()) is None:
+        policy = _merged(gallery.policy, runtime.starting_policy(), body.policy)
+        gallery = await galleries.update(runtime, action, gallery, policy)
+    return view(runtime, gallery)
+
+
+@router.delete("/{name}", status_code=204, responses=problems(NotFound, Conflict))
+async def delete_gallery(
+    runtime: CurrentRuntime,
+    request: Request,
+    name: str,
+    action: Annotated[Action, Depends(acting("gallery.delete", Role.ADMIN))],
+    key: IdempotencyKey = None,
+) -> None:
+    """Remove an empty gallery."""
+    if await first_answer(runtime, request, action, key, None) is None:
+        await galleries.delete(runtime, action, await visible_gallery(runtime, action, name))

@@ -1,0 +1,470 @@
+"""Identities: enrol people, see and change what is known of them, erase them."""
+
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from app.api.bodies import StrictRoute
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
+from app.api.paging import Page, Paged, page_of
+from app.api.problems import problems
+from app.api.shapes import Body, Moment
+from app.api.uploads import Upload, body_of, uploaded
+from app.audit import Action
+from app.documents.events import Subject
+from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.identities import Identity, Liveness
+from app.documents.sealed import data_key, gallery_key, open_attributes
+from app.domain.attributes import Attributes, Json, Metadata, canonical_ref
+from app.domain.callers import Role
+from app.domain.policy import Status, Verdict
+from app.domain.quality import QualityReport
+from app.errors import (
+    AnimatedImage,
+    Conflict,
+    DependencyUnavailable,
+    DifferentPeople,
+    DifferentPerson,
+    ExternalRefTaken,
+    FaceCropped,
+    FaceTooSmall,
+    Forbidden,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
+    LowQuality,
+    ModelMismatch,
+    MultipleFaces,
+    NoFace,
+    NotFound,
+    NotImplementedYet,
+    NotLive,
+    NotReady,
+    PhotoMissing,
+    PreconditionFailed,
+    TooLarge,
+    TooManyPixels,
+    Unauthenticated,
+    UndecidedCandidates,
+    UndecodableImage,
+    UnsupportedMediaType,
+    Validation,
+)
+from app.runtime import Runtime
+from app.use_cases import enrol, erase, screen, standing, update, view_photo
+
+PHOTO_PROBLEMS = (
+    NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,
+    TooLarge, UnsupportedMediaType, ModelMismatch, NotReady, DependencyUnavailable,
+)  # fmt: skip
+
+router = APIRouter(
+    route_class=StrictRoute,
+    prefix="/v1/identities",
+    tags=["identities"],
+    responses=problems(Unauthenticated, Forbidden, Validation),
+)
+
+MOST_PHOTOS = 5
+WAIT_MAXIMUM_SECONDS = 30
+
+Reading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, is_read=True))]
+
+
+class Enrolment(Attributes):
+    """The fields of an enrolment beside its photos."""
+
+    gallery: str = DEFAULT_GALLERY
+
+
+class NoFields(Body):
+    """Nothing beside the photo."""
+
+
+class AttributesPatch(Body):
+    """RFC 7396: null removes."""
+
+    external_ref: str | None = None
+    full_name: str | None = None
+    date_of_birth: date | None = None
+    metadata: dict[str, Json] | None = None
+
+
+class Reason(Body):
+    """Why."""
+
+    reason: Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class SampleView(BaseModel):
+    """One photo of the person."""
+
+    id: str
+    status: Literal["pending", "active"]
+    quality: QualityReport
+    liveness: Liveness | None
+    created_at: Moment
+
+
+class DedupView(BaseModel):
+    """The newest screening."""
+
+    job_id: str
+    state: Literal["queued", "running", "done", "failed"]
+    verdict: Verdict | None
+    case_id: str | None
+    candidate_count: int
+
+
+class IdentityView(BaseModel):
+    """Someone known in a gallery."""
+
+    id: str
+    gallery: str
+    external_ref: str | None
+    full_name: str | None
+    date_of_birth: date | None
+    metadata: Metadata
+    status: Status
+    samples: list[SampleView]
+    dedup: DedupView
+    created_at: Moment
+    created_by: str
+    updated_at: Moment
+    version: int
+
+
+class ReceiptView(BaseModel):
+    """What was erased, and by when the last index file with the vectors is gone."""
+
+    identity_id: str
+    erased_at: Moment
+    samples: int
+    photos: int
+    audit_event_id: str
+    index_purge_by: Moment
+
+
+def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
+    """The identity with its attributes opened."""
+    attributes = Attributes()
+    if identity.attributes is not None:
+        key = data_key(runtime.keys, gallery, identity)
+        attributes = open_attributes(key, identity.attributes, gallery.id, identity.id)
+    newest = identity.screenings[-1]
+    return IdentityView(
+        id=identity.id,
+        gallery=gallery.name,
+        external_ref=attributes.external_ref,
+        full_name=attributes.full_name,
+        date_of_birth=attributes.date_of_birth,
+        metadata=attributes.metadata,
+        status=identity.status,
+        samples=[
+            SampleView(id=s.id, status=s.status, quality=s.quality, liveness=s.liveness, created_at=s.created_at)
+            for s in identity.samples
+        ],
+        dedup=DedupView(
+            job_id=newest.job_id,
+            state=newest.state,
+            verdict=newest.verdict,
+            case_id=newest.case_id,
+            candidate_count=len(newest.candidates),
+        ),
+        created_at=identity.created_at,
+        created_by=identity.created_by,
+        updated_at=identity.updated_at,
+        version=identity.version,
+    )
+
+
+async def _found(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
+    """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
+    action.subject = Subject(kind="identity", id=identity_id)
+    identity = await Identity.living(identity_id)
+    if identity is None:
+        raise NotFound
+    return await gallery_of(action, identity.gallery_id), identity
+
+
+def _answer(runtime: Runtime, response: Response, gallery: Gallery, identity: Identity) -> IdentityView:
+    response.headers["ETag"] = f'"{identity.version}"'
+    return view(runtime, gallery, identity)
+
+
+@router.post(
+    "",
+    status_code=202,
+    openapi_extra=body_of(Enrolment, "photo", most=MOST_PHOTOS),
+    responses=problems(
+        *PHOTO_PROBLEMS,
+        Validation,
+        DifferentPeople,
+        ExternalRefTaken,
+        NotFound,
+        IdempotencyInProgress,
+        IdempotencyKeyReused,
+        http_201={"model": IdentityView, "description": "Screened within `wait`"},
+    ),
+)
+async def enrol_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    action: Annotated[Action, Depends(acting("identity.enrol", Role.OFFICER))],
+    upload: Annotated[Upload[Enrolment], Depends(uploaded(Enrolment, "photo", most=MOST_PHOTOS))],
+    wait: Annotated[float, Query(ge=0, le=WAIT_MAXIMUM_SECONDS)] = 0,
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Enrol someone from one to five photos. 202 means durable; with `wait` the verdict may come along: 201."""
+    fields = upload.fields
+    gallery = await visible_gallery(runtime, action, fields.gallery)
+    first = await first_answer(runtime, request, action, key, fields.model_dump(mode="json"), files=upload.digests)
+    if first is None:
+        attributes = Attributes.model_validate(fields.model_dump(exclude={"gallery"}))
+        identity = await enrol.enrol(runtime, action, gallery, upload.photos["photo"], attributes)
+    else:
+        _, identity = await _found(action, first[0].subject.id or "")
+    if wait:
+        identity = await enrol.await_verdict(identity, wait)
+    if wait and identity.status != "pending":
+        response.status_code = 201
+    response.headers["Location"] = f"/v1/identities/{identity.id}"
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.post("/import", status_code=501, responses=problems(NotImplementedYet))
+async def import_identities(action: Annotated[Action, Depends(acting("identity.import", Role.OFFICER))]) -> None:
+    """Bulk enrolment."""
+    raise NotImplementedYet("Bulk import is not built yet.")
+
+
+@router.get("")
+async def list_identities(
+    runtime: CurrentRuntime,
+    request: Request,
+    action: Reading,
+    page: Annotated[Page, Depends()],
+    gallery: str | None = None,
+    external_ref: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
+    status: Literal["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"] | None = None,
+    q: Annotated[str | None, Query(max_length=256)] = None,
+    created_after: Moment | None = None,
+    created_before: Moment | None = None,
+) -> Paged[IdentityView]:
+    """Everybody whom the caller may see, newest first."""
+    if q is not None:
+        raise NotImplementedYet("Searching by name is not built yet: names are stored encrypted.")
+    galleries = await visible_galleries(runtime, action, gallery)
+    filters: dict[str, Any] = {"gallery_id": {"$in": list(galleries)}, "status": status or {"$ne": "erased"}}
+    if external_ref is not None:
+        canonical = canonical_ref(external_ref)
+        filters["external_ref_hash"] = {
+            "$in": [gallery_key(runtime.keys, g).lookup_hash("external_ref", canonical) for g in galleries.values()]
+        }
+    times = {"$gte": created_after, "$lt": created_before}
+    times = {name: moment for name, moment in times.items() if moment is not None}
+    if times:
+        filters["created_at"] = times
+    items, cursor = await page_of(Identity, filters, page, request, runtime.keys)
+    return Paged(items=[view(runtime, galleries[i.gallery_id], i) for i in items], next_cursor=cursor)
+
+
+async def visible_galleries(runtime: Runtime, action: Action, name: str | None) -> dict[str, Gallery]:
+    """The galleries that the caller may see, by id; with a name, that one or NotFound."""
+    if name is not None:
+        gallery = await visible_gallery(runtime, action, name)
+        return {gallery.id: gallery}
+    allowed = None if action.caller is None else action.caller.galleries
+    found = Gallery.find({} if allowed is None else {"name": {"$in": list(allowed)}})
+    return {gallery.id: gallery for gallery in await found.to_list()}
+
+
+@router.get("/{identity_id}", responses=problems(NotFound))
+async def get_identity(runtime: CurrentRuntime, response: Response, identity_id: str, action: Reading) -> IdentityView:
+    """One identity; its `ETag` is its version."""
+    return _answer(runtime, response, *await _found(action, identity_id))
+
+
+@router.patch("/{identity_id}", responses=problems(NotFound, ExternalRefTaken, PreconditionFailed))
+async def update_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    body: AttributesPatch,
+    action: Annotated[Action, Depends(acting("identity.update", Role.OFFICER))],
+    if_match: Annotated[str | None, Header()] = None,
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Change attributes; with `If-Match` only at that version."""
+    gallery, identity = await _found(action, identity_id)
+    patch = body.model_dump(mode="json", exclude_unset=True)
+    if await first_answer(runtime, request, action, key, patch) is None:
+        identity = await update.update(runtime, action, gallery, identity_id, patch, _version(if_match))
+    return _answer(runtime, response, gallery, identity)
+
+
+def _version(if_match: str | None) -> int | None:
+    if if_match is None or if_match.strip() == "*":
+        return None
+    text = if_match.strip().removeprefix("W/").strip('"')
+    if not text.isdecimal():
+        raise PreconditionFailed("If-Match is the version in quotes, as ETag gave it.")
+    return int(text)
+
+
+@router.delete("/{identity_id}", responses=problems(NotFound))
+async def erase_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("identity.erase", Role.OFFICER))],
+    reason: Annotated[str | None, Query(max_length=1000)] = None,
+    key: IdempotencyKey = None,
+) -> ReceiptView:
+    """Erase someone: keys destroyed, photos deleted, unmatchable at once."""
+    first = await first_answer(runtime, request, action, key, None)
+    if first is None:
+        gallery, _ = await _found(action, identity_id)
+        receipt = await erase.erase(runtime, action, gallery, identity_id, reason)
+    else:
+        receipt = erase.receipt_of(runtime, first[0])
+    return ReceiptView(
+        identity_id=receipt.identity_id, erased_at=receipt.erased_at, samples=receipt.samples, photos=receipt.photos,
+        audit_event_id=receipt.audit_event_id, index_purge_by=receipt.index_purge_by,
+    )  # fmt: skip
+
+
+@router.post(
+    "/{identity_id}/samples",
+    status_code=202,
+    openapi_extra=body_of(NoFields, "photo"),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound, Conflict, DifferentPerson),
+)
+async def add_sample(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("sample.add", Role.OFFICER))],
+    upload: Annotated[Upload[NoFields], Depends(uploaded(NoFields, "photo"))],
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """One more photo of an active identity; pending until it is screened."""
+    gallery, identity = await _found(action, identity_id)
+    if await first_answer(runtime, request, action, key, {}, files=upload.digests) is None:
+        identity = await enrol.add_sample(runtime, action, gallery, identity, upload.photos["photo"][0])
+    response.headers["Location"] = f"/v1/identities/{identity.id}"
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.get(
+    "/{identity_id}/samples/{sample_id}/photo",
+    response_class=Response,
+    responses=problems(
+        NotFound,
+        PhotoMissing,
+        DependencyUnavailable,
+        http_200={"content": {"image/jpeg": {}}, "description": "The stored photo"},
+    ),
+)
+async def get_photo(
+    runtime: CurrentRuntime,
+    identity_id: str,
+    sample_id: str,
+    action: Annotated[Action, Depends(acting("identity.photo.view", Role.OFFICER))],
+) -> Response:
+    """The stored photo; each view is audited."""
+    gallery, identity = await _found(action, identity_id)
+    photo = await view_photo.view_photo(runtime, action, gallery, identity, sample_id)
+    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{sample_id}.jpg"'}
+    return Response(photo, media_type="image/jpeg", headers=headers)
+
+
+@router.post("/{identity_id}/screen", status_code=202, responses=problems(NotFound, Conflict))
+async def screen_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("identity.screen", Role.OFFICER))],
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Queue the screening again: of a failed identity, or of a sample without a verdict."""
+    gallery, identity = await _found(action, identity_id)
+    if await first_answer(runtime, request, action, key, {}) is None:
+        identity = await screen.screen_again(runtime, action, gallery, identity_id)
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.post("/{identity_id}/revoke", responses=problems(NotFound, Conflict))
+async def revoke_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    body: Reason,
+    action: Annotated[Action, Depends(acting("identity.revoke", Role.OFFICER))],
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Take an active identity out of service."""
+    gallery, identity = await _found(action, identity_id)
+    if await first_answer(runtime, request, action, key, body.model_dump()) is None:
+        identity = await standing.revoke(runtime, action, gallery, identity_id, body.reason)
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.post("/{identity_id}/reinstate", responses=problems(NotFound, Conflict, UndecidedCandidates))
+async def reinstate_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    body: Reason,
+    action: Annotated[Action, Depends(acting("identity.reinstate", Role.OFFICER))],
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Bring a revoked identity back."""
+    gallery, identity = await _found(action, identity_id)
+    if await first_answer(runtime, request, action, key, body.model_dump()) is None:
+        identity = await standing.reinstate(runtime, action, gallery, identity_id, body.reason)
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.post("/{identity_id}/attempts:reset", responses=problems(NotFound))
+async def reset_attempts(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("identity.attempts.reset", Role.OFFICER))],
+    key: IdempotencyKey = None,
+) -> IdentityView:
+    """Let the identity be verified again after too many non-matches."""
+    gallery, identity = await _found(action, identity_id)
+    if await first_answer(runtime, request, action, key, None) is None:
+        identity = await standing.reset_attempts(runtime, action, gallery, identity_id)
+    return _answer(runtime, response, gallery, identity)
+
+
+@router.get("/{identity_id}/export", status_code=501, responses=problems(NotFound, NotImplementedYet))
+async def export_identity(
+    identity_id: str, action: Annotated[Action, Depends(acting("identity.export", Role.OFFICER))]
+) -> None:
+    """What is kept about the person, for an access request."""
+    await _found(action, identity_id)
+    raise NotImplementedYet("The export of a person is not built yet.")
+
+
+imports = APIRouter(
+    prefix="/v1/imports", tags=["identities"], responses=problems(Unauthenticated, Forbidden, NotImplementedYet)
+)
+
+
+@imports.get("/{import_id}", status_code=501)
+@imports.get("/{import_id}/results", status_code=501)
+async def get_import(import_id: str, action: Reading) -> None:
+    """A bulk enrolment's progress and verdicts."""
+    raise NotImplementedYet("Bulk import is not built yet.")

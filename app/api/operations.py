@@ -1,0 +1,197 @@
+"""Operations: is it alive, is it ready, how is it doing."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+import pymongo
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from pymongo.errors import PyMongoError
+from redis.exceptions import RedisError
+
+from app.api.dependencies import CurrentRuntime, acting
+from app.api.problems import problems
+from app.audit import Action
+from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.domain.callers import Role
+from app.errors import Forbidden, NotFound, Problem, Unauthenticated
+from app.runtime import Runtime
+from storage.photos import PhotoStoreUnavailable
+
+router = APIRouter(tags=["operations"])
+
+CHECK_SECONDS = 1.0
+VERSION = version("idem")
+
+CheckStatus = Literal["ok", "degraded", "down"]
+Seen = dict[str, str | int | float | bool | None]
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class Readiness(BaseModel):
+    """Whether requests can be served, and how each part is."""
+
+    status: Literal["ready", "degraded", "not_ready"]
+    checks: dict[str, dict[str, Any]]
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Alive; in constant time, asking nobody."""
+    return Health()
+
+
+async def _model(runtime: Runtime) -> Seen:
+    card = runtime.engine.card
+    return {"pack": card.pack, "dimension": card.dimension, "liveness": runtime.engine.has_liveness}
+
+
+async def _mongo(runtime: Runtime) -> Seen:
+    with pymongo.timeout(CHECK_SECONDS):
+        hello = await runtime.mongo.admin.command("hello")
+    if not hello.get("isWritablePrimary"):
+        raise NotFound("no primary")
+    return {"replica_set": hello.get("setName")}
+
+
+async def _queue(runtime: Runtime) -> Seen:
+    return {"waiting": await runtime.queue.depth()}
+
+
+async def _photos(runtime: Runtime) -> Seen:
+    await runtime.photos.check()
+    return {"kind": runtime.settings.photo_store}
+
+
+async def _index(runtime: Runtime) -> Seen:
+    with pymongo.timeout(CHECK_SECONDS):
+        gallery = await Gallery.named(DEFAULT_GALLERY)
+        if gallery is None:
+            raise NotFound("no gallery")
+        runtime.require_contract(gallery)
+        vectors = await runtime.search.warm(gallery)
+    return {"kind": "exact", "vectors": vectors, "seq": gallery.seq, "recall": 1.0}
+
+
+async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime) -> dict[str, Any]:
+    """One check under its own time limit; names what failed, never where it lies."""
+    started = time.perf_counter()
+    status: CheckStatus = "ok"
+    seen: Seen
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            seen = await look(runtime)
+    except (PyMongoError, RedisError, PhotoStoreUnavailable, Problem, OSError, TimeoutError) as error:
+        status, seen = "down", {"error": type(error).__name__}
+    return {"status": status, "latency_ms": round((time.perf_counter() - started) * 1000, 1), **seen}
+
+
+@router.get("/ready", responses={503: {"model": Readiness, "description": "Not ready"}})
+async def ready(runtime: CurrentRuntime, response: Response) -> Readiness:
+    """Ready: model, MongoDB and index serve. Queue or photos away is degraded, and still 200."""
+    looks = {"model": _model, "mongo": _mongo, "queue": _queue, "photos": _photos, "index": _index}
+    results = await asyncio.gather(*(_checked(look, runtime) for look in looks.values()))
+    checks = dict(zip(looks, results, strict=True))
+    response.headers["Cache-Control"] = "no-store"
+    if any(checks[name]["status"] == "down" for name in ("model", "mongo", "index")):
+        response.status_code = 503
+        return Readiness(status="not_ready", checks=checks)
+    whole = all(check["status"] == "ok" for check in checks.values())
+    return Readiness(status="ready" if whole else "degraded", checks=checks)
+
+
+@router.get("/metrics", response_class=Response, responses=problems(NotFound, http_200={"content": {"text/plain": {}}}))
+async def metrics(runtime: CurrentRuntime) -> Response:
+    """Figures of this process for Prometheus."""
+    if not runtime.settings.metrics_enabled:
+        raise NotFound
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+class ModelCardView(BaseModel):
+    """What must be known of the model before its scores mean anything."""
+
+    pack: str
+    kind: str
+    dimension: int
+    contract: str
+    licence: str
+    commercial_use: bool
+    source: str
+    notes: str
+    chosen_because: str
+    liveness: bool
+
+
+class SystemView(BaseModel):
+    """The service as its operator sees it."""
+
+    version: str
+    environment: str
+    model: ModelCardView
+    index: list[dict[str, Any]]
+    leases: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+
+#: Settings that matter and hold no secret.
+SHOWN_SETTINGS = (
+    "workers", "photo_store", "mongodb_database", "mongodb_max_pool_size", "mongodb_min_pool_size",
+    "mongodb_timeout_seconds", "queue_timeout_seconds", "worker_max_jobs", "sweep_interval_seconds", "max_photo_bytes",
+    "max_photo_pixels", "max_samples", "access_token_expire_minutes", "refresh_token_sliding_hours",
+    "refresh_token_absolute_hours", "attempts_before_wait", "attempts_wait_seconds", "attempts_before_reset",
+    "replay_window_hours", "idempotency_hours", "index_purge_hours", "shutdown_grace_seconds",
+)  # fmt: skip
+
+
+@router.get("/v1/system", responses=problems(Unauthenticated, Forbidden))
+async def system(
+    runtime: CurrentRuntime, action: Annotated[Action, Depends(acting("system.read", Role.ADMIN, is_read=True))]
+) -> SystemView:
+    """Version, model card, index, leases and the settings that matter."""
+    card = runtime.engine.card
+    return SystemView(
+        version=VERSION,
+        environment=runtime.settings.environment,
+        model=ModelCardView(
+            pack=card.pack, kind=card.kind, dimension=card.dimension, contract=card.contract, licence=card.licence,
+            commercial_use=card.commercial_use, source=card.source, notes=card.notes,
+            chosen_because=runtime.engine_reason, liveness=runtime.engine.has_liveness,
+        ),
+        index=[
+            {
+                "gallery": g.name, "kind": "exact", "generation": g.generation, "seq": g.seq, "samples": g.samples,
+                "vectors_in_this_process": runtime.search.size(g.id),
+            }
+            async for g in Gallery.find_all()
+        ],
+        leases=[],
+        settings={name: getattr(runtime.settings, name) for name in SHOWN_SETTINGS},
+    )  # fmt: skip
+
+
+FRONT_PAGE = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Idem</title>
+<style>body{{font:16px/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem;color:#1b1f24}}
+a{{color:#0b57d0}}@media(prefers-color-scheme:dark){{body{{background:#14171a;color:#e6e9ec}}a{{color:#8ab4f8}}}}</style>
+<h1>Idem</h1><p>One person, one identity. Version {VERSION}.</p>
+<ul><li><a href="/docs">The API, to try out</a></li><li><a href="/redoc">The API, to read</a></li>
+<li><a href="/ready">Is everything there?</a></li><li><a href="/metrics">Figures</a></li></ul></html>
+"""
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def front_page() -> HTMLResponse:
+    """Where to go from here."""
+    return HTMLResponse(FRONT_PAGE)

@@ -1,0 +1,85 @@
+"""Lists: a bounded page, newest first, with an opaque cursor that is signed and bound to caller and query."""
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from beanie import Document, SortDirection
+from fastapi import Query, Request
+from pydantic import BaseModel
+
+from app.audit import Action
+from app.errors import Advice, Validation
+from app.keys import KeyRing
+
+SIGNATURE_BYTES = 16
+
+T = TypeVar("T", bound=BaseModel)
+D = TypeVar("D", bound=Document)
+
+
+class Paged(BaseModel, Generic[T]):
+    """One page of a list."""
+
+    items: list[T]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a caller asked for: at most `limit` items, after `cursor`."""
+
+    limit: Annotated[int, Query(ge=1, le=200)] = 50
+    cursor: Annotated[str | None, Query(max_length=1024)] = None
+
+
+def _signature(keys: KeyRing, request: Request, position: bytes) -> bytes:
+    query = sorted((k, v) for k, v in request.query_params.multi_items() if k not in ("cursor", "limit"))
+    action: Action = request.state.action
+    bound = json.dumps([action.actor_id, request.url.path, query], separators=(",", ":")).encode()
+    return keys.keyed_hash("cursor", bound + b"\0" + position)[:SIGNATURE_BYTES]
+
+
+def _position(keys: KeyRing, request: Request, cursor: str) -> tuple[datetime, str]:
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        signature, position = raw[:SIGNATURE_BYTES], raw[SIGNATURE_BYTES:]
+        if not hmac.compare_digest(signature, _signature(keys, request, position)):
+            raise ValueError  # noqa: TRY301 - a forged cursor ends like a broken one
+        moment, id_ = json.loads(position)
+        return datetime.fromisoformat(moment), str(id_)
+    except (ValueError, binascii.Error) as error:
+        message = "The cursor does not belong to this list."
+        raise Validation(message, errors=(Advice("cursor", "bad-cursor", message),)) from error
+
+
+async def page_of(
+    kind: type[D],
+    filters: Mapping[str, Any],
+    page: Page,
+    request: Request,
+    keys: KeyRing,
+    *,
+    by: str = "created_at",
+    order: Literal["newest", "oldest"] = "newest",
+) -> tuple[list[D], str | None]:
+    """One page of the documents that fit, by (`by`, id), and the cursor of the next. Raises Validation for a bad cursor."""
+    direction, beyond = (SortDirection.DESCENDING, "$lt") if order == "newest" else (SortDirection.ASCENDING, "$gt")
+    conditions: list[Mapping[str, Any]] = [filters] if filters else []
+    if page.cursor is not None:
+        moment, id_ = _position(keys, request, page.cursor)
+        conditions.append({"$or": [{by: {beyond: moment}}, {by: moment, "_id": {beyond: id_}}]})
+    query = kind.find({"$and": conditions} if conditions else {})
+    found = await query.sort([(by, direction), ("_id", direction)]).limit(page.limit + 1).to_list()
+    items = found[: page.limit]
+    if len(found) <= page.limit:
+        return items, None
+    last = items[-1]
+    position = json.dumps([getattr(last, by).isoformat(), str(last.id)], separators=(",", ":")).encode()
+    raw = _signature(keys, request, position) + position
+    return items, base64.urlsafe_b64encode(raw).rstrip(b"=").decode()

@@ -1,0 +1,155 @@
+"""Problems as application/problem+json (RFC 9457); the only place that makes HTTP out of an error."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import pymongo
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from pymongo.errors import (
+    AutoReconnect,
+    ConnectionFailure,
+    ExecutionTimeout,
+    NetworkTimeout,
+    PyMongoError,
+    WaitQueueTimeoutError,
+)
+from starlette.exceptions import HTTPException
+
+from app.audit import Action, refuse
+from app.errors import (
+    Advice,
+    DependencyUnavailable,
+    MethodNotAllowed,
+    NotFound,
+    Problem,
+    TooLarge,
+    Unexpected,
+    UnsupportedMediaType,
+    Validation,
+)
+from storage.photos import PhotoStoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+TYPE_BASE = "urn:idem:problem/"
+#: A refusal's event must not keep the caller waiting when MongoDB is slow.
+REFUSAL_SECONDS = 1.0
+
+
+class FieldError(BaseModel):
+    """One thing that was wrong."""
+
+    field: str
+    code: str
+    message: str
+
+
+class ProblemPage(BaseModel):
+    """RFC 9457, with the request's id and what was wrong field by field."""
+
+    type: Annotated[str, Field(examples=[TYPE_BASE + "low-quality"])]
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+    errors: list[FieldError]
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problems(*kinds: type[Problem], **others: dict[str, Any]) -> Responses:
+    """A route's `responses=` for OpenAPI: the problems it may answer, and others as `http_201={...}`."""
+    pages: Responses = {int(status.removeprefix("http_")): page for status, page in others.items()}
+    for kind in kinds:
+        page = pages.setdefault(kind.status, {
+            "model": ProblemPage, "content": {"application/problem+json": {}}, "description": "",
+        })  # fmt: skip
+        page["description"] = " · ".join(filter(None, [page["description"], f"`{kind.slug()}`"]))
+    return pages
+
+
+def render(request: Request, problem: Problem) -> JSONResponse:
+    """The problem as its page."""
+    page = ProblemPage(
+        type=TYPE_BASE + problem.slug(),
+        title=problem.title,
+        status=problem.status,
+        detail=problem.detail,
+        instance=request.url.path,
+        request_id=request.state.request_id,
+        errors=[FieldError(field=e.field, code=e.code, message=e.message) for e in problem.errors],
+    )
+    headers = {}
+    if problem.retry_after_seconds is not None:
+        headers["Retry-After"] = str(problem.retry_after_seconds)
+    if problem.status == 401:  # noqa: PLR2004
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(page.model_dump(), problem.status, headers, media_type="application/problem+json")
+
+
+def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911 - one table
+    """What a caller is told about any exception."""
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError():
+            return Validation(
+                "Some fields are not of the form that the contract gives.", errors=_advice(error.errors())
+            )
+        case PhotoStoreUnavailable():
+            return DependencyUnavailable("The photo store cannot be reached.")
+        case AutoReconnect() | ConnectionFailure() | NetworkTimeout() | ExecutionTimeout() | WaitQueueTimeoutError():
+            return DependencyUnavailable("The document store cannot be reached.")
+        case PyMongoError() if error.timeout or error.has_error_label("TransientTransactionError"):
+            return DependencyUnavailable("The document store did not answer in time.")
+        case HTTPException(status_code=404):
+            return NotFound("No such path.")
+        case HTTPException(status_code=405):
+            return MethodNotAllowed()
+        case HTTPException(status_code=413):
+            return TooLarge()
+        case HTTPException(status_code=415):
+            return UnsupportedMediaType()
+        case HTTPException(status_code=400):
+            return Validation("The body cannot be read.", errors=(Advice("body", "unreadable", str(error.detail)),))
+        case _:
+            return Unexpected()
+
+
+def _advice(errors: Sequence[Any]) -> tuple[Advice, ...]:
+    """Pydantic's findings, without the values that were sent."""
+    found = []
+    for error in errors:
+        path = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
+        found.append(Advice(field=".".join(path) or str(error["loc"][0]), code=error["type"], message=error["msg"]))
+    return tuple(found)
+
+
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """Render the error, give back its idempotency key, and record the refusal."""
+    problem = as_problem(error)
+    if isinstance(problem, Unexpected):
+        log.error("unexpected_error", request_id=request.state.request_id, exc_info=error)
+    action: Action | None = getattr(request.state, "action", None)
+    # With MongoDB away there is nowhere to record it, and trying would make the caller wait once more.
+    if action is not None and not isinstance(error, PyMongoError):
+        try:
+            with pymongo.timeout(REFUSAL_SECONDS):
+                if action.claim is not None:
+                    await action.claim.abandon()
+                await refuse(action, problem)
+        except PyMongoError as failure:
+            log.warning("refusal_not_recorded", action=action.name, error=type(failure).__name__)
+    return render(request, problem)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of the app be answered here."""
+    for kind in (Problem, RequestValidationError, HTTPException, PyMongoError, PhotoStoreUnavailable, Exception):
+        app.add_exception_handler(kind, answer)

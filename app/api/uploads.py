@@ -1,0 +1,178 @@
+"""Photos and fields of one request, as multipart or JSON, bounded while they are read."""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from app.api.bodies import check_text, parsed, refuse_encodings
+from app.api.dependencies import CurrentRuntime
+from app.errors import Advice, TooLarge, UnsupportedMediaType, Validation
+
+#: Room for the fields, part headers and boundaries around the photos.
+FIELDS_BYTES = 64 * 1024
+MAXIMUM_FIELDS = 32
+
+F = TypeVar("F", bound=BaseModel)
+
+
+class _InMemoryParser(MultiPartParser):
+    """Keeps every part in memory: a face in clear must not touch a disk. Bounded by the body's limit."""
+
+    spool_max_size = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Upload(Generic[F]):
+    """The fields, checked, and the photos' bytes by part name, in the order in which they came."""
+
+    fields: F
+    photos: dict[str, list[bytes]]
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """SHA-256 of each photo, in order."""
+        return tuple(hashlib.sha256(data).digest() for name in sorted(self.photos) for data in self.photos[name])
+
+
+def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, CurrentRuntime], Awaitable[Upload[F]]]:
+    """A dependency that reads one to `most` photos under each of the part names, and the fields of the model."""
+
+    async def read(request: Request, runtime: CurrentRuntime) -> Upload[F]:
+        refuse_encodings(request)
+        limit = runtime.settings.max_photo_bytes
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            fields, photos = await _multipart(request, names, len(names) * most, limit)
+        elif kind == "application/json":
+            fields, photos = await _json(request, names, most, limit)
+        else:
+            raise UnsupportedMediaType("Send multipart/form-data or application/json.")
+        for name in names:
+            _check(name, photos.get(name, []), most, limit)
+        try:
+            return Upload(model.model_validate(fields), photos)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+
+    return read
+
+
+def body_of(model: type[BaseModel], *names: str, most: int = 1) -> dict[str, Any]:
+    """The route's request body for OpenAPI, in both forms."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    binary = {"type": "string", "format": "binary"}
+    base64_text = {"type": "string", "contentEncoding": "base64"}
+    parts: dict[str, Any] = {
+        name: binary if most == 1 else {"type": "array", "items": binary, "minItems": 1, "maxItems": most}
+        for name in names
+    }
+    texts: dict[str, Any] = {f"{name}_base64": base64_text for name in names}
+    in_json = list(texts)
+    if most > 1:
+        texts |= {f"{name}s_base64": {"type": "array", "items": base64_text, "maxItems": most} for name in names}
+        in_json = []  # one of the two
+    multipart: dict[str, Any] = {
+        "type": "object",
+        "properties": {**parts, **properties},
+        "required": [*parts, *required],
+    }
+    as_json: dict[str, Any] = {
+        "type": "object",
+        "properties": {**texts, **properties},
+        "required": [*in_json, *required],
+    }
+    for one in (multipart, as_json):
+        one["additionalProperties"] = False
+    content = {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": as_json}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _check(name: str, photos: list[bytes], most: int, limit: int) -> None:
+    if not photos or not all(photos):
+        message = "A photo is missing or empty."
+        raise Validation(message, errors=(Advice(name, "photo-missing", message),))
+    if len(photos) > most:
+        message = f"At most {most} photos are taken here."
+        raise Validation(message, errors=(Advice(name, "too-many-photos", message),))
+    if any(len(data) > limit for data in photos):
+        message = f"A photo may have {limit} bytes at most."
+        raise TooLarge(message, errors=(Advice(name, "too-large", message),))
+
+
+async def _multipart(
+    request: Request, names: tuple[str, ...], most_files: int, limit: int
+) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    request.state.body_limit = most_files * limit + FIELDS_BYTES
+    # One file more than allowed is let in, so that the answer can say so.
+    parser = _InMemoryParser(
+        request.headers,
+        request.stream(),
+        max_files=most_files + 1,
+        max_fields=MAXIMUM_FIELDS,
+        max_part_size=FIELDS_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        message = "The multipart body cannot be read."
+        raise Validation(message, errors=(Advice("body", "multipart", error.message),)) from error
+    fields: dict[str, Any] = {}
+    photos: dict[str, list[bytes]] = {}
+    try:
+        check_text(
+            (name, text) for name, value in form.multi_items() for text in (name, value) if isinstance(text, str)
+        )
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in names:
+                    message = "No photo is taken under this name."
+                    raise Validation(message, errors=(Advice(name, "unknown-part", message),))
+                photos.setdefault(name, []).append(await value.read())
+            elif name in names:
+                message = "A photo is sent as a file part, with a file name."
+                raise Validation(message, errors=(Advice(name, "photo-missing", message),))
+            elif name in fields:
+                message = "The field came twice."
+                raise Validation(message, errors=(Advice(name, "repeated", message),))
+            else:
+                fields[name] = parsed(name, value.encode()) if name == "metadata" else value
+    finally:
+        await form.close()
+    return fields, photos
+
+
+async def _json(
+    request: Request, names: tuple[str, ...], most: int, limit: int
+) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    request.state.body_limit = len(names) * most * (limit * 4 // 3 + 4) + FIELDS_BYTES
+    fields = parsed("body", await request.body())
+    photos: dict[str, list[bytes]] = {}
+    for name in names:
+        one, several = f"{name}_base64", f"{name}s_base64"
+        texts = [fields.pop(one)] if one in fields else []
+        if most > 1 and several in fields:
+            more = fields.pop(several)
+            texts += more if isinstance(more, list) else [more]
+        if texts:
+            photos[name] = [_decoded(one, text) for text in texts]
+    return fields, photos
+
+
+def _decoded(name: str, text: object) -> bytes:
+    message = "Not standard base64."
+    if not isinstance(text, str):
+        raise Validation(message, errors=(Advice(name, "base64", message),))
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Validation(message, errors=(Advice(name, "base64", message),)) from error

@@ -1,0 +1,309 @@
+"""The benchmark: the platform's main calls on a stack of its own, beside the bare model on the same photos.
+
+What a platform adds to its models is the question, so both are measured in one run: the calls over HTTP, and, in this
+process while the stack is idle, decoding, detection, embedding and liveness in as many threads as callers (cores at
+most) plus one journaled transaction on the same MongoDB.
+"""
+
+import asyncio
+import io
+import math
+import os
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Final
+
+import pymongo
+from PIL import Image, ImageEnhance, ImageOps
+from pydantic import BaseModel, ConfigDict
+from pymongo.read_concern import ReadConcern
+from pymongo.write_concern import WriteConcern
+
+from app.client import Caller, Credentials, Service
+from app.domain.photo import choose_face, decode
+from app.engine.port import FaceEngine
+from app.errors import Problem
+
+PHOTO_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+JPEG_QUALITY: Final = 92
+#: The probe differs from the enrolled photo as a second coding does, and matches: this measures time, not accuracy.
+PROBE_LIGHT: Final = 0.95
+TRANSACTIONS: Final = 60
+WARM_UP: Final = 4
+VERDICT_POLL_SECONDS: Final = 0.02
+VERDICT_LIMIT_SECONDS: Final = 120.0
+
+
+class BenchFailed(RuntimeError):
+    """The benchmark cannot go on; says why."""
+
+
+class Figures(BaseModel):
+    """What was measured at one concurrency. Rates per second, times in milliseconds.
+
+    screened_per_s: enrolments until their verdicts were there, too. transaction_p50_ms: one journaled transaction.
+    verify_ratio: verification's median over the bare model's (its wait for a core included) plus one transaction.
+    verify_rate_ratio: the bare model's rate over verification's.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    enrol_per_s: float
+    enrol_p50_ms: float
+    enrol_p95_ms: float
+    screened_per_s: float
+    verify_p50_ms: float
+    verify_p95_ms: float
+    verify_per_s: float
+    bare_p50_ms: float
+    bare_per_s: float
+    transaction_p50_ms: float
+    verify_ratio: float
+    verify_rate_ratio: float
+
+
+class Report(BaseModel):
+    """One run. start_s: from the command to the ready-file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    start_s: float
+    pack: str
+    people: int
+    refused: int
+    concurrency: dict[str, Figures]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A person with a photo to enrol by and one to verify with; JPEG."""
+
+    name: str
+    photo: bytes
+    probe: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times of single calls and of all together, in seconds."""
+
+    each: list[float]
+    whole: float
+
+    @property
+    def per_second(self) -> float:
+        """Calls done per second."""
+        return len(self.each) / self.whole
+
+    def milliseconds(self, share: float) -> float:
+        """The quantile `share` of the single calls."""
+        return quantile(self.each, share) * 1000
+
+
+def usable_people(folder: Path, engine: FaceEngine, *, max_pixels: int, needed: int) -> tuple[list[Subject], int]:
+    """At most `needed` people, one sub-folder each, whose first photo shows one face; and how many were passed over.
+
+    Raises BenchFailed when there is nobody.
+    """
+    people: list[Subject] = []
+    refused = 0
+    for own in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+        photo = next((path for path in sorted(own.iterdir()) if path.suffix.lower() in PHOTO_SUFFIXES), None)
+        if photo is None or len(people) == needed:
+            continue
+        subject = _subject(own.name, photo)
+        try:
+            pixels = decode(subject.photo, max_pixels=max_pixels).pixels
+            choose_face(engine.detect(pixels), pixels.shape, second_face_share=0.25)
+        except Problem:
+            refused += 1
+        else:
+            people.append(subject)
+    if not people:
+        message = f"{folder} holds no usable photo: it needs one sub-folder with photos per person"
+        raise BenchFailed(message)
+    return people, refused
+
+
+class Bench:
+    """One running stack, and the photos to measure it with."""
+
+    def __init__(self, officer: Caller, app: Caller, mongo_uri: str, engine: FaceEngine) -> None:
+        self._officer = officer
+        self._app = app
+        self._mongo_uri = mongo_uri
+        self._engine = engine
+        self._serial = 0
+        self._known: list[tuple[Subject, str]] = []
+
+    @classmethod
+    async def connect(cls, service: Service, credentials: Credentials, mongo_uri: str, engine: FaceEngine) -> "Bench":
+        """Log in as those who enrol and verify."""
+        officer = await service.log_in(credentials.users.officer)
+        return cls(officer, await service.log_in(credentials.client), mongo_uri, engine)
+
+    async def measure(self, people: Sequence[Subject], concurrency: int, *, max_pixels: int) -> Figures:
+        """Enrol these people, verify as many times, then the bare model on the same photos."""
+        began = time.perf_counter()
+        enrolled: list[tuple[Subject, str]] = []
+
+        async def enrol(subject: Subject) -> None:
+            identity = await self._officer.enrol(
+                self._varied(subject.photo),
+                gallery="default",
+                external_ref=f"BENCH-{self._next()}",
+                full_name=subject.name,
+            )
+            enrolled.append((subject, identity.id))
+
+        enrolling = await timed([partial(enrol, subject) for subject in people], concurrency)
+        self._known += await self._active(enrolled)
+        screened = len(enrolled) / (time.perf_counter() - began)
+        if not self._known:
+            message = "nobody became active"
+            raise BenchFailed(message)
+
+        async def verify(subject: Subject, identity_id: str) -> None:
+            await self._app.verify(self._varied(subject.probe), identity_id)
+
+        asked = list(islice(cycle(self._known), len(people)))
+        verifying = await timed([partial(verify, *pair) for pair in asked], concurrency)
+        threads = min(concurrency, os.cpu_count() or 1)
+        bare = await asyncio.to_thread(
+            bare_model, self._engine, [subject.probe for subject, _ in asked], threads=threads, max_pixels=max_pixels
+        )
+        transaction_ms = await asyncio.to_thread(journaled_transaction_ms, self._mongo_uri)
+        floor_ms = bare.milliseconds(0.5) * concurrency / threads + transaction_ms
+        return Figures(
+            enrol_per_s=round(enrolling.per_second, 2),
+            enrol_p50_ms=round(enrolling.milliseconds(0.5), 1),
+            enrol_p95_ms=round(enrolling.milliseconds(0.95), 1),
+            screened_per_s=round(screened, 2),
+            verify_p50_ms=round(verifying.milliseconds(0.5), 1),
+            verify_p95_ms=round(verifying.milliseconds(0.95), 1),
+            verify_per_s=round(verifying.per_second, 2),
+            bare_p50_ms=round(bare.milliseconds(0.5), 1),
+            bare_per_s=round(bare.per_second, 2),
+            transaction_p50_ms=round(transaction_ms, 1),
+            verify_ratio=round(verifying.milliseconds(0.5) / floor_ms, 2),
+            verify_rate_ratio=round(bare.per_second / verifying.per_second, 2),
+        )
+
+    async def warm_up(self, people: Sequence[Subject]) -> None:
+        """The first calls load what is loaded lazily; they count for nothing."""
+        for subject in islice(cycle(people), WARM_UP):
+            await self._officer.detect(self._varied(subject.photo))
+
+    async def _active(self, enrolled: Sequence[tuple[Subject, str]]) -> list[tuple[Subject, str]]:
+        """Those of the newly enrolled who became active, once all have their verdict."""
+        active = []
+        deadline = time.monotonic() + VERDICT_LIMIT_SECONDS
+        for subject, identity_id in enrolled:
+            while (identity := await self._officer.identity(identity_id)).status == "pending":
+                if time.monotonic() > deadline:
+                    message = f"{identity_id} had no verdict after {VERDICT_LIMIT_SECONDS:g} s"
+                    raise BenchFailed(message)
+                await asyncio.sleep(VERDICT_POLL_SECONDS)
+            if identity.status == "active":
+                active.append((subject, identity_id))
+        return active
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _varied(self, jpeg: bytes) -> bytes:
+        """The same pixels in other bytes: no call is a replay of another."""
+        return with_comment(jpeg, f"{os.getpid()}-{self._next()}".encode())
+
+
+async def timed(calls: Sequence[Callable[[], Awaitable[None]]], concurrency: int) -> Timing:
+    """Make all calls, so many at a time. The first that fails ends it."""
+    each: list[float] = []
+    waiting = iter(calls)
+
+    async def caller(todo: Iterator[Callable[[], Awaitable[None]]]) -> None:
+        for call in todo:
+            began = time.perf_counter()
+            await call()
+            each.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    callers = [asyncio.create_task(caller(waiting)) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*callers)
+    finally:
+        for task in callers:
+            task.cancel()
+    return Timing(each, time.perf_counter() - began)
+
+
+def bare_model(engine: FaceEngine, photos: Sequence[bytes], *, threads: int, max_pixels: int) -> Timing:
+    """Decode, detect, embed, and look for liveness where there are models for it: nothing else, in so many threads."""
+
+    def once(data: bytes) -> float:
+        began = time.perf_counter()
+        pixels = decode(data, max_pixels=max_pixels).pixels
+        face = choose_face(engine.detect(pixels), pixels.shape, second_face_share=0.25)
+        engine.embed(pixels, face)
+        engine.liveness(pixels, face)
+        return time.perf_counter() - began
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(once, photos[: threads * WARM_UP]))
+        began = time.perf_counter()
+        each = list(pool.map(once, photos))
+        return Timing(each, time.perf_counter() - began)
+
+
+def journaled_transaction_ms(uri: str) -> float:
+    """The median of a transaction of two inserts, acknowledged by a majority's journal; in milliseconds."""
+    each = []
+    with closing(pymongo.MongoClient[dict[str, object]](uri)) as client, client.start_session() as session:
+        database = client["idem_bench"]
+        database["one"].insert_one({})
+        database["two"].insert_one({})
+        for number in range(TRANSACTIONS):
+            began = time.perf_counter()
+            with session.start_transaction(ReadConcern("snapshot"), WriteConcern("majority", j=True)):
+                database["one"].insert_one({"number": number}, session=session)
+                database["two"].insert_one({"number": number}, session=session)
+            each.append(time.perf_counter() - began)
+        client.drop_database("idem_bench")
+    return statistics.median(each) * 1000
+
+
+def with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """A JPEG with a comment segment after its first marker: other bytes, the same picture.
+
+    Raises ValueError for what is no JPEG, or a comment over 65,533 bytes.
+    """
+    if jpeg[:2] != b"\xff\xd8":
+        message = "not a JPEG"
+        raise ValueError(message)
+    return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie; the nearest rank."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _subject(name: str, path: Path) -> Subject:
+    with Image.open(path) as opened:
+        photo = ImageOps.exif_transpose(opened).convert("RGB")
+    return Subject(name, _jpeg(photo), _jpeg(ImageEnhance.Brightness(photo).enhance(PROBE_LIGHT)))
+
+
+def _jpeg(photo: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    photo.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    return encoded.getvalue()

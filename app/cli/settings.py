@@ -1,0 +1,20 @@
+"""How the commands read the settings, and tell the operator what is wrong with them."""
+
+import typer
+from pydantic import ValidationError
+
+from app.config import Settings
+
+#: Exit status for what the operator has to set right first (sysexits.h calls it EX_CONFIG).
+UNUSABLE_CONFIGURATION = 78
+
+
+def read_settings() -> Settings:
+    """The settings of the environment and `.env`; ends the command with a message when they cannot be used."""
+    try:
+        return Settings()
+    except ValidationError as problem:
+        for error in problem.errors(include_url=False, include_input=False):
+            name = "_".join(str(part) for part in error["loc"]).upper()
+            typer.echo(f"{name}: {error['msg']}" if name else error["msg"].removeprefix("Value error, "), err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION) from None

@@ -1,0 +1,26 @@
+"""`--wait`: for servers that start together with the stores that they need."""
+
+from contextlib import closing
+from typing import Annotated
+
+import pymongo
+import typer
+from pymongo.errors import PyMongoError
+
+WaitOption = Annotated[
+    int, typer.Option("--wait", min=0, max=600, help="Wait up to this many seconds for MongoDB to take writes.")
+]
+
+
+def wait_for_mongo(uri: str, *, seconds: int) -> None:
+    """Return once the primary answers; 0 seconds: do not look. Ends the command when it does not come in time."""
+    if not seconds:
+        return
+    milliseconds = seconds * 1000
+    try:
+        # The driver itself looks again until the time is over; a ping goes to the primary.
+        with closing(pymongo.MongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=milliseconds)) as client:
+            client.admin.command("ping")
+    except PyMongoError as problem:
+        typer.echo(f"MongoDB did not come within {seconds} s: {type(problem).__name__}", err=True)
+        raise typer.Exit(1) from problem

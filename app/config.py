@@ -1,0 +1,150 @@
+"""Settings, from the environment or `.env`; nothing else in the product reads the environment."""
+
+import secrets
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: A key-encryption key is 32 bytes of entropy, in base64 or hex; anything shorter in text is a pass-phrase.
+KEK_MINIMUM_CHARACTERS = 43
+DISTINCT_CHARACTERS = 8
+WEAK_SECRETS = frozenset(
+    {"changeme", "change-me", "secret", "password", "admin", "minioadmin", "idem", "test", "default"}
+)
+
+
+class UnsafeProduction(ValueError):
+    """A setting that production must not start with."""
+
+
+def _is_weak(secret: str, *, minimum: int) -> bool:
+    lowered = secret.lower()
+    return (
+        len(secret) < minimum or len(set(secret)) < DISTINCT_CHARACTERS or any(word in lowered for word in WEAK_SECRETS)
+    )
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+LocalPath = Annotated[Path, AfterValidator(_expanded)]
+
+
+class Settings(BaseSettings):
+    """Every setting with its default; names are the environment's, in lower case."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True
+    )
+
+    environment: Literal["development", "production"] = "development"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # HTTP
+    api_host: str = "127.0.0.1"
+    api_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    public_url: str = ""  # issuer of tokens where it is not the address that callers use
+    docs_enabled: bool | None = None  # None: on in development, off in production
+    forwarded_allow_ips: str = "127.0.0.1"
+    shutdown_grace_seconds: Annotated[int, Field(ge=1, le=300)] = 8
+    metrics_enabled: bool = True
+
+    # MongoDB: the only truth
+    mongodb_uri: str = ""
+    mongodb_database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "idem"
+    mongodb_max_pool_size: Annotated[int, Field(ge=1, le=1000)] = 50
+    mongodb_min_pool_size: Annotated[int, Field(ge=0, le=1000)] = 10
+    mongodb_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 2.5
+
+    # Redis: hints for the worker; may be lost whole
+    redis_url: str = ""
+    queue_name: str = "idem:jobs"
+    queue_timeout_seconds: Annotated[float, Field(gt=0, le=5)] = 0.5
+    worker_max_jobs: Annotated[int, Field(ge=1, le=256)] = 8
+    sweep_interval_seconds: Annotated[int, Field(ge=1, le=60)] = 5
+
+    # Photos
+    photo_store: Literal["local", "minio"] = "local"
+    storage_path: LocalPath = Path(".data/photos")
+    minio_endpoint: str = ""
+    minio_access_key: str = ""
+    minio_secret_key: SecretStr = SecretStr("")
+    minio_bucket: str = "idem-photos"
+    minio_region: str = "us-east-1"
+    minio_secure: bool = True
+
+    # The index of vectors
+    vector_db_path: LocalPath = Path(".data/index")
+    index_purge_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
+
+    # Face model
+    model_dir: LocalPath = Path("~/.insightface/models")
+    face_model: str = "auto"
+    face_device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute_threads: Annotated[int, Field(ge=0, le=256)] = 0  # 0: as many as cores
+    compute_queue: Annotated[int, Field(ge=1, le=100_000)] = 256
+
+    # Limits on what comes in
+    max_photo_bytes: Annotated[int, Field(ge=1024, le=100 * 1024 * 1024)] = 10 * 1024 * 1024
+    max_photo_pixels: Annotated[int, Field(ge=4096, le=200_000_000)] = 25_000_000
+    max_json_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024
+    max_samples: Annotated[int, Field(ge=1, le=100)] = 20
+
+    # Trust
+    key_encryption_key: SecretStr = SecretStr("")
+    key_encryption_key_file: LocalPath | None = None
+    access_token_expire_minutes: Annotated[int, Field(ge=1, le=1440)] = 30
+    refresh_token_sliding_hours: Annotated[int, Field(ge=1, le=720)] = 8
+    refresh_token_absolute_hours: Annotated[int, Field(ge=1, le=8760)] = 24
+    attempts_before_wait: Annotated[int, Field(ge=1, le=50)] = 5
+    attempts_wait_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
+    attempts_before_reset: Annotated[int, Field(ge=2, le=1000)] = 50
+    replay_window_hours: Annotated[int, Field(ge=1, le=168)] = 24
+    idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24
+
+    @cached_property
+    def is_production(self) -> bool:
+        """Whether unsafe defaults are refused."""
+        return self.environment == "production"
+
+    @cached_property
+    def shows_docs(self) -> bool:
+        """Whether /docs, /redoc and /openapi.json are served."""
+        return not self.is_production if self.docs_enabled is None else self.docs_enabled
+
+    def key_encryption_secret(self) -> str:
+        """The key-encryption key's text, from its file where one is named. Raises OSError when that cannot be read."""
+        if self.key_encryption_key_file is not None:
+            return self.key_encryption_key_file.read_text(encoding="utf-8").strip()
+        return self.key_encryption_key.get_secret_value()
+
+    @model_validator(mode="after")
+    def _production_is_safe(self) -> Self:
+        if not self.is_production:
+            return self
+        faults = []
+        if not self.mongodb_uri:
+            faults.append("MONGODB_URI is missing: an embedded MongoDB is for development only")
+        if not self.redis_url:
+            faults.append("REDIS_URL is missing: an embedded Redis is for development only")
+        if _is_weak(self.key_encryption_secret(), minimum=KEK_MINIMUM_CHARACTERS):
+            faults.append(
+                "KEY_ENCRYPTION_KEY (or _FILE) is missing or weak: give 32 random bytes in base64 (openssl rand -base64 32)"
+            )
+        if self.photo_store == "minio" and _is_weak(self.minio_secret_key.get_secret_value(), minimum=16):
+            faults.append("MINIO_SECRET_KEY is missing or weak")
+        if self.face_model == "auto":
+            faults.append("FACE_MODEL=auto is for development only: name the pack")
+        if faults:
+            raise UnsafeProduction("; ".join(faults))
+        return self
+
+
+def random_secret() -> str:
+    """32 random bytes as URL-safe text: a key-encryption key, a development password."""
+    return secrets.token_urlsafe(32)

@@ -1,0 +1,151 @@
+"""Callers as they are stored: users with their logins, client applications, and the keys that sign tokens."""
+
+from datetime import datetime
+from typing import ClassVar
+
+from beanie import Document
+from pydantic import Field
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+from app.documents.base import Stored, now
+from app.domain.callers import Role
+
+
+class User(Stored):
+    """A person who logs in.
+
+    username_key: the name as it is compared (NFKC, case folded), unique. access_version: access tokens of another one
+    are refused, refreshing brings a new one; rises with the roles. session_version: whole logins of another one are
+    refused; rises when the password changes or the user is disabled.
+    """
+
+    username: str
+    username_key: str
+    password_hash: str
+    roles: list[Role]
+    galleries: list[str] | None = None
+    disabled: bool = False
+    access_version: int = 1
+    session_version: int = 1
+    #: Written by whoever relies on this document staying as it is, so that a change of it conflicts.
+    touch: int = 0
+    created_at: datetime = Field(default_factory=now)
+    updated_at: datetime = Field(default_factory=now)
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "users"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("username_key", ASCENDING)], unique=True, name="username"),
+            IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
+        ]
+
+
+class Client(Stored):
+    """An application that calls on its own behalf; its id is its OAuth `client_id`.
+
+    secret_hash: keyed hash of 256 random bits, which need no slow hashing. audiences: whom its assertions may
+    address. access_version: as a user's; rises with the roles and with the secret.
+    """
+
+    name: str
+    secret_hash: bytes
+    roles: list[Role]
+    galleries: list[str] | None = None
+    audiences: list[str] = Field(default_factory=list)
+    access_version: int = 1
+    created_at: datetime = Field(default_factory=now)
+    updated_at: datetime = Field(default_factory=now)
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "clients"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
+        ]
+
+
+class Login(Stored):
+    """One login of a person: the family of its refresh tokens, and of the access tokens that came with them.
+
+    Its id is the `sid` of those access tokens. session_version: the user's at the time. ends_at: nothing is refreshed
+    after it. A missing login is a revoked one, so it is kept for as long as its last access token may live.
+    """
+
+    user_id: str
+    session_version: int
+    created_at: datetime
+    ends_at: datetime
+    purge_at: datetime
+    revoked_at: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "logins"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("purge_at", ASCENDING)], expireAfterSeconds=0, name="purge"),
+            IndexModel([("user_id", ASCENDING)], name="user"),
+        ]
+
+
+class RefreshToken(Document):
+    """One refresh token of a login, known by its SHA-256 only; good for one use before `expires_at`.
+
+    A used one stays until its login is purged: presented again, it tells that somebody holds a copy.
+    """
+
+    id: bytes  # type: ignore[assignment] # Beanie types it for ObjectId
+    login_id: str
+    expires_at: datetime
+    purge_at: datetime
+    used_at: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "refresh_tokens"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("purge_at", ASCENDING)], expireAfterSeconds=0, name="purge"),
+            IndexModel([("login_id", ASCENDING)], name="login"),
+        ]
+
+
+class RevokedToken(Stored):
+    """The `jti` of a client's access token that was revoked before it expired."""
+
+    purge_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "revoked_tokens"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("purge_at", ASCENDING)], expireAfterSeconds=0, name="purge"),
+        ]
+
+
+class SigningKey(Stored):
+    """An Ed25519 key that signs access tokens and assertions; its id is the `kid`, its RFC 7638 thumbprint.
+
+    generation: 1 for the first, unique, so that processes which start together agree on one; the highest signs, all
+    verify. sealed_private: the 32 private bytes, sealed under the key-encryption key.
+    """
+
+    generation: int
+    public: bytes
+    sealed_private: bytes
+    created_at: datetime = Field(default_factory=now)
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "signing_keys"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("generation", ASCENDING)], unique=True, name="generation"),
+        ]
+
+
+ACCOUNT_DOCUMENTS: tuple[type[Document], ...] = (User, Client, Login, RefreshToken, RevokedToken, SigningKey)

@@ -1,0 +1,39 @@
+"""What all stored things share: time-ordered ids, UTC times in milliseconds, frozen embedded values."""
+
+from datetime import UTC, datetime
+from typing import ClassVar
+
+import uuid_utils.compat as uuids
+from beanie import Document
+from pydantic import BaseModel, ConfigDict, Field
+from pymongo import IndexModel
+
+
+def new_id() -> str:
+    """A UUIDv7 as text: unique everywhere, and ordered by the time of its making."""
+    return str(uuids.uuid7())
+
+
+def now() -> datetime:
+    """The present in UTC, cut to the milliseconds that MongoDB keeps."""
+    moment = datetime.now(UTC)
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+class Value(BaseModel):
+    """A frozen value embedded in a document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64")
+
+
+class Stored(Document):
+    """A document with an id of ours. Changed by `$set` of its own fields, never by saving the whole."""
+
+    # Beanie types `id` for ObjectId; ours are UUIDv7 text.
+    id: str = Field(default_factory=new_id)  # type: ignore[assignment]
+
+    class Settings:
+        """Beanie's hook; each document names its collection and indexes."""
+
+        keep_nulls = True
+        indexes: ClassVar[list[IndexModel]] = []

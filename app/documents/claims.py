@@ -1,0 +1,109 @@
+"""What may happen once only: requests with an idempotency key, and selfies presented for an identity."""
+
+from datetime import datetime, timedelta
+from typing import ClassVar, Literal, Self
+
+from pymongo import IndexModel
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import DuplicateKeyError
+
+from app.documents.base import Stored, new_id, now
+
+#: A claim whose process died is taken over after this time; longer than any request lives (`?wait=30` and its work).
+CLAIM_LEASE = timedelta(seconds=60)
+
+
+class IdempotencyClaim(Stored):
+    """One idempotency key of one caller: first held while the request runs, then pointing at the action's event.
+
+    It holds a reference, not the answer: `event_id` names the audit event, whose subject is what was made.
+    """
+
+    fingerprint: bytes
+    owner: str
+    state: Literal["running", "done"]
+    event_id: str | None = None
+    status_code: int | None = None
+    score: float | None = None
+    lease_until: datetime
+    expires_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "idempotency_claims"
+        indexes: ClassVar[list[IndexModel]] = [IndexModel("expires_at", expireAfterSeconds=0)]
+
+    @classmethod
+    async def begin(cls, key: str, fingerprint: bytes, keep: timedelta) -> tuple[Self, bool]:
+        """Claim a key. Returns the claim that stands, and whether it is ours to carry out."""
+        moment = now()
+        ours = cls(
+            id=key,
+            fingerprint=fingerprint,
+            owner=new_id(),
+            state="running",
+            lease_until=moment + CLAIM_LEASE,
+            expires_at=moment + keep,
+        )
+        try:
+            await ours.insert()
+        except DuplicateKeyError:
+            fields = ours.model_dump(exclude={"id", "revision_id"})
+            dead = {
+                "_id": key,
+                "$or": [
+                    {"state": "running", "lease_until": {"$lt": moment}},
+                    {"expires_at": {"$lt": moment}},
+                ],
+            }
+            taken = await cls.get_pymongo_collection().update_one(dead, {"$set": fields})
+            if taken.matched_count:
+                return ours, True
+            standing = await cls.get(key)
+            return (standing, False) if standing is not None else await cls.begin(key, fingerprint, keep)
+        return ours, True
+
+    async def settle(self, session: AsyncClientSession, event_id: str, status_code: int, score: float | None) -> bool:
+        """Point at the action's event, in its transaction; False when the claim was lost to another request."""
+        done = {"state": "done", "event_id": event_id, "status_code": status_code, "score": score}
+        result = await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "owner": self.owner, "state": "running"}, {"$set": done}, session=session
+        )
+        return bool(result.matched_count)
+
+    async def abandon(self) -> None:
+        """Give the key back: the request was refused, and refusals are not kept."""
+        mine = {"_id": self.id, "owner": self.owner, "state": "running"}
+        await self.get_pymongo_collection().delete_one(mine)
+
+
+class Once(Stored):
+    """Something that counts once within a time: a selfie presented for an identity, a stranger's refusals in a minute.
+
+    The id is a keyed hash of what it stands for.
+    """
+
+    expires_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "once"
+        indexes: ClassVar[list[IndexModel]] = [IndexModel("expires_at", expireAfterSeconds=0)]
+
+    @classmethod
+    async def is_first(cls, id_: str, keep: timedelta, session: AsyncClientSession | None = None) -> bool:
+        """Whether it had not been seen within the time; from now on it has.
+
+        In a transaction, False also means that the transaction is over: the caller raises.
+        """
+        moment = now()
+        # MongoDB's expiry runs once a minute, so what has expired may still be there, and counts as unseen.
+        expired = {"_id": id_, "expires_at": {"$lte": moment}}
+        fresh = {"$set": {"expires_at": moment + keep}}
+        try:
+            await cls.get_pymongo_collection().update_one(expired, fresh, upsert=True, session=session)
+        except DuplicateKeyError:
+            return False
+        return True

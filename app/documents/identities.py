@@ -1,0 +1,187 @@
+"""An identity: someone known in a gallery, with the samples and screenings that belong to them."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+from pymongo import IndexModel
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from app.documents.base import Stored, Value, now
+from app.domain.policy import Status, Verdict
+from app.domain.quality import QualityReport
+
+
+class Liveness(Value):
+    """What the passive models said of a photo."""
+
+    score: float
+    passed: bool
+
+
+class Sample(Value):
+    """One photo with its face. template: the sealed embedding; photo_digest: keyed hash of the bytes as they came."""
+
+    id: str
+    seq: int
+    status: Literal["pending", "active"]
+    template: bytes
+    contract: str
+    quality: QualityReport
+    liveness: Liveness | None
+    photo_key: str
+    photo_digest: bytes
+    created_at: datetime
+
+
+class Candidate(Value):
+    """Somebody who looks alike: best score over samples, rank from 1."""
+
+    identity_id: str
+    score: float
+    rank: int
+
+
+class Screening(Value):
+    """One search of one or more samples among all others: the job that the caller can follow."""
+
+    job_id: str
+    sample_ids: list[str]
+    state: Literal["queued", "running", "done", "failed"] = "queued"
+    verdict: Verdict | None = None
+    case_id: str | None = None
+    candidates: list[Candidate] = Field(default_factory=list)
+    as_of_seq: int | None = None
+    tries: int = 0
+    due_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class Attempts(Value):
+    """Consecutive non-matches on the identity."""
+
+    consecutive: int = 0
+    last_failure: datetime | None = None
+
+
+class Identity(Stored):
+    """Someone known in a gallery.
+
+    attributes: sealed JSON of external_ref, full_name, date_of_birth, metadata. wrapped_key: the data key; without it
+    nothing of the person opens any more. touch: raised by transactions that rely on this identity's standing, so that they
+    conflict with those that change it. outbox_at: when a queued screening is overdue and must be queued again.
+    """
+
+    gallery_id: str
+    status: Status
+    enrol_seq: int
+    samples: list[Sample]
+    screenings: list[Screening]
+    attributes: bytes | None
+    external_ref_hash: bytes | None
+    wrapped_key: bytes | None
+    attempts: Attempts = Attempts()
+    outbox_at: datetime | None
+    touch: int = 0
+    version: int = 1
+    created_at: datetime
+    created_by: str
+    updated_at: datetime
+    erased_at: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "identities"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel(
+                [("gallery_id", 1), ("external_ref_hash", 1)],
+                unique=True,
+                partialFilterExpression={"external_ref_hash": {"$type": "binData"}},
+            ),
+            IndexModel([("gallery_id", 1), ("created_at", -1), ("_id", -1)]),
+            IndexModel([("gallery_id", 1), ("status", 1), ("created_at", -1), ("_id", -1)]),
+            IndexModel([("created_at", -1), ("_id", -1)]),
+            IndexModel("screenings.job_id"),
+            IndexModel("outbox_at", partialFilterExpression={"outbox_at": {"$type": "date"}}),
+        ]
+
+    @property
+    def active_samples(self) -> list[Sample]:
+        """The samples that serve as references."""
+        return [sample for sample in self.samples if sample.status == "active"]
+
+    def screening(self, job_id: str) -> Screening | None:
+        """The screening that this job carries out."""
+        return next((s for s in self.screenings if s.job_id == job_id), None)
+
+    def with_screening(self, changed: Screening) -> list[Screening]:
+        """The screenings with one of them replaced."""
+        return [changed if s.job_id == changed.job_id else s for s in self.screenings]
+
+    @classmethod
+    async def living(cls, identity_id: str, session: AsyncClientSession | None = None) -> Self | None:
+        """The identity, unless it is unknown or erased."""
+        return await cls.find_one({"_id": identity_id, "status": {"$ne": "erased"}}, session=session)
+
+    @classmethod
+    async def by_external_ref(cls, gallery_id: str, ref_hash: bytes) -> Self | None:
+        """The identity that holds a reference in its gallery."""
+        return await cls.find_one({"gallery_id": gallery_id, "external_ref_hash": ref_hash})
+
+    @classmethod
+    async def by_job(cls, job_id: str) -> Self | None:
+        """The identity that a screening job is about."""
+        return await cls.find_one({"screenings.job_id": job_id, "status": {"$ne": "erased"}})
+
+    @classmethod
+    async def living_among(cls, ids: Sequence[str], session: AsyncClientSession | None = None) -> dict[str, Self]:
+        """Those of the ids that are not erased, by id."""
+        found = cls.find({"_id": {"$in": list(ids)}, "status": {"$ne": "erased"}}, session=session)
+        return {identity.id: identity for identity in await found.to_list()}
+
+    @classmethod
+    async def statuses(cls, ids: Sequence[str], session: AsyncClientSession | None = None) -> dict[str, Status]:
+        """How each of the ids stands, erased ones too; unknown ones are absent."""
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"status": 1}, session=session)
+        return {row["_id"]: row["status"] async for row in rows}
+
+    @classmethod
+    async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
+        """Identities whose queued screening should have run by now."""
+        return await cls.find({"outbox_at": {"$lte": moment}}).sort("outbox_at").limit(limit).to_list()
+
+    @classmethod
+    async def touch_living(cls, ids: Sequence[str], session: AsyncClientSession) -> bool:
+        """Write to each of the ids, so that a transaction that erases or activates one conflicts; False if one is erased."""
+        if not ids:
+            return True
+        result = await cls.get_pymongo_collection().update_many(
+            {"_id": {"$in": list(ids)}, "status": {"$ne": "erased"}}, {"$inc": {"touch": 1}}, session=session
+        )
+        return bool(result.matched_count == len(set(ids)))
+
+    async def change(self, session: AsyncClientSession, fields: dict[str, Any]) -> bool:
+        """`$set` the fields and raise the version, if it still is what it was when this was read.
+
+        Values are frozen models or plain BSON values. False when somebody else was first.
+        """
+        result = await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "version": self.version},
+            {"$set": {**_plain(fields), "updated_at": now()}, "$inc": {"version": 1}},
+            session=session,
+        )
+        return bool(result.matched_count)
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Frozen models as the documents that MongoDB stores."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Value | QualityReport):
+            return value.model_dump()
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in fields.items()}

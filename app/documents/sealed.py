@@ -1,0 +1,68 @@
+"""A person's sealed data: templates, photos and attributes, each bound to its place so that it opens nowhere else."""
+
+import numpy as np
+
+from app.documents.galleries import Gallery
+from app.documents.identities import Identity, Sample
+from app.domain.attributes import Attributes
+from app.domain.faces import Embedding
+from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
+
+
+def gallery_key(keys: KeyRing, gallery: Gallery) -> GalleryKey:
+    """The gallery's key. Raises SealBroken."""
+    return keys.gallery_key(gallery.id, gallery.wrapped_key)
+
+
+def data_key(keys: KeyRing, gallery: Gallery, identity: Identity) -> DataKey:
+    """The identity's data key. Raises SealBroken, also when it was destroyed."""
+    if identity.wrapped_key is None:
+        message = "the data key was destroyed"
+        raise SealBroken(message)
+    return gallery_key(keys, gallery).unwrap(identity.wrapped_key, identity.id)
+
+
+def _bound(kind: str, gallery_id: str, identity_id: str, part: str) -> bytes:
+    return f"idem/1|{kind}|{gallery_id}|{identity_id}|{part}".encode()
+
+
+def seal_template(
+    key: DataKey, embedding: Embedding, gallery_id: str, identity_id: str, sample_id: str, contract: str
+) -> bytes:
+    """An embedding (d,) as it is stored."""
+    return key.seal(
+        embedding.astype("<f4").tobytes(), _bound("template", gallery_id, identity_id, f"{sample_id}|{contract}")
+    )
+
+
+def open_template(key: DataKey, gallery_id: str, identity_id: str, sample: Sample) -> Embedding:
+    """A sample's embedding (d,). Raises SealBroken."""
+    bound = _bound("template", gallery_id, identity_id, f"{sample.id}|{sample.contract}")
+    return np.frombuffer(key.open(sample.template, bound), dtype="<f4")
+
+
+def open_references(key: DataKey, identity: Identity) -> Embedding:
+    """The active samples' embeddings (n, d). Raises SealBroken."""
+    return np.array(
+        [open_template(key, identity.gallery_id, identity.id, s) for s in identity.active_samples], np.float32
+    )
+
+
+def seal_photo(key: DataKey, data: bytes, gallery_id: str, identity_id: str, sample_id: str) -> bytes:
+    """A photo's bytes as the photo store holds them."""
+    return key.seal(data, _bound("photo", gallery_id, identity_id, sample_id))
+
+
+def open_photo(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str, sample_id: str) -> bytes:
+    """A stored photo's bytes. Raises SealBroken when they are another's or changed."""
+    return key.open(sealed, _bound("photo", gallery_id, identity_id, sample_id))
+
+
+def seal_attributes(key: DataKey, attributes: Attributes, gallery_id: str, identity_id: str) -> bytes:
+    """The attributes as they are stored."""
+    return key.seal(attributes.model_dump_json().encode(), _bound("attributes", gallery_id, identity_id, ""))
+
+
+def open_attributes(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str) -> Attributes:
+    """The attributes. Raises SealBroken."""
+    return Attributes.model_validate_json(key.open(sealed, _bound("attributes", gallery_id, identity_id, "")))

@@ -1,0 +1,86 @@
+"""What a gallery knows of a person besides the face; kept sealed."""
+
+import json
+import unicodedata
+from datetime import date
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from typing_extensions import TypeAliasType
+
+METADATA_BYTES, METADATA_KEYS, METADATA_DEPTH = 4096, 32, 3
+#: General categories that have no place in a name or a reference: controls, formats, surrogates, private use, unassigned.
+UNCLEAN = ("Cc", "Cf", "Cs", "Co", "Cn")
+#: Zero-width joiner and non-joiner are formats that Persian and Indic names are spelt with.
+JOINERS = "\u200c\u200d"
+
+Json = TypeAliasType("Json", "str | int | float | bool | list[Json] | dict[str, Json] | None")
+
+
+def _clean(text: str) -> str:
+    text = unicodedata.normalize("NFC", text).strip()
+    if not text:
+        message = "must not be empty"
+        raise ValueError(message)
+    if any(unicodedata.category(character) in UNCLEAN and character not in JOINERS for character in text):
+        message = "holds characters that do not belong into text"
+        raise ValueError(message)
+    return text
+
+
+#: Text without control, format or broken characters, in NFC, trimmed, not empty.
+CleanText = Annotated[str, AfterValidator(_clean)]
+
+
+def _depth(value: Json) -> int:
+    if isinstance(value, dict):
+        return 1 + max((_depth(item) for item in value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max((_depth(item) for item in value), default=0)
+    return 0
+
+
+def _keys(value: Json) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(key for item in value.values() for key in _keys(item))]
+    return [key for item in value for key in _keys(item)] if isinstance(value, list) else []
+
+
+def _small(metadata: dict[str, Json]) -> dict[str, Json]:
+    try:
+        size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, UnicodeEncodeError, RecursionError) as error:
+        message = "holds numbers or text that JSON cannot"
+        raise ValueError(message) from error
+    keys = _keys(metadata)
+    faults = {
+        f"is larger than {METADATA_BYTES} bytes": size > METADATA_BYTES,
+        f"has more than {METADATA_KEYS} keys": len(keys) > METADATA_KEYS,
+        f"is nested deeper than {METADATA_DEPTH}": _depth(metadata) > METADATA_DEPTH,
+        "has a key that begins with $ or holds a dot": any(key.startswith("$") or "." in key for key in keys),
+    }
+    for message, is_so in faults.items():
+        if is_so:
+            raise ValueError(message)
+    return metadata
+
+
+Metadata = Annotated[dict[str, Json], AfterValidator(_small)]
+ExternalRef = Annotated[CleanText, StringConstraints(min_length=1, max_length=128)]
+FullName = Annotated[CleanText, StringConstraints(min_length=1, max_length=256)]
+
+
+class Attributes(BaseModel):
+    """The attributes of one identity, as an officer gave them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    external_ref: ExternalRef | None = None
+    full_name: FullName | None = None
+    date_of_birth: date | None = None
+    metadata: Metadata = {}
+
+
+def canonical_ref(external_ref: str) -> str:
+    """How a reference is looked up: NFKC and case folded, so that two spellings of one are one."""
+    return unicodedata.normalize("NFKC", external_ref).casefold()

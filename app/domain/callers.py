@@ -1,0 +1,57 @@
+"""Who calls, and what they may do and see."""
+
+import unicodedata
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+CallerKind = Literal["user", "client"]
+
+
+class Role(StrEnum):
+    """What a caller may do; one or more per caller. An admin is not an officer unless given that role too."""
+
+    ADMIN = "admin"
+    OFFICER = "officer"
+    RELYING_APP = "relying_app"
+    AUDITOR = "auditor"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated caller, as the database knew them at most half a second ago.
+
+    galleries: names; None means all, () none. token_id: the access token's `jti`; session_id: the login that a
+    person's token belongs to, None for clients. audiences: what a client may ask an assertion to be made for, its
+    own id first; () for people.
+    """
+
+    id: str
+    kind: CallerKind
+    name: str
+    roles: frozenset[Role]
+    galleries: tuple[str, ...] | None
+    token_id: str
+    session_id: str | None = None
+    audiences: tuple[str, ...] = ()
+
+    def has(self, *roles: Role) -> bool:
+        """Whether the caller has one of these very roles; no role contains another."""
+        return not self.roles.isdisjoint(roles)
+
+    def may_see(self, gallery_name: str) -> bool:
+        """Whether the gallery of this name is among theirs."""
+        return self.galleries is None or gallery_name in self.galleries
+
+
+def shown_score(caller: Caller | None, score: float) -> float:
+    """What the caller may see of a score: officers all of it, relying apps two decimals.
+
+    A fine score would guide somebody who changes a photo step by step until it matches.
+    """
+    return score if caller is not None and caller.has(Role.OFFICER) else round(score, 2)
+
+
+def username_key(username: str) -> str:
+    """A username as it is compared: compatibility forms and letter case do not tell two people apart."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())

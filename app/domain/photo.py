@@ -1,0 +1,359 @@
+"""A photo: from untrusted bytes to upright pixels, and to the one face that is meant.
+
+The header is read before anything is decoded, by content and never by name or declared type, and by exactly the one
+decoder of its type. Metadata, colour profiles and appended bytes end here: only pixels go on.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from app.domain.alignment import similarity_to_template
+from app.domain.faces import Face, Pixels
+from app.errors import (
+    Advice,
+    AnimatedImage,
+    FaceCropped,
+    FaceTooSmall,
+    MultipleFaces,
+    NoFace,
+    Problem,
+    TooManyPixels,
+    UndecodableImage,
+    UnsupportedMediaType,
+    Validation,
+)
+
+Format = Literal["jpeg", "png", "webp"]
+
+#: A photo is halved as long as its long side keeps this many pixels: a face at the detector's limit, a fortieth of the long
+#: side, still has the 40 pixels that recognition needs, and a phone's 12 megapixels become 3 before they are all decoded.
+WORKING_LONG_SIDE = 1600
+_REDUCTIONS = (8, 4, 2)
+
+#: No face of MINIMUM_FACE_SIDE fits into less; beyond the longest side no camera that people hold goes below 25 megapixels.
+SHORTEST_SIDE, LONGEST_SIDE = 40, 8000
+GREATEST_ASPECT = 4.0
+
+#: Scans of a progressive JPEG, times megapixels: cameras write about ten. Each scan walks over every block, so a small
+#: file with thousands of them would hold a core for minutes.
+MOST_SCANS, MOST_SCANNED_PIXELS = 100, 500_000_000
+
+#: Shorter side of a face's box. At 40 pixels the second photos of 123 people match as at full size; at 24 one in eleven falls
+#: under the threshold of de-duplication, at 16 four in ten (docs/models.md).
+MINIMUM_FACE_SIDE = 40.0
+#: Share of the face, eyebrows to chin, that must lie inside the photo. The tightest crop among 431 portraits shows 98%, two
+#: photos with a third of the face cut off 76 and 82%. Measured on the landmarks: detectors draw boxes around what they see.
+MINIMUM_VISIBLE_SHARE = 0.9
+#: Eyebrows to chin and cheek to cheek on the aligned crop: left, right, top, bottom.
+_FACE_ON_CROP = (20.0, 92.0, 30.0, 108.0)
+_GRID = 24
+#: Faces at least this large beside the largest one compete with it: the most central is meant.
+_AS_LARGE = 0.8
+
+STORED_JPEG_QUALITY = 95
+
+_ACCEPTED = "Send a JPEG, PNG or WebP photo."
+#: What Pillow raises on bytes that do not hold what their header says. Its words are not passed on: they may quote the photo.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, 3),
+    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels, 1),
+}
+_ON_SIDE = (5, 6, 7, 8)
+_ORIENTATION_TAG, _MOST_EXIF_ENTRIES = 0x0112, 512
+_APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """A decoded photo.
+
+    pixels: RGB, upright, halved `reduction` = 1, 2, 4 or 8 times smaller than the photo. width, height: of the upright
+    photo as it was sent. Faces are found in `pixels`; `in_photo` tells where they lie on the photo itself.
+    """
+
+    pixels: Pixels
+    format: Format
+    width: int
+    height: int
+    reduction: int
+
+    def in_photo(self, face: Face) -> Face:
+        """The face in pixels of the upright photo as it was sent."""
+        factor = float(self.reduction)
+        x, y, width, height = face.box
+        box = (x * factor, y * factor, width * factor, height * factor)
+        return Face(box, (face.landmarks * np.float32(factor)).astype(np.float32), face.detection_score)
+
+
+def decode(data: bytes, *, max_pixels: int) -> Photo:
+    """The photo in these bytes, upright, as RGB.
+
+    Colour profiles are ignored (their parsers are a risk, recognition does not notice); 16 bits become 8, transparent
+    pixels white, CMYK, grey and palettes RGB. Raises Validation (empty), UnsupportedMediaType (not JPEG, PNG or WebP by
+    content), AnimatedImage, TooManyPixels (from the header), FaceTooSmall (no face fits), UndecodableImage.
+    """
+    if not data:
+        raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
+    kind = _sniff(data)
+    if kind == "webp":
+        # Before Pillow's reader, which sets aside two canvases of the claimed size to look at the first frame.
+        _check_size(*_webp_size(data), max_pixels)
+    plain, orientation = _without_metadata(data) if kind == "jpeg" else (data, 1)
+    try:
+        image = _reader(kind)(io.BytesIO(plain))
+    except _DECODING_ERRORS:
+        raise _damaged() from None
+    with image:
+        _check_size(*image.size, max_pixels)
+        if kind == "jpeg":
+            _check_scans(plain, image.size)
+        elif getattr(image, "is_animated", False):
+            raise _animated()
+        return _decoded(image, kind, orientation)
+
+
+def encode(pixels: Pixels) -> bytes:
+    """The pixels as a JPEG without any metadata: what is stored is ours, not the sender's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=STORED_JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def choose_face(faces: Sequence[Face], shape: tuple[int, ...], second_face_share: float) -> Face:
+    """The one face that is meant: the largest, and among equally large ones the most central.
+
+    shape: height and width of the pixels that the faces were found in. Raises NoFace; MultipleFaces when the second face
+    has at least `second_face_share` of the largest one's area (only what lies inside the photo counts); FaceTooSmall;
+    FaceCropped when the photo's border cuts it.
+    """
+    visible = sorted(((_visible_area(face, shape), face) for face in faces), key=lambda pair: pair[0], reverse=True)
+    visible = [(area, face) for area, face in visible if area > 0]
+    if not visible:
+        raise _refusal(NoFace, "no-face", "No face was found.", "Face the camera, with your whole face in the picture.")
+    largest = visible[0][0]
+    if len(visible) > 1 and visible[1][0] >= second_face_share * largest:
+        share = visible[1][0] / largest
+        detail = f"{len(visible)} faces were found; the second has {share:.0%} of the largest one's area."
+        raise _refusal(MultipleFaces, "multiple-faces", detail, "Take the photo alone, with nobody behind you.")
+    contenders = [face for area, face in visible if area >= _AS_LARGE * largest]
+    face = min(contenders, key=lambda candidate: _from_centre(candidate, shape))
+    side = min(face.box[2:])
+    if side < MINIMUM_FACE_SIDE:
+        detail = f"The face is {side:.0f} pixels wide; {MINIMUM_FACE_SIDE:.0f} are needed."
+        raise _refusal(FaceTooSmall, "face-too-small", detail, "Come closer to the camera, or send a larger photo.")
+    share = _visible_share(face, shape)
+    if share < MINIMUM_VISIBLE_SHARE:
+        detail = f"Only {share:.0%} of the face lies inside the photo."
+        raise _refusal(FaceCropped, "face-cropped", detail, "Move back until your whole face is in the picture.")
+    return face
+
+
+def _sniff(data: bytes) -> Format:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    found = "It is a HEIC or AVIF file." if data[4:8] == b"ftyp" else "It is something else."
+    advice = "Set the camera to its most compatible format, JPEG." if data[4:8] == b"ftyp" else _ACCEPTED
+    raise _refusal(UnsupportedMediaType, "unsupported-media-type", f"Accepted are JPEG, PNG and WebP. {found}", advice)
+
+
+def _reader(kind: Format) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+    """The one decoder of this type; `Image.open` would try others, and count pixels by a rule of its own."""
+    return {"jpeg": JpegImageFile, "png": PngImageFile, "webp": WebPImageFile}[kind]
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from a WebP header (RFC 9649). Raises AnimatedImage or UndecodableImage."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:  # noqa: PLR2004 - the longest of the three headers
+        raise _damaged()
+    if chunk == b"VP8X":
+        if body[0] & 0x02:
+            raise _animated()
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8L" and body[0] == 0x2F:  # noqa: PLR2004 - its signature
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise _damaged()
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels or max(width, height) > LONGEST_SIDE:
+        limits = f"{max_pixels / 1e6:g} megapixels and {LONGEST_SIDE} pixels a side are accepted"
+        detail = f"The photo has {width} x {height} pixels; {limits}."
+        raise _refusal(
+            TooManyPixels, "too-many-pixels", detail, "Choose a smaller picture size in the camera's settings."
+        )
+    if min(width, height) < SHORTEST_SIDE:
+        detail = f"The photo has {width} x {height} pixels; at least {SHORTEST_SIDE} a side are needed."
+        raise _refusal(FaceTooSmall, "face-too-small", detail, "Send a larger photo.")
+    if max(width, height) > GREATEST_ASPECT * min(width, height):
+        detail = f"The photo's sides, {width} x {height}, are too unequal; {GREATEST_ASPECT:g} to 1 is accepted."
+        raise _refusal(
+            UndecodableImage, "undecodable-image", detail, "Send an ordinary portrait photo, not a panorama."
+        )
+
+
+def _check_scans(data: bytes, size: tuple[int, int]) -> None:
+    # In coded data 0xFF is always followed by 0x00 or a restart marker, so this counts scans.
+    scans = data.count(b"\xff\xda")
+    if scans > MOST_SCANS or scans * size[0] * size[1] > max(MOST_SCANNED_PIXELS, 2 * size[0] * size[1]):
+        detail = f"The photo is coded in {scans} passes."
+        raise _refusal(
+            UndecodableImage, "undecodable-image", detail, "Take a new photo, and send it as the camera saved it."
+        )
+
+
+def _decoded(image: ImageFile.ImageFile, kind: Format, orientation: int) -> Photo:
+    width, height = image.size
+    reduction = next((k for k in _REDUCTIONS if max(width, height) >= k * WORKING_LONG_SIDE), 1)
+    try:
+        if kind == "jpeg":
+            # Asks the decoder for the smaller picture: a quarter of the time and memory.
+            image.draft(None, (width // reduction, height // reduction))
+        image.load()
+        plain = _rgb(image, reduction // max(1, round(width / image.size[0])))
+    except _DECODING_ERRORS:
+        raise _damaged() from None
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes):
+        orientation = _orientation(exif)
+    upright = _UPRIGHT.get(orientation)
+    on_side = orientation in _ON_SIDE
+    return Photo(
+        pixels=plain if upright is None else np.ascontiguousarray(upright(plain)),
+        format=kind,
+        width=height if on_side else width,
+        height=width if on_side else height,
+        reduction=reduction,
+    )
+
+
+def _rgb(image: Image.Image, reduction: int) -> Pixels:
+    if image.mode.startswith("I"):
+        # 16 bits of grey: Pillow's own conversion cuts everything above 255 to white.
+        grey = np.asarray(image)
+        shallow = (grey >> 8).clip(0, 255).astype(np.uint8) if grey.dtype.itemsize > 1 else grey.astype(np.uint8)
+        image = Image.fromarray(shallow)
+    if image.has_transparency_data:
+        # Not where it is so already: a copy of 25 megapixels is 100 MB.
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        if reduction > 1:
+            image = image.reduce(reduction)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+        reduction = 1
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if reduction > 1:
+        image = image.reduce(reduction)
+    return np.array(image, dtype=np.uint8)
+
+
+def _without_metadata(data: bytes) -> tuple[bytes, int]:
+    """A JPEG without its application segments and comments, and the EXIF orientation that stood there.
+
+    Pillow reads EXIF as soon as it opens a file; here no maker note, profile or preview gets as far. What decides the
+    colours stays: APP0 (JFIF) and APP14 (Adobe). A file whose segments run past its end is cut there, and so refused.
+    """
+    kept, orientation, position = [data[:2]], 1, 2
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\xff", b"\xda"):
+        marker = data[position + 1]
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = data[position:end]
+        if marker == _APP1 and segment[4:10] == b"Exif\0\0":
+            orientation = _orientation(segment[4:])
+        if not (_APP0 < marker <= _APP15 and marker != _APP14) and marker != _COMMENT:
+            kept.append(segment)
+        if end <= position + 3 or end > len(data):
+            break
+        position = end
+    else:
+        kept.append(data[position:])
+    return b"".join(kept), orientation
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, in the first directory of an EXIF block (TIFF 6.0); 1 where none can be read."""
+    block = exif.removeprefix(b"Exif\0\0")
+    order: Literal["big", "little"] = "big" if block[:2] == b"MM" else "little"
+    first = int.from_bytes(block[4:8], order)
+    entries = int.from_bytes(block[first : first + 2], order)
+    for index in range(min(entries, _MOST_EXIF_ENTRIES)):
+        entry = block[first + 2 + 12 * index : first + 14 + 12 * index]
+        if int.from_bytes(entry[:2], order) == _ORIENTATION_TAG and len(entry) > 9:  # noqa: PLR2004 - tag, type, count, value
+            value = int.from_bytes(entry[8:10], order)
+            return value if value in _UPRIGHT else 1
+    return 1
+
+
+def _visible_area(face: Face, shape: tuple[int, ...]) -> float:
+    x, y, width, height = face.box
+    across = min(x + width, float(shape[1])) - max(x, 0.0)
+    down = min(y + height, float(shape[0])) - max(y, 0.0)
+    return max(0.0, across) * max(0.0, down)
+
+
+def _visible_share(face: Face, shape: tuple[int, ...]) -> float:
+    """The share of the face's surface, eyebrows to chin, that lies inside the photo."""
+    try:
+        onto_crop = similarity_to_template(face.landmarks)
+    except ValueError:
+        return 0.0
+    left, right, top, bottom = _FACE_ON_CROP
+    across, down = np.meshgrid(np.linspace(left, right, _GRID), np.linspace(top, bottom, _GRID))
+    on_crop = np.stack([across.ravel(), down.ravel()]) - onto_crop[:, 2:]
+    x, y = np.linalg.solve(onto_crop[:, :2], on_crop)
+    return float(((x >= 0) & (x <= shape[1]) & (y >= 0) & (y <= shape[0])).mean())
+
+
+def _from_centre(face: Face, shape: tuple[int, ...]) -> float:
+    x, y, width, height = face.box
+    return float(np.hypot(x + width / 2 - shape[1] / 2, y + height / 2 - shape[0] / 2))
+
+
+def _damaged() -> Problem:
+    detail = "The photo is damaged or incomplete."
+    return _refusal(UndecodableImage, "undecodable-image", detail, "Take or send the photo again.")
+
+
+def _animated() -> Problem:
+    return _refusal(AnimatedImage, "animated-image", "The image has more than one frame.", "Send a still photo.")
+
+
+def _refusal(problem: type[Problem], code: str, detail: str, advice: str) -> Problem:
+    return problem(detail, errors=(Advice("photo", code, advice),))

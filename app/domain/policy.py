@@ -1,0 +1,118 @@
+"""A gallery's rules: what it asks for in error rates, and what follows from scores and statuses."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain import thresholds
+from app.domain.faces import ModelCard
+
+Status = Literal["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed", "erased"]
+Decision = Literal["distinct", "duplicate"]
+Verdict = Literal["unique", "suspected_duplicate"]
+
+#: Thresholds of a young gallery are those of one of this many samples, and they move only when a gallery doubles:
+#: two screenings a moment apart should not differ by what was enrolled in between.
+SMALLEST_GALLERY = 128
+
+Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Threshold = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class GalleryPolicy(BaseModel):
+    """What a gallery asks for. A threshold set by hand wins over the rate that it stands for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verify_fmr: Rate = 1e-4
+    identify_fpir: Rate = 1e-3
+    dedup_fpir: Rate = 1e-3
+    verify_threshold: Threshold | None = None
+    identify_threshold: Threshold | None = None
+    dedup_threshold: Threshold | None = None
+    liveness: Literal["required", "observe", "off"] = "off"
+    quality: Literal["strict", "standard", "off"] = "standard"
+    second_face_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    recall_target: Annotated[float, Field(gt=0, le=1)] = 0.9995
+    require_nonce: bool = False
+    second_review: bool = False
+    retention_days: Annotated[int, Field(ge=1, le=36500)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Cosine similarities from which on two faces count as the same, for each purpose."""
+
+    verify: float
+    identify: float
+    dedup: float
+    source: Literal["calibrated", "model_card", "manual"]
+
+
+def effective_size(samples: int) -> int:
+    """The gallery size that thresholds are made for: the next power of two, at least SMALLEST_GALLERY."""
+    return int(2 ** math.ceil(math.log2(max(samples, SMALLEST_GALLERY))))
+
+
+def thresholds_for(policy: GalleryPolicy, card: ModelCard, samples: int) -> Thresholds:
+    """The thresholds in force in a gallery of so many samples; growing stricter as it grows, for 1:N."""
+    size = effective_size(samples)
+
+    def for_fpir(by_hand: float | None, fpir: float) -> float:
+        if by_hand is not None:
+            return by_hand
+        return thresholds.threshold_at_fmr(card, thresholds.fmr_for_fpir(fpir, size))
+
+    verify = policy.verify_threshold
+    by_hand = (policy.verify_threshold, policy.identify_threshold, policy.dedup_threshold)
+    return Thresholds(
+        verify=verify if verify is not None else thresholds.threshold_at_fmr(card, policy.verify_fmr),
+        identify=for_fpir(policy.identify_threshold, policy.identify_fpir),
+        dedup=for_fpir(policy.dedup_threshold, policy.dedup_fpir),
+        source="model_card" if None in by_hand else "manual",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LookAlike:
+    """The other side of a recorded pair: how it stands now, and what a person decided about the pair."""
+
+    identity_id: str
+    status: Status
+    decision: Decision | None
+
+
+def may_activate(own_candidates: Iterable[LookAlike], pairs: Iterable[LookAlike]) -> bool:
+    """The one rule that makes anybody active, whether by verdict, decision or reinstatement.
+
+    own_candidates: of its own case; pairs: every recorded pair with this identity on either side. Refused while a candidate
+    is undecided (unless it is erased or a duplicate already), or while the other side of a pair that nobody called
+    distinct is active.
+    """
+    waits = any(c.decision is None and c.status not in ("erased", "duplicate") for c in own_candidates)
+    meets = any(p.decision != "distinct" and p.status == "active" for p in pairs)
+    return not waits and not meets
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLimits:
+    """After `before_wait` consecutive non-matches each further try waits; at `before_reset` an officer must help."""
+
+    before_wait: int
+    wait: timedelta
+    before_reset: int
+
+
+def wait_before_attempt(
+    consecutive: int, last_failure: datetime | None, moment: datetime, limits: AttemptLimits
+) -> timedelta | None:
+    """How long the next claim on an identity must wait: zero for none, None for until an officer resets it."""
+    if consecutive >= limits.before_reset:
+        return None
+    if consecutive < limits.before_wait or last_failure is None:
+        return timedelta(0)
+    return max(timedelta(0), last_failure + limits.wait - moment)

@@ -1,0 +1,35 @@
+"""The port that every face engine answers to."""
+
+from typing import Protocol
+
+from app.domain.faces import Embedding, Face, ModelCard, Pixels
+
+
+class FaceEngine(Protocol):
+    """Finds faces and embeds them. Blocking: call it from the Runtime's executor; safe from several threads at once."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card; known without loading any weights into memory."""
+
+    @property
+    def has_liveness(self) -> bool:
+        """Whether `liveness` can answer."""
+
+    def warm(self) -> None:
+        """Load the weights and run once. Raises ModelUnavailable when a file is missing, cut or another."""
+
+    def detect(self, pixels: Pixels) -> list[Face]:
+        """All faces of a photo, largest first."""
+
+    def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
+        """The face's embedding (d,), unit length and centred by the contract's mean; and the raw vector's length.
+
+        It depends on the photo and the face only: never on what else is being embedded.
+        """
+
+    def liveness(self, pixels: Pixels, face: Face) -> float | None:
+        """How sure the passive models are that this is a live face, in [0, 1]; None without such models."""
+
+    def close(self) -> None:
+        """Release child processes and memory."""

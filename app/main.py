@@ -1,0 +1,48 @@
+"""The HTTP app: open the Runtime, then hand over to the routes."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from app.api import accounts, audit, dedup, faces, galleries, identities, operations, problems
+from app.api.envelope import Envelope
+from app.config import Settings
+from app.logs import configure_logging
+from app.runtime import open_runtime
+
+DESCRIPTION = """Enrol people by face, find those who enrol twice, authenticate a person by a selfie,
+and prove afterwards who did what."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service; its Runtime is opened when it starts and closed when it stops."""
+    known = settings or Settings()
+    configure_logging(known.log_level)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_runtime(known, warm=True) as runtime:
+            app.state.runtime = runtime
+            yield
+
+    # FastAPI's own pages load their scripts from a CDN; these bring them along.
+    make = FastAPIOffline if known.shows_docs else partial(FastAPI, openapi_url=None, docs_url=None, redoc_url=None)
+    app: FastAPI = make(
+        title="Idem", version=operations.VERSION, description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+    )
+    problems.install(app)
+    for door in (accounts, galleries, identities, faces, dedup, audit, operations):
+        app.include_router(door.router)
+    app.include_router(identities.imports)
+    app.add_middleware(Envelope, body_limit=known.max_json_bytes)
+    return app
+
+
+def __getattr__(name: str) -> FastAPI:
+    """`uvicorn app.main:app`: the app is made when it is asked for, not when this file is imported."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(name)

@@ -1,0 +1,84 @@
+"""Names and arguments of background jobs. Putting one in the queue is a hint: MongoDB knows what is due."""
+
+import asyncio
+import json
+import time
+from typing import Final
+
+import structlog
+from arq.connections import ArqRedis, RedisSettings, create_pool
+from redis.exceptions import RedisError
+
+from app.config import Settings
+
+log = structlog.get_logger(__name__)
+
+SCREEN: Final = "screen"
+#: After a failed call Redis is left alone for so long: an enrolment should not wait for it again and again.
+PAUSE_SECONDS = 1.0
+
+
+def encode_job(job: dict[str, object]) -> bytes:
+    """Jobs travel as JSON: arq's default, pickle, would run whatever somebody wrote into Redis."""
+    return json.dumps(job, default=str).encode()
+
+
+def decode_job(data: bytes) -> dict[str, object]:
+    """What `encode_job` wrote."""
+    decoded: dict[str, object] = json.loads(data)
+    return decoded
+
+
+def redis_settings(settings: Settings) -> RedisSettings:
+    """Arq's connection settings, with short time limits and no retries of its own."""
+    redis = RedisSettings.from_dsn(settings.redis_url)
+    redis.conn_retries, redis.conn_timeout = 0, 1
+    return redis
+
+
+class Queue:
+    """Puts jobs where the workers look. Job arguments are ids."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._redis: ArqRedis | None = None
+        self._paused_until = 0.0
+        self._opening = asyncio.Lock()
+
+    async def enqueue_screening(self, identity_id: str, job_id: str, *, again: str = "") -> bool:
+        """Ask a worker to screen. False when Redis is away: the sweep will find the identity in MongoDB.
+
+        again: makes the queue's own id another one, so that a job whose worker was killed need not wait for its lock.
+        """
+        if time.monotonic() < self._paused_until:
+            return False
+        try:
+            async with asyncio.timeout(self._settings.queue_timeout_seconds):
+                redis = await self._connected()
+                await redis.enqueue_job(
+                    SCREEN, identity_id, job_id, _job_id=f"{job_id}{again}", _queue_name=self._settings.queue_name
+                )
+        except (RedisError, OSError, TimeoutError) as error:
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            log.warning("queue_unavailable", error=type(error).__name__)
+            return False
+        return True
+
+    async def depth(self) -> int:
+        """Jobs that wait. Raises RedisError, OSError or TimeoutError when Redis is away."""
+        async with asyncio.timeout(self._settings.queue_timeout_seconds):
+            redis = await self._connected()
+            return int(await redis.zcard(self._settings.queue_name))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        if self._redis is not None:
+            await self._redis.aclose()
+
+    async def _connected(self) -> ArqRedis:
+        async with self._opening:
+            if self._redis is None:
+                self._redis = await create_pool(
+                    redis_settings(self._settings), job_serializer=encode_job, job_deserializer=decode_job
+                )
+            return self._redis

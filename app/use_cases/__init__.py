@@ -1,0 +1,1 @@
+"""One verb a file, its whole story. No use case calls another."""

@@ -1,0 +1,43 @@
+"""Compare: do two photos show one person?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.audit import Action, record
+from app.documents.galleries import Gallery
+from app.domain.callers import shown_score
+from app.domain.comparison import best_similarity
+from app.domain.policy import thresholds_for
+from app.domain.thresholds import fmr_at
+from app.engine.reading import read_face
+from app.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How alike the two are, and what it means at the gallery's threshold. fmr: how often strangers are so alike."""
+
+    match: bool
+    score: float
+    threshold: float
+    fmr: float
+
+
+async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: bytes, photo_b: bytes) -> Comparison:
+    """Compare two photos by the gallery's rules; nothing is kept of them."""
+    runtime.require_contract(gallery)
+    pixels = runtime.settings.max_photo_pixels
+    one, other = [
+        await runtime.compute(read_face, runtime.engine, p, gallery.policy, pixels) for p in (photo_a, photo_b)
+    ]
+    exact = best_similarity(one.embedding, other.embedding[np.newaxis, :])
+    card = runtime.engine.card
+    threshold = thresholds_for(gallery.policy, card, gallery.samples).verify
+    score = shown_score(action.caller, exact)
+    answer = Comparison(exact >= threshold, score, threshold, fmr_at(card, score))
+    await record(
+        None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
+        detail={"match": answer.match, "score": round(score, 2), "threshold": round(threshold, 4)},
+    )  # fmt: skip
+    return answer

@@ -1,0 +1,89 @@
+"""Detect and assess: what faces are on a photo, and is one good enough?"""
+
+from dataclasses import dataclass
+
+from app.audit import Action, record
+from app.documents.galleries import Gallery
+from app.documents.identities import Liveness
+from app.domain.faces import Face
+from app.domain.photo import choose_face, decode
+from app.domain.policy import GalleryPolicy
+from app.domain.quality import QualityReport, judge, measure
+from app.engine.port import FaceEngine
+from app.engine.reading import LIVE_FROM
+from app.errors import Advice
+from app.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredFace:
+    """A face with its measures."""
+
+    face: Face
+    quality: QualityReport
+    liveness: Liveness | None
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """All faces of a photo, largest first; its size when upright."""
+
+    faces: list[MeasuredFace]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """One face's quality and what to do better; nothing when it is good enough."""
+
+    quality: QualityReport
+    liveness: Liveness | None
+    advice: tuple[Advice, ...]
+
+
+async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
+    """Find and measure all faces; none is an empty list. Nothing is kept."""
+    pixels = runtime.settings.max_photo_pixels
+    found = await runtime.compute(_detect, runtime.engine, photo, pixels)
+    await record(None, action, subject_kind="photo", subject_id=None, detail={"faces": len(found.faces)})
+    return found
+
+
+async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: bytes) -> Assessment:
+    """Measure the one face by the gallery's rules. Raises the photo's Problems, except for poor quality: that is the answer."""
+    pixels = runtime.settings.max_photo_pixels
+    found = await runtime.compute(_assess, runtime.engine, photo, gallery.policy, pixels)
+    await record(
+        None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
+        detail={"accepted": not found.advice, "score": round(found.quality.score, 2)},
+    )  # fmt: skip
+    return found
+
+
+def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
+    decoded = decode(photo, max_pixels=max_pixels)
+    faces = []
+    for face in engine.detect(decoded.pixels):
+        live = engine.liveness(decoded.pixels, face)
+        faces.append(
+            MeasuredFace(
+                decoded.in_photo(face), measure(decoded.pixels, face, reduction=decoded.reduction), _liveness(live)
+            )
+        )
+    return Detection(faces, decoded.width, decoded.height)
+
+
+def _assess(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
+    decoded = decode(photo, max_pixels=max_pixels)
+    pixels = decoded.pixels
+    face = choose_face(engine.detect(pixels), pixels.shape, policy.second_face_share)
+    _, length = engine.embed(pixels, face)
+    usual = engine.card.usual_length
+    quality = measure(pixels, face, length, usual_length=usual, reduction=decoded.reduction)
+    live = None if policy.liveness == "off" else engine.liveness(pixels, face)
+    return Assessment(quality, _liveness(live), judge(quality, policy.quality))
+
+
+def _liveness(score: float | None) -> Liveness | None:
+    return None if score is None else Liveness(score=round(score, 4), passed=score >= LIVE_FROM)

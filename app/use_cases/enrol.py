@@ -1,0 +1,215 @@
+"""Enrol: someone new from one to five photos, or one more photo of someone known.
+
+Photo first, then one transaction, then everything else: the transaction is the commit. A photo without a document is
+swept later, a pending identity is its own note that a screening is due, so nothing here needs undoing.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import DuplicateKeyError
+
+from app.audit import Action, record
+from app.documents.base import new_id, now
+from app.documents.galleries import Gallery, GalleryChange
+from app.documents.identities import Identity, Liveness, Sample, Screening
+from app.documents.sealed import data_key, gallery_key, open_references, seal_attributes, seal_photo, seal_template
+from app.domain.attributes import Attributes, canonical_ref
+from app.domain.comparison import best_similarity, show_one_person
+from app.domain.photo import encode
+from app.domain.policy import thresholds_for
+from app.engine.reading import FaceReading, read_face
+from app.errors import Advice, Conflict, DifferentPeople, DifferentPerson, ExternalRefTaken, NotFound, NotReady
+from app.keys import DataKey
+from app.runtime import Runtime
+
+#: After this time from its photo's put an enrolment gives up; the sweep of orphans waits a day, so it never takes a living one's.
+GIVE_UP_SECONDS = 60
+#: How long the queue has to bring a screening about before the sweep asks again.
+OUTBOX_GRACE = timedelta(seconds=5)
+#: A screening takes some ten milliseconds; whoever waits looks often at first.
+FIRST_LOOK_SECONDS, LONGEST_PAUSE_SECONDS = 0.02, 0.25
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A sample in all but its `seq`, and its sealed photo."""
+
+    sample: Sample
+    sealed_photo: bytes
+
+
+async def enrol(
+    runtime: Runtime, action: Action, gallery: Gallery, photos: list[bytes], attributes: Attributes
+) -> Identity:
+    """Enrol someone: durable when it returns, pending until screened.
+
+    Raises the photos' Problems, DifferentPeople, ExternalRefTaken, ModelMismatch, NotFound when the gallery went away.
+    """
+    runtime.require_contract(gallery)
+    key = gallery_key(runtime.keys, gallery)
+    ref_hash = None
+    if attributes.external_ref is not None:
+        ref_hash = key.lookup_hash("external_ref", canonical_ref(attributes.external_ref))
+        if await Identity.by_external_ref(gallery.id, ref_hash) is not None:
+            raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.")
+    readings = await _read(runtime, gallery, photos)
+    thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
+    if not show_one_person([reading.embedding for reading in readings], thresholds.verify):
+        message = "Please give photos of one person only."
+        raise DifferentPeople(message, errors=(Advice("photo", "different-people", message),))
+
+    identity_id, job_id = new_id(), new_id()
+    personal_key, wrapped = key.new_data_key(identity_id)
+    prepared = await _prepare(runtime, gallery, identity_id, personal_key, readings, photos)
+    sealed_attributes = seal_attributes(personal_key, attributes, gallery.id, identity_id)
+
+    async def commit(session: AsyncClientSession) -> Identity:
+        seq = await gallery.take_seq(session, len(prepared), identities=1, samples=len(prepared))
+        if seq is None:
+            raise NotFound("The gallery was removed or changed its model in the meantime.")
+        moment = now()
+        samples = [p.sample.model_copy(update={"seq": seq + i}) for i, p in enumerate(prepared)]
+        screening = Screening(job_id=job_id, sample_ids=[s.id for s in samples], due_at=moment + OUTBOX_GRACE)
+        identity = Identity(
+            id=identity_id, gallery_id=gallery.id, status="pending", enrol_seq=seq, samples=samples,
+            screenings=[screening], attributes=sealed_attributes, external_ref_hash=ref_hash, wrapped_key=wrapped,
+            outbox_at=screening.due_at, created_at=moment, created_by=action.actor_id, updated_at=moment,
+        )  # fmt: skip
+        await identity.insert(session=session)
+        await _insert_changes(gallery.id, identity_id, samples, session)
+        await record(
+            session, action, subject_kind="identity", subject_id=identity_id, gallery=gallery.name, status_code=202,
+            detail={"samples": len(samples), "job_id": job_id, "seq": seq},
+        )  # fmt: skip
+        return identity
+
+    try:
+        identity = await _store_and_commit(runtime, gallery, prepared, commit)
+    except DuplicateKeyError as error:
+        if "external_ref_hash" in str(error.details):
+            raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.") from error
+        raise
+    await runtime.queue.enqueue_screening(identity_id, job_id)
+    return identity
+
+
+async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, photo: bytes) -> Identity:
+    """One more photo of an active identity; it serves as a reference once it is screened.
+
+    Raises the photo's Problems, DifferentPerson, Conflict when the identity is not active or has all the samples it may have.
+    """
+    runtime.require_contract(gallery)
+    _require_room(runtime, identity)
+    readings = await _read(runtime, gallery, [photo])
+    personal_key = data_key(runtime.keys, gallery, identity)
+    thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
+    if best_similarity(readings[0].embedding, open_references(personal_key, identity)) < thresholds.verify:
+        raise DifferentPerson("The photo does not match the person's other photos.")
+    job_id = new_id()
+    (prepared,) = await _prepare(runtime, gallery, identity.id, personal_key, readings, [photo])
+
+    async def commit(session: AsyncClientSession) -> Identity:
+        fresh = await Identity.living(identity.id, session)
+        if fresh is None:
+            raise NotFound
+        _require_room(runtime, fresh)
+        seq = await gallery.take_seq(session, 1, samples=1)
+        if seq is None:
+            raise NotFound("The gallery was removed or changed its model in the meantime.")
+        sample = prepared.sample.model_copy(update={"seq": seq})
+        screening = Screening(job_id=job_id, sample_ids=[sample.id], due_at=now() + OUTBOX_GRACE)
+        changed = {
+            "samples": [*fresh.samples, sample], "screenings": [*fresh.screenings, screening],
+            "outbox_at": min(filter(None, [fresh.outbox_at, screening.due_at])),
+        }  # fmt: skip
+        if not await fresh.change(session, changed):
+            raise NotReady("The identity was changed at the same moment.")
+        await _insert_changes(gallery.id, identity.id, [sample], session)
+        await record(
+            session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, status_code=202,
+            detail={"sample_id": sample.id, "job_id": job_id, "seq": seq},
+        )  # fmt: skip
+        return fresh
+
+    await _store_and_commit(runtime, gallery, [prepared], commit)
+    await runtime.queue.enqueue_screening(identity.id, job_id)
+    known = await Identity.living(identity.id)
+    if known is None:
+        raise NotFound
+    return known
+
+
+def _require_room(runtime: Runtime, identity: Identity) -> None:
+    if identity.status != "active":
+        raise Conflict(f"Photos can be added to an active identity; this one is {identity.status}.")
+    if len(identity.samples) >= runtime.settings.max_samples:
+        raise Conflict(f"An identity has at most {runtime.settings.max_samples} samples.")
+
+
+async def _read(runtime: Runtime, gallery: Gallery, photos: list[bytes]) -> list[FaceReading]:
+    pixels = runtime.settings.max_photo_pixels
+    return [await runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos]
+
+
+async def _prepare(
+    runtime: Runtime, gallery: Gallery, identity_id: str, key: DataKey, readings: list[FaceReading], photos: list[bytes]
+) -> list[_Prepared]:
+    def seal(reading: FaceReading, data: bytes) -> _Prepared:
+        sample_id = new_id()
+        template = seal_template(key, reading.embedding, gallery.id, identity_id, sample_id, gallery.contract)
+        liveness = None
+        if reading.liveness is not None:
+            liveness = Liveness(score=round(reading.liveness, 4), passed=reading.is_live)
+        sample = Sample(
+            id=sample_id, seq=0, status="pending", template=template, contract=gallery.contract, quality=reading.quality,
+            liveness=liveness, photo_key=f"{gallery.id}/{identity_id}/{sample_id}",
+            photo_digest=runtime.keys.keyed_hash("photo", data), created_at=now(),
+        )  # fmt: skip
+        # Stored are our own pixels, encoded again: whatever else the file carried stays outside.
+        return _Prepared(sample, seal_photo(key, encode(reading.pixels), gallery.id, identity_id, sample_id))
+
+    return [await runtime.compute(seal, reading, data) for reading, data in zip(readings, photos, strict=True)]
+
+
+async def _store_and_commit(
+    runtime: Runtime, gallery: Gallery, prepared: list[_Prepared], commit: Callable[[AsyncClientSession], Awaitable[T]]
+) -> T:
+    try:
+        async with asyncio.timeout(GIVE_UP_SECONDS):
+            await asyncio.gather(*(runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared))
+            async with runtime.gallery_lock(gallery.id):
+                return await runtime.transaction(commit)
+    except TimeoutError as error:
+        raise NotReady("The stores took too long; nothing was enrolled.", retry_after_seconds=5) from error
+
+
+async def _insert_changes(
+    gallery_id: str, identity_id: str, samples: list[Sample], session: AsyncClientSession
+) -> None:
+    rows = [
+        GalleryChange(gallery_id=gallery_id, seq=s.seq, kind="add", identity_id=identity_id, sample_id=s.id)
+        for s in samples
+    ]
+    await GalleryChange.insert_many(rows, session=session)
+
+
+async def await_verdict(identity: Identity, seconds: float) -> Identity:
+    """The identity once it has its verdict, or as it is when the time is over."""
+    deadline = time.monotonic() + seconds
+    pause = FIRST_LOOK_SECONDS
+    while identity.status == "pending" and time.monotonic() + pause < deadline:
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+        known = await Identity.living(identity.id)
+        if known is None:
+            raise NotFound
+        identity = known
+    return identity

@@ -1,0 +1,1 @@
+"""Tests in four tiers: unit, contract, integration, e2e."""

@@ -1,0 +1,304 @@
+"""The proxy that is shipped, run for real before a small upstream: what it lets through, and what it holds off."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app import errors
+from app.api.identities import MOST_PHOTOS
+from app.api.problems import TYPE_BASE
+from app.api.uploads import FIELDS_BYTES
+from app.config import Settings
+from app.devservers import free_port
+from tests.support.services import Proc
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGURATION = (REPOSITORY / "deploy/nginx.conf").read_text(encoding="utf-8")
+#: A slow caller is let go after so many seconds; a tenth of it here, so that nobody waits.
+PATIENCE_SECONDS = 1
+
+
+@dataclass(slots=True)
+class Upstream:
+    """What stands where the API stands: remembers each request, and tells what it saw."""
+
+    heads: list[str] = field(default_factory=list)
+    connections: set[asyncio.Task[None] | None] = field(default_factory=set)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection, kept alive."""
+        self.connections.add(asyncio.current_task())
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = re.search(r"^content-length: (\d+)", head, re.IGNORECASE | re.MULTILINE)
+                body = await reader.readexactly(int(length[1])) if length else b""
+                self.heads.append(head)
+                seen = json.dumps({"head": head, "body_bytes": len(body)}).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(seen), seen))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A running nginx with the shipped configuration."""
+
+    port: int
+    upstream: Upstream
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A caller of its own."""
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=20) as client:
+            yield client
+
+    async def raw(self, request: bytes) -> str:
+        """The answer to these very bytes, until the connection is closed or reset."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request)
+        try:
+            return (await asyncio.wait_for(reader.read(), 10)).decode()
+        except ConnectionResetError:
+            return ""
+        finally:
+            writer.close()
+
+
+def find_nginx() -> str:
+    """On a Debian it is not on everybody's PATH."""
+    found = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    assert found, "nginx is missing: apt-get install nginx-light"
+    return found
+
+
+def rendered(folder: Path, *, listen: int, upstream: int) -> Path:
+    """The shipped configuration with only its addresses, folders and patience changed."""
+    changed = CONFIGURATION
+    for pattern, by, times in (
+        (r"api:8000", f"127.0.0.1:{upstream}", 1),
+        (r"listen 8080", f"listen 127.0.0.1:{listen}", 1),
+        (r"/tmp/", f"{folder}/", 6),  # noqa: S108 - the container's
+        (r"/etc/nginx/tls/", f"{folder}/tls/", 1),
+        (r"(client_header_timeout|client_body_timeout) 10s", rf"\1 {PATIENCE_SECONDS}s", 2),
+    ):
+        changed, count = re.subn(pattern, by, changed)
+        assert count == times, pattern
+    path = folder / "nginx.conf"
+    path.write_text(changed, encoding="utf-8")
+    return path
+
+
+def accepts(port: int) -> Callable[[Callable[[], bool]], None]:
+    """Waits until somebody listens on the port."""
+
+    def wait_until_ready(is_running: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            except OSError:
+                if not is_running() or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+
+    return wait_until_ready
+
+
+@contextmanager
+def running_nginx(folder: Path, *, upstream: int) -> Iterator[int]:
+    """The proxy as it is shipped, in front of an upstream's port; gives its own port."""
+    listen = free_port()
+    configuration = rendered(folder, listen=listen, upstream=upstream)
+    # Started as root it would become nobody, who may not write into this folder.
+    globally = "daemon off; user root;" if os.getuid() == 0 else "daemon off;"
+    nginx = Proc([find_nginx(), "-c", str(configuration), "-g", globally], accepts(listen))
+    nginx.start()
+    try:
+        yield listen
+    finally:
+        nginx.close()
+
+
+@pytest.fixture(scope="module")
+async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    upstream = Upstream()
+    async with await asyncio.start_server(upstream.answer, "127.0.0.1", 0, limit=2**20) as server:
+        with running_nginx(tmp_path_factory.mktemp("nginx"), upstream=server.sockets[0].getsockname()[1]) as port:
+            yield Proxy(port, upstream)
+        await asyncio.gather(*filter(None, upstream.connections))
+
+
+async def test_a_request_reaches_the_api_with_its_callers_address_and_id(proxy: Proxy) -> None:
+    async with proxy.client() as client:
+        answer = await client.get("/v1/identities?q=ann", headers={"X-Request-ID": "my-id.1", "Host": "idem.example"})
+    head = answer.json()["head"]
+    assert head.startswith("GET /v1/identities?q=ann HTTP/1.1\r\n")
+    for line in (
+        "Host: idem.example",
+        "X-Request-ID: my-id.1",
+        "X-Forwarded-For: 127.0.0.1",
+        "X-Forwarded-Proto: http",
+    ):
+        assert f"{line}\r\n" in head
+
+
+async def test_what_a_caller_claims_of_its_own_address_is_dropped(proxy: Proxy) -> None:
+    claims = {
+        "X-Forwarded-For": "6.6.6.6",
+        "X-Forwarded-Proto": "gopher",
+        "X-Forwarded-Port": "666",
+        "X-Real-IP": "6.6.6.6",
+        "Forwarded": "for=6.6.6.6",
+    }
+    async with proxy.client() as client:
+        head = (await client.get("/", headers=claims)).json()["head"].lower()
+    assert "6.6.6.6" not in head
+    assert "gopher" not in head
+    assert "666" not in head
+
+
+@pytest.mark.parametrize("wrong", ["", "a b", "x" * 129, 'a"b', "ä"])
+async def test_a_request_without_a_proper_id_is_given_one(proxy: Proxy, wrong: str) -> None:
+    async with proxy.client() as client:
+        head = (await client.get("/", headers=[(b"X-Request-ID", wrong.encode())])).json()["head"]
+    given = re.search(r"^X-Request-ID: (.*)\r$", head, re.MULTILINE)
+    assert given
+    assert re.fullmatch(r"[0-9a-f]{32}", given[1])
+
+
+async def test_as_much_as_the_api_takes_goes_through_and_no_more(proxy: Proxy) -> None:
+    settings = Settings(_env_file=None)
+    most = MOST_PHOTOS * (settings.max_photo_bytes * 4 // 3 + 4) + FIELDS_BYTES
+    limit = int(re.findall(r"client_max_body_size (\d+)m;", CONFIGURATION)[0]) * 2**20
+    assert most <= limit < most + 2**20
+    async with proxy.client() as client:
+        assert (await client.post("/v1/identities", content=b"x" * most)).json()["body_bytes"] == most
+        before = len(proxy.upstream.heads)
+        refused = await client.post("/v1/identities", content=b"x" * (limit + 1))
+    assert refused.status_code == 413
+    assert len(proxy.upstream.heads) == before
+    assert_is_problem(refused, errors.TooLarge, "/v1/identities")
+
+
+def assert_is_problem(answer: httpx.Response, kind: type[errors.Problem], path: str) -> None:
+    assert answer.headers["content-type"] == "application/problem+json"
+    page = answer.json()
+    assert set(page) == {"type", "title", "status", "detail", "instance", "request_id", "errors"}
+    assert (page["type"], page["title"], page["status"]) == (TYPE_BASE + kind.slug(), kind.title, kind.status)
+    assert (page["instance"], page["errors"]) == (path, [])
+    assert answer.status_code == kind.status
+    assert answer.headers["x-request-id"] == page["request_id"] != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "request_bytes"),
+    [
+        ("a header that never ends", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "),
+        ("a body that stops", b"POST /never-seen HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf"),
+        ("chunks that stop", b"POST /never-seen HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel"),
+    ],
+)
+async def test_a_slow_caller_is_let_go_and_never_reaches_the_api(proxy: Proxy, name: str, request_bytes: bytes) -> None:
+    started = time.monotonic()
+    await proxy.raw(request_bytes)
+    assert time.monotonic() - started < PATIENCE_SECONDS + 4, name
+    assert not [head for head in proxy.upstream.heads if "/never-seen" in head]
+
+
+async def test_a_header_that_trickles_is_cut_off_too(proxy: Proxy) -> None:
+    """The limit is on the whole header: a byte now and then buys no time."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    started, trickling = time.monotonic(), asyncio.create_task(trickle())
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await asyncio.wait_for(reader.readexactly(1), PATIENCE_SECONDS + 4)
+    assert time.monotonic() - started >= PATIENCE_SECONDS * 0.9
+    trickling.cancel()
+    writer.close()
+
+
+@pytest.mark.parametrize("patience", ["client_header_timeout", "client_body_timeout", "send_timeout"])
+def test_the_shipped_patience_is_ten_seconds(patience: str) -> None:
+    assert re.findall(rf"^ *{patience} (\w+);", CONFIGURATION, re.MULTILINE) == ["10s"]
+
+
+@pytest.mark.parametrize("headers", [{"X-Long": "x" * 80_000}, {f"X-Header-{n:04}": "a value" for n in range(1_000)}])
+async def test_headers_without_measure_are_refused(proxy: Proxy, headers: dict[str, str]) -> None:
+    async with proxy.client() as client:
+        answer = await client.get("/", headers=headers)
+    assert answer.status_code == 431
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_long_token_is_no_long_header(proxy: Proxy) -> None:
+    async with proxy.client() as client:
+        answer = await client.get("/", headers={"Authorization": "Bearer " + "x" * 6_000})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "Content-Length: 5\r\nTransfer-Encoding: chunked",
+        "Content-Length: 5\r\nContent-Length: 6",
+        "Content-Length: -5",
+        "Content-Length: 5, 5",
+        "Transfer-Encoding: chunked, identity",
+        "Host: y",
+        "Bad Name: 1",
+        "X-Nul: a\0b",
+    ],
+)
+async def test_a_request_that_could_be_read_in_two_ways_is_refused(proxy: Proxy, lines: str) -> None:
+    before = len(proxy.upstream.heads)
+    smuggled = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    answer = await proxy.raw(f"POST / HTTP/1.1\r\nHost: x\r\n{lines}\r\nConnection: close\r\n\r\n".encode() + smuggled)
+    assert re.match(r"HTTP/1.1 (400|501) ", answer), answer
+    assert not [head for head in proxy.upstream.heads[before:] if "/smuggled" in head]
+
+
+async def test_trace_is_not_offered(proxy: Proxy) -> None:
+    async with proxy.client() as client:
+        answer = await client.request("TRACE", "/v1/auth/me")
+    assert_is_problem(answer, errors.MethodNotAllowed, "/v1/auth/me")
+
+
+async def test_figures_of_the_installation_are_not_shown_outside(proxy: Proxy) -> None:
+    async with proxy.client() as client:
+        answer = await client.get("/metrics")
+    assert_is_problem(answer, errors.NotFound, "/metrics")
+
+
+async def test_a_path_that_json_could_not_hold_is_not_repeated(proxy: Proxy) -> None:
+    answer = await proxy.raw(b'TRACE /a"b\\c HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
+    assert json.loads(answer.partition("\r\n\r\n")[2])["instance"] == "/a"
+
+
+async def test_an_api_that_is_away_is_told_as_such(tmp_path: Path) -> None:
+    with running_nginx(tmp_path, upstream=free_port()) as port:
+        async with Proxy(port, Upstream()).client() as client:
+            answer = await client.get("/v1/auth/me")
+    assert_is_problem(answer, errors.DependencyUnavailable, "/v1/auth/me")
+    assert answer.headers["retry-after"] == "2"

@@ -1,0 +1,88 @@
+"""Passwords: their length, their spelling, and that an unknown user costs what a known one does."""
+
+import time
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.access import check_password, hash_password, new_secret, password_matches, secret_digest
+from app.domain.callers import username_key
+from app.errors import Validation
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 257, 1000, 1_000_000])
+def test_a_password_of_another_length_is_refused_before_any_hashing(length: int) -> None:
+    started = time.perf_counter()
+    with pytest.raises(Validation):
+        check_password("x" * length)
+    assert time.perf_counter() - started < 0.05
+
+
+@pytest.mark.parametrize(
+    "password", ["x" * 8, "x" * 71, "x" * 72, "x" * 73, "x" * 256, "nul\0inside", "\N{GRINNING FACE}" * 8]
+)
+def test_every_character_of_a_password_counts(password: str) -> None:
+    check_password(password)
+    hashed = hash_password(password)
+    assert password_matches(password, hashed)
+    assert not password_matches(password[:-1] + "y", hashed)
+
+
+def test_a_hash_names_argon2id_and_its_costs() -> None:
+    assert hash_password("correct horse").startswith("$argon2id$v=19$m=65536,t=3,p=4$")
+
+
+def test_two_hashes_of_one_password_differ() -> None:
+    assert hash_password("correct horse") != hash_password("correct horse")
+
+
+def test_a_password_typed_on_another_keyboard_is_the_same() -> None:
+    assert password_matches(
+        unicodedata.normalize("NFD", "Grüße an Zoë"), hash_password(unicodedata.normalize("NFC", "Grüße an Zoë"))
+    )
+
+
+def test_half_a_surrogate_pair_is_a_wrong_password_and_no_fault() -> None:
+    assert not password_matches("\ud800correct horse", hash_password("correct horse"))
+
+
+def test_an_unknown_user_is_never_let_in_and_costs_as_much() -> None:
+    hashed = hash_password("correct horse")
+    password_matches("warming up", None)
+
+    def seconds(stored: str | None) -> float:
+        started = time.process_time()
+        assert not password_matches("wrong horse", stored)
+        return time.process_time() - started
+
+    known, unknown = min(seconds(hashed) for _ in range(3)), min(seconds(None) for _ in range(3))
+    assert 0.5 < unknown / known < 2
+
+
+def test_an_overlong_password_costs_nothing() -> None:
+    started = time.perf_counter()
+    assert not password_matches("x" * 1_000_000, None)
+    assert time.perf_counter() - started < 0.05
+
+
+def test_secrets_have_256_bits_and_differ() -> None:
+    first, second = new_secret(), new_secret()
+    assert first != second
+    assert len(first) == 43
+    assert secret_digest(first) != secret_digest(second)
+    assert len(secret_digest(first)) == 32
+
+
+@given(st.text(max_size=64))
+def test_a_username_is_compared_the_same_way_twice(username: str) -> None:
+    key = username_key(username)
+    assert username_key(key) == key
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Ann", "aNN"), ("Straße", "STRASSE"), ("\N{FULLWIDTH LATIN CAPITAL LETTER A}nn", "ann")]
+)
+def test_case_and_width_do_not_make_another_user(one: str, other: str) -> None:
+    assert username_key(one) == username_key(other)

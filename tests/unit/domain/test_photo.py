@@ -1,0 +1,267 @@
+"""Photos from untrusted bytes; ids of the hostile inputs in the tests' names."""
+
+import io
+import resource
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from app.domain.faces import Face
+from app.domain.photo import choose_face, decode, encode
+from app.errors import (
+    AnimatedImage,
+    FaceCropped,
+    FaceTooSmall,
+    MultipleFaces,
+    NoFace,
+    Problem,
+    TooManyPixels,
+    UndecodableImage,
+    UnsupportedMediaType,
+    Validation,
+)
+from tests.support.photos import ASTRONAUT, encoded, pixels_of
+
+LIMIT = 25_000_000
+PORTRAIT = pixels_of(ASTRONAUT)[:256, 100:356]
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def webp_claiming(width: int, height: int, *, animated: bool = False) -> bytes:
+    body = (
+        bytes([0x02 if animated else 0, 0, 0, 0])
+        + (width - 1).to_bytes(3, "little")
+        + (height - 1).to_bytes(3, "little")
+    )
+    chunk = b"VP8X" + len(body).to_bytes(4, "little") + body
+    return b"RIFF" + (len(chunk) + 4).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+def face(x: float, y: float, side: float) -> Face:
+    template = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]], dtype=np.float32)
+    return Face((x, y, side, side), (template * side + np.array([x, y])).astype(np.float32), 0.9)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_the_three_accepted_types_are_told_by_their_content(kind: str, name: str) -> None:
+    photo = decode(encoded(PORTRAIT, kind), max_pixels=LIMIT)
+    assert photo.format == name
+    assert (photo.width, photo.height, photo.reduction) == (256, 256, 1)
+    assert np.abs(photo.pixels.astype(int) - PORTRAIT).mean() < 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(PORTRAIT, "GIF"),
+        encoded(PORTRAIT, "TIFF"),
+        encoded(PORTRAIT, "BMP"),
+        b"\x7fELF" + b"\0" * 100,
+        b"%PDF-1.7\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\0\0\0\x18ftypheic\0\0\0\0",
+        b"x",
+    ],
+)
+def test_h08_h15_h16_h17_anything_else_is_refused_naming_what_is_accepted(data: bytes) -> None:
+    with pytest.raises(UnsupportedMediaType, match="JPEG, PNG and WebP") as refusal:
+        decode(data, max_pixels=LIMIT)
+    assert refusal.value.errors[0].field == "photo"
+
+
+def test_h06_an_empty_file_is_refused() -> None:
+    with pytest.raises(Validation):
+        decode(b"", max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "bomb", [png_claiming(20000, 20000), png_claiming(9400, 9400), webp_claiming(16383, 16383), png_claiming(50, 65535)]
+)
+def test_h01_h02_too_many_pixels_are_refused_from_the_header(bomb: bytes) -> None:
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(TooManyPixels):
+        decode(bomb, max_pixels=LIMIT)
+    assert time.monotonic() - began < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+@pytest.mark.parametrize(("size", "problem"), [((39, 400), FaceTooSmall), ((401, 100), UndecodableImage)])
+def test_h03_a_photo_too_small_or_too_thin_is_refused(size: tuple[int, int], problem: type[Problem]) -> None:
+    with pytest.raises(problem):
+        decode(png_claiming(*size), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9, 0.99])
+def test_h04_a_cut_photo_is_refused(kind: str, share: float) -> None:
+    data = encoded(PORTRAIT, kind)
+    with pytest.raises(UndecodableImage):
+        decode(data[: int(len(data) * share)], max_pixels=LIMIT)
+
+
+@given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.integers(12, 4000), st.binary(min_size=1, max_size=400))
+def test_h05_broken_bytes_end_as_a_photo_or_a_refusal(kind: str, position: int, rubbish: bytes) -> None:
+    data = bytearray(encoded(PORTRAIT[:64, :64], kind))
+    data[position : position + len(rubbish)] = rubbish
+    try:
+        photo = decode(bytes(data), max_pixels=LIMIT)
+    except Problem as problem:
+        assert problem.status in {413, 415, 422}  # noqa: PT017 - either end is right, as long as it is one of the two
+    else:
+        assert photo.pixels.dtype == np.uint8
+        assert photo.pixels.shape[2] == 3
+
+
+def test_h09_appended_bytes_and_metadata_end_here() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "secret words"
+    polyglot = encoded(PORTRAIT, "JPEG", exif=exif) + b"PK\x03\x04<script>"
+    stored = encode(decode(polyglot, max_pixels=LIMIT).pixels)
+    assert b"script" not in stored
+    assert b"secret" not in stored
+    assert stored.startswith(b"\xff\xd8\xff")
+    again = decode(stored, max_pixels=LIMIT).pixels
+    assert np.abs(again.astype(int) - decode(polyglot, max_pixels=LIMIT).pixels).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_h10_every_exif_orientation_is_turned_upright(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PORTRAIT[:200], kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    photo = decode(data, max_pixels=LIMIT)
+    assert np.array_equal(photo.pixels, expected)
+    assert (photo.height, photo.width) == expected.shape[:2]
+
+
+def test_h11_broken_exif_is_no_reason_to_refuse() -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 3) + b"\x01\x12\0\x07\xff\xff\xff\xff\0\0\0\x08" * 3
+    assert decode(encoded(PORTRAIT, "JPEG", exif=exif), max_pixels=LIMIT).pixels.shape == PORTRAIT.shape
+
+
+def test_h12_a_broken_colour_profile_is_ignored() -> None:
+    assert decode(encoded(PORTRAIT, "JPEG", icc_profile=b"rubbish" * 5000), max_pixels=LIMIT).width == 256
+
+
+def test_h13_sixteen_bits_of_grey_are_scaled_not_cut() -> None:
+    grey = np.asarray(Image.fromarray(PORTRAIT).convert("L"))
+    buffer = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(buffer, "PNG")
+    assert np.array_equal(decode(buffer.getvalue(), max_pixels=LIMIT).pixels[..., 1], grey)
+
+
+def test_h13_what_is_transparent_becomes_white() -> None:
+    buffer = io.BytesIO()
+    clear = Image.fromarray(PORTRAIT).convert("RGBA")
+    clear.putalpha(0)
+    clear.save(buffer, "PNG")
+    assert decode(buffer.getvalue(), max_pixels=LIMIT).pixels.min() == 255
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("1", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("CMYK", "JPEG")])
+def test_h13_other_colour_modes_become_rgb(mode: str, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PORTRAIT).convert(mode).save(buffer, kind)
+    pixels = decode(buffer.getvalue(), max_pixels=LIMIT).pixels
+    assert pixels.shape == PORTRAIT.shape
+    assert abs(float(pixels.mean()) - float(PORTRAIT.mean())) < 12
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_h14_an_animation_is_refused(kind: str) -> None:
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(np.roll(PORTRAIT, 40 * step, axis=1)) for step in range(3)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=10)
+    with pytest.raises(AnimatedImage):
+        decode(buffer.getvalue(), max_pixels=LIMIT)
+
+
+def test_h14_an_animation_of_many_pixels_is_refused_before_its_frames() -> None:
+    with pytest.raises(AnimatedImage):
+        decode(webp_claiming(4000, 4000, animated=True), max_pixels=LIMIT)
+
+
+def test_h19_a_jpeg_of_thousands_of_passes_is_refused_undecoded() -> None:
+    plain = encoded(PORTRAIT, "JPEG", progressive=True)
+    scans = plain[plain.index(b"\xff\xda") : -2]
+    began = time.monotonic()
+    with pytest.raises(UndecodableImage, match="passes"):
+        decode(plain[:-2] + scans * 500 + plain[-2:], max_pixels=LIMIT)
+    assert time.monotonic() - began < 1
+
+
+def test_an_ordinary_progressive_jpeg_is_decoded() -> None:
+    assert decode(encoded(PORTRAIT, "JPEG", progressive=True), max_pixels=LIMIT).width == 256
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_large_photo_is_reduced_and_says_so(kind: str) -> None:
+    large = np.asarray(Image.fromarray(PORTRAIT).resize((3301, 2200)))
+    photo = decode(encoded(large, kind), max_pixels=LIMIT)
+    assert (photo.width, photo.height, photo.reduction) == (3301, 2200, 2)
+    assert photo.pixels.shape == (1100, 1651, 3)
+    there = photo.in_photo(face(10, 20, 100))
+    assert there.box == (20, 40, 200, 200)
+    assert there.landmarks[0] == pytest.approx([80, 120])
+
+
+def test_nobody_is_no_face() -> None:
+    with pytest.raises(NoFace):
+        choose_face([], (200, 200), 0.25)
+
+
+def test_the_larger_face_is_meant_when_the_other_is_far_behind() -> None:
+    near, far = face(60, 60, 100), face(5, 5, 40)
+    assert choose_face([far, near], (250, 250), 0.25) is near
+
+
+def test_h24_a_second_face_of_a_quarter_of_the_area_is_refused() -> None:
+    with pytest.raises(MultipleFaces, match="25%"):
+        choose_face([face(60, 60, 100), face(5, 5, 50)], (250, 250), 0.25)
+
+
+def test_what_lies_outside_the_photo_does_not_count_as_a_second_face() -> None:
+    near, cut = face(60, 60, 100), face(-40, 5, 60)
+    assert choose_face([near, cut], (250, 250), 0.25) is near
+
+
+def test_among_equals_the_most_central_face_is_meant() -> None:
+    middle, side = face(75, 75, 98), face(0, 0, 100)
+    assert choose_face([side, middle], (250, 250), 2.0) is middle
+
+
+def test_h24_a_face_too_small_is_refused_with_its_size() -> None:
+    with pytest.raises(FaceTooSmall, match="31 pixels"):
+        choose_face([face(100, 100, 31)], (250, 250), 0.25)
+
+
+@pytest.mark.parametrize(("x", "y"), [(-35, 60), (185, 60), (60, 190)])
+def test_h24_a_face_cut_by_the_border_is_refused(x: float, y: float) -> None:
+    with pytest.raises(FaceCropped):
+        choose_face([face(x, y, 100)], (250, 250), 0.25)
+
+
+def test_every_refusal_advises_the_person() -> None:
+    for refuse in (lambda: choose_face([], (9, 9), 0.25), lambda: decode(b"GIF89a", max_pixels=LIMIT)):
+        with pytest.raises(Problem) as refusal:
+            refuse()
+        assert refusal.value.errors[0].field == "photo"
+        assert refusal.value.errors[0].code == refusal.value.slug()
+        assert refusal.value.errors[0].message

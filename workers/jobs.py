@@ -1,0 +1,75 @@
+"""A thin coroutine per job. Arguments are ids; every job is safe to run twice."""
+
+from datetime import UTC, datetime, timedelta
+from typing import TypedDict
+
+import structlog
+from arq import Retry
+from pymongo.errors import PyMongoError
+from redis.exceptions import RedisError
+
+from app.documents.identities import Identity
+from app.errors import DependencyUnavailable, NotReady
+from app.runtime import Runtime
+from app.use_cases import screen as screening
+from storage.photos import PhotoStoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+#: Stores that are away are waited for, and a wait does not count as a failed try.
+AWAY = (PyMongoError, RedisError, PhotoStoreUnavailable, NotReady, DependencyUnavailable, OSError, TimeoutError)
+RETRY_SECONDS = 1
+#: A photo without a document is no enrolment's any more after this time.
+ORPHAN_AGE = timedelta(hours=24)
+ORPHANS_AT_ONCE = 200
+
+
+class Context(TypedDict):
+    """What arq hands to each job."""
+
+    runtime: Runtime
+
+
+async def screen(context: Context, identity_id: str, job_id: str) -> None:
+    """Give an identity, or one of its later samples, its verdict."""
+    runtime = context["runtime"]
+    try:
+        await screening.screen(runtime, identity_id, job_id)
+    except AWAY as error:
+        log.warning("screening_waits", identity=identity_id, job=job_id, error=type(error).__name__)
+        raise Retry(defer=RETRY_SECONDS) from error
+    except Exception as error:
+        log.exception("screening_failed", identity=identity_id, job=job_id)
+        reason = type(error).__name__
+        if not await screening.note_failure(runtime, identity_id, job_id, reason):
+            raise Retry(defer=RETRY_SECONDS) from error
+
+
+async def sweep_overdue(context: Context) -> None:
+    """Queue screenings that the queue lost."""
+    try:
+        await screening.sweep_overdue(context["runtime"])
+    except AWAY as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def sweep_orphan_photos(context: Context) -> None:
+    """Delete photos that no document names."""
+    runtime = context["runtime"]
+    oldest = datetime.now(UTC) - ORPHAN_AGE
+    batch: list[str] = []
+    async for photo in runtime.photos.list():
+        if photo.modified < oldest:
+            batch.append(photo.key)
+        if len(batch) == ORPHANS_AT_ONCE:
+            await _delete_orphans(runtime, batch)
+            batch = []
+    await _delete_orphans(runtime, batch)
+
+
+async def _delete_orphans(runtime: Runtime, keys: list[str]) -> None:
+    rows = Identity.get_pymongo_collection().find({"samples.photo_key": {"$in": keys}}, {"samples.photo_key": 1})
+    named = {sample["photo_key"] async for row in rows for sample in row["samples"]}
+    orphans = [key for key in keys if key not in named]
+    if orphans:
+        log.info("orphan_photos_deleted", count=await runtime.photos.delete(orphans))

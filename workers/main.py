@@ -1,0 +1,63 @@
+"""arq's settings: what this worker runs, how often, and how long a job may take."""
+
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+from arq import cron, func
+from arq.typing import StartupShutdown, WorkerCoroutine
+from arq.worker import Worker
+
+from app.config import Settings
+from app.logs import configure_logging
+from app.queue import SCREEN, decode_job, encode_job, redis_settings
+from app.runtime import open_runtime
+from workers import jobs
+
+#: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
+JOB_TIMEOUT_SECONDS = 10
+#: arq looks for work every half second by default: too slow for an officer who waits.
+POLL_SECONDS = 0.05
+#: Tries are counted by the use case, which knows which ones count.
+UNCOUNTED_TRIES = 1_000_000
+
+
+def _job(coroutine: object) -> WorkerCoroutine:
+    """Arq types its jobs as protocols with untyped arguments; ours name what they take."""
+    return cast("WorkerCoroutine", coroutine)
+
+
+def create_worker(settings: Settings) -> Worker:
+    """A worker that opens the same Runtime as the API, without loading the model's weights."""
+    configure_logging(settings.log_level)
+    opened = AsyncExitStack()
+
+    async def start(context: dict[Any, Any]) -> None:
+        context["runtime"] = await opened.enter_async_context(open_runtime(settings))
+
+    async def stop(context: dict[Any, Any]) -> None:
+        del context
+        await opened.aclose()
+
+    every = set(range(0, 60, settings.sweep_interval_seconds))
+    return Worker(
+        functions=[
+            func(_job(jobs.screen), name=SCREEN, timeout=JOB_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES)
+        ],
+        cron_jobs=[
+            cron(
+                _job(jobs.sweep_overdue), second=every, timeout=JOB_TIMEOUT_SECONDS, run_at_startup=True, keep_result=0
+            ),
+            cron(_job(jobs.sweep_orphan_photos), minute=17, timeout=3600, keep_result=0),
+        ],
+        queue_name=settings.queue_name,
+        redis_settings=redis_settings(settings),
+        job_serializer=encode_job,
+        job_deserializer=decode_job,
+        on_startup=cast("StartupShutdown", start),
+        on_shutdown=cast("StartupShutdown", stop),
+        max_jobs=settings.worker_max_jobs,
+        poll_delay=POLL_SECONDS,
+        job_completion_wait=settings.shutdown_grace_seconds - 1,
+        keep_result=0,
+        health_check_interval=30,
+    )
