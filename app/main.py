@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -12,6 +13,8 @@ from app.api.envelope import Envelope
 from app.config import Settings
 from app.logs import configure_logging
 from app.runtime import open_runtime
+
+log = structlog.get_logger(__name__)
 
 DESCRIPTION = """Enrol people by face, find those who enrol twice, authenticate a person by a selfie,
 and prove afterwards who did what."""
@@ -26,6 +29,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_runtime(known, warm=True) as runtime:
             app.state.runtime = runtime
+            log.info("service_opened", pack=runtime.engine.card.pack, reason=runtime.engine_reason)
             yield
 
     # FastAPI's own pages load their scripts from a CDN; these bring them along.

@@ -6,7 +6,10 @@ import time
 from typing import Final
 
 import structlog
-from arq.connections import ArqRedis, RedisSettings, create_pool
+from arq.connections import ArqRedis, RedisSettings
+from redis.asyncio import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app.config import Settings
@@ -16,6 +19,7 @@ log = structlog.get_logger(__name__)
 SCREEN: Final = "screen"
 #: After a failed call Redis is left alone for so long: an enrolment should not wait for it again and again.
 PAUSE_SECONDS = 1.0
+CONNECT_SECONDS = 1
 
 
 def encode_job(job: dict[str, object]) -> bytes:
@@ -32,7 +36,7 @@ def decode_job(data: bytes) -> dict[str, object]:
 def redis_settings(settings: Settings) -> RedisSettings:
     """Arq's connection settings, with short time limits and no retries of its own."""
     redis = RedisSettings.from_dsn(settings.redis_url)
-    redis.conn_retries, redis.conn_timeout = 0, 1
+    redis.conn_retries, redis.conn_timeout = 0, CONNECT_SECONDS
     return redis
 
 
@@ -43,7 +47,6 @@ class Queue:
         self._settings = settings
         self._redis: ArqRedis | None = None
         self._paused_until = 0.0
-        self._opening = asyncio.Lock()
 
     async def enqueue_screening(self, identity_id: str, job_id: str, *, again: str = "") -> bool:
         """Ask a worker to screen. False when Redis is away: the sweep will find the identity in MongoDB.
@@ -54,7 +57,7 @@ class Queue:
             return False
         try:
             async with asyncio.timeout(self._settings.queue_timeout_seconds):
-                redis = await self._connected()
+                redis = self._connection()
                 await redis.enqueue_job(
                     SCREEN, identity_id, job_id, _job_id=f"{job_id}{again}", _queue_name=self._settings.queue_name
                 )
@@ -67,18 +70,19 @@ class Queue:
     async def depth(self) -> int:
         """Jobs that wait. Raises RedisError, OSError or TimeoutError when Redis is away."""
         async with asyncio.timeout(self._settings.queue_timeout_seconds):
-            redis = await self._connected()
+            redis = self._connection()
             return int(await redis.zcard(self._settings.queue_name))
 
     async def close(self) -> None:
         """Let go of the connections."""
         if self._redis is not None:
-            await self._redis.aclose()
+            await self._redis.aclose(close_connection_pool=True)
 
-    async def _connected(self) -> ArqRedis:
-        async with self._opening:
-            if self._redis is None:
-                self._redis = await create_pool(
-                    redis_settings(self._settings), job_serializer=encode_job, job_deserializer=decode_job
-                )
-            return self._redis
+    def _connection(self) -> ArqRedis:
+        # Not by arq's create_pool: it waits for an answer, and loses its socket when Redis is too slow to give one.
+        if self._redis is None:
+            pool = ConnectionPool.from_url(
+                self._settings.redis_url, socket_connect_timeout=CONNECT_SECONDS, retry=Retry(NoBackoff(), 0)
+            )
+            self._redis = ArqRedis(pool, job_serializer=encode_job, job_deserializer=decode_job)
+        return self._redis

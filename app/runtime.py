@@ -11,7 +11,6 @@ from typing import ParamSpec, TypeVar
 import cv2
 import faiss
 import pymongo
-import structlog
 from beanie import init_beanie
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -21,7 +20,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from app.access import Access, open_access
-from app.config import Settings
+from app.config import Settings, UnsafeProduction
 from app.documents import accounts, cases, claims, events, galleries, identities
 from app.documents.base import new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
@@ -33,8 +32,6 @@ from app.keys import KeyRing
 from app.queue import Queue
 from app.search import Search
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
-
-log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -196,7 +193,6 @@ async def open_runtime(
     if engine is None:
         opened = open_engine(settings, device=settings.face_device)
         engine, reason = opened.engine, opened.reason
-    log.info("engine_opened", pack=engine.card.pack, reason=reason)
     warming = asyncio.create_task(asyncio.to_thread(engine.warm)) if warm else None
     keys = KeyRing(settings.key_encryption_secret())
     mongo: AsyncMongoClient[dict[str, object]] = AsyncMongoClient(
@@ -220,6 +216,9 @@ async def open_runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason, photos=_open_photos(settings),
             keys=keys, queue=Queue(settings), access=await open_access(settings, keys),
         )  # fmt: skip
+        if settings.is_production and (known := await accounts.development_users()):
+            message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
+            raise UnsafeProduction(message)
         await runtime._ensure_default_gallery()  # noqa: SLF001 - its own module
         if warming is not None:
             await warming

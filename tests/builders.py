@@ -68,11 +68,13 @@ async def enrolled(
     full_name: str | None = None,
     date_of_birth: date | None = None,
     photos: int = 1,
+    gallery: Gallery | None = None,
 ) -> Identity:
-    """Somebody who has just been enrolled and waits for the verdict."""
+    """Somebody who has just been enrolled, by default into the gallery `default`, and waits for the verdict."""
     attributes = Attributes(external_ref=external_ref, full_name=full_name, date_of_birth=date_of_birth)
     given = [portrait(*people, capture=capture + i) for i in range(photos)]
-    return await enrol.enrol(runtime, by_officer("identity.enrol"), await default_gallery(), given, attributes)
+    gallery = gallery or await default_gallery()
+    return await enrol.enrol(runtime, by_officer("identity.enrol"), gallery, given, attributes)
 
 
 async def screened(runtime: Runtime, identity: Identity) -> Identity:

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 import structlog
 from arq import Retry
-from pymongo.errors import PyMongoError
+from pymongo.errors import ConnectionFailure, PyMongoError
 from redis.exceptions import RedisError
 
 from app.documents.identities import Identity
@@ -17,7 +17,7 @@ from storage.photos import PhotoStoreUnavailable
 log = structlog.get_logger(__name__)
 
 #: Stores that are away are waited for, and a wait does not count as a failed try.
-AWAY = (PyMongoError, RedisError, PhotoStoreUnavailable, NotReady, DependencyUnavailable, OSError, TimeoutError)
+AWAY = (ConnectionFailure, RedisError, PhotoStoreUnavailable, NotReady, DependencyUnavailable, OSError, TimeoutError)
 RETRY_SECONDS = 1
 #: A photo without a document is no enrolment's any more after this time.
 ORPHAN_AGE = timedelta(hours=24)
@@ -35,21 +35,28 @@ async def screen(context: Context, identity_id: str, job_id: str) -> None:
     runtime = context["runtime"]
     try:
         await screening.screen(runtime, identity_id, job_id)
-    except AWAY as error:
-        log.warning("screening_waits", identity=identity_id, job=job_id, error=type(error).__name__)
-        raise Retry(defer=RETRY_SECONDS) from error
     except Exception as error:
+        if _is_away(error):
+            log.warning("screening_waits", identity=identity_id, job=job_id, error=type(error).__name__)
+            raise Retry(defer=RETRY_SECONDS) from error
         log.exception("screening_failed", identity=identity_id, job=job_id)
         reason = type(error).__name__
         if not await screening.note_failure(runtime, identity_id, job_id, reason):
             raise Retry(defer=RETRY_SECONDS) from error
 
 
+def _is_away(error: Exception) -> bool:
+    """Whether a store is away, as against one that answers and refuses: waiting for that would never end."""
+    if isinstance(error, PyMongoError) and (error.timeout or error.has_error_label("TransientTransactionError")):
+        return True
+    return isinstance(error, AWAY)
+
+
 async def sweep_overdue(context: Context) -> None:
     """Queue screenings that the queue lost."""
     try:
         await screening.sweep_overdue(context["runtime"])
-    except AWAY as error:
+    except (*AWAY, PyMongoError) as error:
         log.warning("sweep_waits", error=type(error).__name__)
 
 

@@ -206,12 +206,12 @@ class Jwks(BaseModel):
     keys: list[PublicJwk]
 
 
-_GUARDED = problems(Unauthenticated, Forbidden, DependencyUnavailable)
+_GUARDED = problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable)
 _CHANGES = _GUARDED | problems(
     Unauthenticated, Conflict, IdempotencyInProgress, Validation, IdempotencyKeyReused, NotReady, DependencyUnavailable
 )
 _ONE = problems(NotFound)
-_TOKEN_ANSWERS = problems(NotReady, DependencyUnavailable)
+_TOKEN_ANSWERS = problems(Validation, NotReady, DependencyUnavailable)
 _TOKEN_ANSWERS[400] = {"model": OAuthError, "description": "OAuth's error object"}
 
 
@@ -237,7 +237,7 @@ async def give_token(
     )
 
 
-@router.post("/v1/auth/revoke", tags=["auth"], responses=problems(DependencyUnavailable))
+@router.post("/v1/auth/revoke", tags=["auth"], responses=problems(Validation, DependencyUnavailable))
 async def revoke_token(request: Request, runtime: CurrentRuntime, form: Annotated[RevocationForm, Form()]) -> Response:
     """Log out with an access or a refresh token (RFC 7009); 200 also for a token that nobody knows."""
     if form.token:

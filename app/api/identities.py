@@ -459,7 +459,9 @@ async def export_identity(
 
 
 imports = APIRouter(
-    prefix="/v1/imports", tags=["identities"], responses=problems(Unauthenticated, Forbidden, NotImplementedYet)
+    prefix="/v1/imports",
+    tags=["identities"],
+    responses=problems(Unauthenticated, Forbidden, Validation, NotImplementedYet),
 )
 
 

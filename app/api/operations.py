@@ -19,7 +19,7 @@ from app.api.problems import problems
 from app.audit import Action
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.domain.callers import Role
-from app.errors import Forbidden, NotFound, Problem, Unauthenticated
+from app.errors import Forbidden, NotFound, Problem, Unauthenticated, Validation
 from app.runtime import Runtime
 from storage.photos import PhotoStoreUnavailable
 
@@ -154,7 +154,7 @@ SHOWN_SETTINGS = (
 )  # fmt: skip
 
 
-@router.get("/v1/system", responses=problems(Unauthenticated, Forbidden))
+@router.get("/v1/system", responses=problems(Unauthenticated, Forbidden, Validation))
 async def system(
     runtime: CurrentRuntime, action: Annotated[Action, Depends(acting("system.read", Role.ADMIN, is_read=True))]
 ) -> SystemView:

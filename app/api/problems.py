@@ -17,6 +17,7 @@ from pymongo.errors import (
     PyMongoError,
     WaitQueueTimeoutError,
 )
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from app.audit import Action, refuse
@@ -137,16 +138,24 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(problem, Unexpected):
         log.error("unexpected_error", request_id=request.state.request_id, exc_info=error)
     action: Action | None = getattr(request.state, "action", None)
-    # With MongoDB away there is nowhere to record it, and trying would make the caller wait once more.
-    if action is not None and not isinstance(error, PyMongoError):
-        try:
-            with pymongo.timeout(REFUSAL_SECONDS):
-                if action.claim is not None:
-                    await action.claim.abandon()
-                await refuse(action, problem)
-        except PyMongoError as failure:
-            log.warning("refusal_not_recorded", action=action.name, error=type(failure).__name__)
-    return render(request, problem)
+    page = render(request, problem)
+    if action is not None and isinstance(error, PyMongoError):
+        # Most likely MongoDB is away: waiting for it once more would keep the caller beyond the 3 s that they were promised.
+        page.background = BackgroundTask(_settle, action, problem)
+    elif action is not None:
+        await _settle(action, problem)
+    return page
+
+
+async def _settle(action: Action, problem: Problem) -> None:
+    """Give back the action's idempotency key and record the refusal, if MongoDB lets us."""
+    try:
+        with pymongo.timeout(REFUSAL_SECONDS):
+            if action.claim is not None:
+                await action.claim.abandon()
+            await refuse(action, problem)
+    except PyMongoError as failure:
+        log.warning("refusal_not_recorded", action=action.name, error=type(failure).__name__)
 
 
 def install(app: FastAPI) -> None:

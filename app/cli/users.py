@@ -15,6 +15,7 @@ from app.cli.settings import read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.client import Account, ClientAccount, Credentials, DemoUsers
 from app.config import Settings
+from app.documents.accounts import mark_for_development
 from app.documents.base import new_id
 from app.domain.callers import Role
 from app.errors import Problem
@@ -89,6 +90,7 @@ async def _ensure(settings: Settings, accounts: Credentials) -> list[str]:
             for role, person in people.items():
                 await ensure_user(runtime, UserFields(person.username, (role,), None), person.password)
             await ensure_client(runtime, accounts.client.client_id, accounts.client.client_secret, application)
+            await mark_for_development([admin.username, *(person.username for person in people.values())])
     return [admin.username] if is_new else []
 
 

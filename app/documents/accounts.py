@@ -1,5 +1,6 @@
 """Callers as they are stored: users with their logins, client applications, and the keys that sign tokens."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ from pydantic import Field
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from app.documents.base import Stored, now
-from app.domain.callers import Role
+from app.domain.callers import Role, username_key
 
 
 class User(Stored):
@@ -29,6 +30,8 @@ class User(Stored):
     session_version: int = 1
     #: Written by whoever relies on this document staying as it is, so that a change of it conflicts.
     touch: int = 0
+    #: Its password lies in a file of a development stack; production refuses to start beside it.
+    for_development: bool = False
     created_at: datetime = Field(default_factory=now)
     updated_at: datetime = Field(default_factory=now)
 
@@ -146,6 +149,20 @@ class SigningKey(Stored):
         indexes: ClassVar[list[IndexModel]] = [
             IndexModel([("generation", ASCENDING)], unique=True, name="generation"),
         ]
+
+
+async def mark_for_development(usernames: Sequence[str]) -> None:
+    """Remember that these users' passwords are known to a development stack."""
+    keys = [username_key(name) for name in usernames]
+    await User.get_pymongo_collection().update_many(
+        {"username_key": {"$in": keys}}, {"$set": {"for_development": True}}
+    )
+
+
+async def development_users() -> list[str]:
+    """The enabled users whose passwords a development stack knows."""
+    found = User.find({"for_development": True, "disabled": False})
+    return sorted([user.username for user in await found.to_list()])
 
 
 ACCOUNT_DOCUMENTS: tuple[type[Document], ...] = (User, Client, Login, RefreshToken, RevokedToken, SigningKey)

@@ -150,8 +150,9 @@ class Identity(Stored):
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
-        """Identities whose queued screening should have run by now."""
-        return await cls.find({"outbox_at": {"$lte": moment}}).sort("outbox_at").limit(limit).to_list()
+        """Identities whose queued screening should have run by now; not while their status lets none run."""
+        due = {"outbox_at": {"$lte": moment}, "status": {"$in": ["pending", "active"]}}
+        return await cls.find(due).sort("outbox_at").limit(limit).to_list()
 
     @classmethod
     async def touch_living(cls, ids: Sequence[str], session: AsyncClientSession) -> bool:

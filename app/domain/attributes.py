@@ -83,4 +83,5 @@ class Attributes(BaseModel):
 
 def canonical_ref(external_ref: str) -> str:
     """How a reference is looked up: NFKC and case folded, so that two spellings of one are one."""
-    return unicodedata.normalize("NFKC", external_ref).casefold()
+    # Once more, because folding takes some letters apart: capital and small forms of U+0390 would stay two.
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", external_ref).casefold())

@@ -1,6 +1,7 @@
 """Compare: do two photos show one person?"""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from app.domain.callers import shown_score
 from app.domain.comparison import best_similarity
 from app.domain.policy import thresholds_for
 from app.domain.thresholds import fmr_at
-from app.engine.reading import read_face
+from app.engine.reading import FaceReading, read_face
+from app.errors import Problem
 from app.runtime import Runtime
 
 
@@ -27,10 +29,9 @@ class Comparison:
 async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: bytes, photo_b: bytes) -> Comparison:
     """Compare two photos by the gallery's rules; nothing is kept of them."""
     runtime.require_contract(gallery)
-    pixels = runtime.settings.max_photo_pixels
-    one, other = [
-        await runtime.compute(read_face, runtime.engine, p, gallery.policy, pixels) for p in (photo_a, photo_b)
-    ]
+    one, other = await asyncio.gather(
+        _read(runtime, gallery, "photo_a", photo_a), _read(runtime, gallery, "photo_b", photo_b)
+    )
     exact = best_similarity(one.embedding, other.embedding[np.newaxis, :])
     card = runtime.engine.card
     threshold = thresholds_for(gallery.policy, card, gallery.samples).verify
@@ -41,3 +42,13 @@ async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: b
         detail={"match": answer.match, "score": round(score, 2), "threshold": round(threshold, 4)},
     )  # fmt: skip
     return answer
+
+
+async def _read(runtime: Runtime, gallery: Gallery, field: str, photo: bytes) -> FaceReading:
+    """Read one of the two; a refusal's advice names which."""
+    try:
+        pixels = runtime.settings.max_photo_pixels
+        return await runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels)
+    except Problem as problem:
+        problem.errors = tuple(replace(advice, field=field) for advice in problem.errors)
+        raise

@@ -156,7 +156,8 @@ def _require_room(runtime: Runtime, identity: Identity) -> None:
 
 async def _read(runtime: Runtime, gallery: Gallery, photos: list[bytes]) -> list[FaceReading]:
     pixels = runtime.settings.max_photo_pixels
-    return [await runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos]
+    reading = [runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos]
+    return await asyncio.gather(*reading)
 
 
 async def _prepare(

@@ -19,7 +19,7 @@ from app.domain.policy import AttemptLimits, thresholds_for, wait_before_attempt
 from app.domain.quality import QualityReport
 from app.domain.thresholds import fmr_at
 from app.engine.reading import LIVE_FROM, read_face
-from app.errors import Advice, AttemptsExhausted, ReplayedPhoto, Validation
+from app.errors import Advice, AttemptsExhausted, NotFound, ReplayedPhoto, Validation
 from app.runtime import Runtime
 
 #: How long a relying party may rely on an assertion.
@@ -64,33 +64,40 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
         _require_attempts_left(runtime, identity)
     reading = await runtime.compute(read_face, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels)
     threshold = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples).verify
-    score, matched = None, False
+    exact = None
     if identity.status == "active":
         references = open_references(data_key(runtime.keys, gallery, identity), identity)
-        score = best_similarity(reading.embedding, references)
-        # Decided on the exact score, whatever the caller may see of it.
-        matched = score >= threshold
-        score = shown_score(action.caller, score)
+        exact = best_similarity(reading.embedding, references)
     presented = runtime.keys.keyed_hash("presented", identity.id.encode() + hashlib.sha256(photo).digest()).hex()
-    fmr = None if score is None else fmr_at(runtime.engine.card, score)
 
-    async def commit(session: AsyncClientSession) -> AuditEvent:
+    async def commit(session: AsyncClientSession) -> tuple[AuditEvent, float | None]:
+        # As the identity stands now: it may have been revoked or erased while the photo was read, and of many
+        # claims made at once no more may be compared than there are attempts left.
+        standing = await Identity.living(identity.id, session)
+        if standing is None:
+            raise NotFound
         if not await Once.is_first(presented, timedelta(hours=runtime.settings.replay_window_hours), session):
             raise ReplayedPhoto("Please take a new photo.")
-        if score is not None:
-            await _count_attempt(identity, session, matched=matched)
-        return await record(
+        score, matched = None, False
+        if exact is not None and standing.status == "active":
+            _require_attempts_left(runtime, standing)
+            # Decided on the exact score, whatever the caller may see of it.
+            matched = exact >= threshold
+            score = shown_score(action.caller, exact)
+            await _count_attempt(standing, session, matched=matched)
+        event = await record(
             session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, score=score,
             detail={
-                "match": matched, "score": None if score is None else round(score, 2), "threshold": threshold, "fmr": fmr,
+                "match": matched, "score": None if score is None else round(score, 2), "threshold": threshold,
+                "fmr": None if score is None else fmr_at(runtime.engine.card, score),
                 "audience": audience, "nonce": claim.nonce,
                 "quality": reading.quality.model_dump_json(),
                 "liveness": None if reading.liveness is None else round(reading.liveness, 2),
             },
         )  # fmt: skip
+        return event, score
 
-    event = await runtime.transaction(commit)
-    return answer_of(runtime, gallery, event, score)
+    return answer_of(runtime, gallery, *await runtime.transaction(commit))
 
 
 def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: float | None) -> Verification:

@@ -109,7 +109,7 @@ def test_without_waiting_the_answer_is_202_and_the_verdict_follows(service: Serv
 def test_every_pair_of_photos_of_one_person_is_suspected_and_no_two_people_are_mixed_up(
     service: Service, gallery: str
 ) -> None:
-    everybody = list(portrayed(most=6))
+    everybody = list(portrayed())
     enrolled = {person.name: enrol(service, gallery, person.photo, external_ref=person.name) for person in everybody}
     assert {name for name, page in enrolled.items() if page["status"] != "active"} == set()
     for person in everybody:
@@ -174,7 +174,7 @@ def test_a_reference_belongs_to_one_identity_of_its_gallery_however_it_is_spelt(
         ({"external_ref": ""}, "external_ref"),
         ({"external_ref": "x" * 129}, "external_ref"),
         ({"external_ref": "a\x00b"}, "external_ref"),
-        ({"full_name": "‮evil"}, "full_name"),
+        ({"full_name": "\u202eevil"}, "full_name"),
         ({"full_name": "a\nb"}, "full_name"),
         ({"date_of_birth": "1990-02-31"}, "date_of_birth"),
         ({"date_of_birth": "yesterday"}, "date_of_birth"),

@@ -37,7 +37,7 @@ def compared(caller: httpx.Client, one: bytes, other: bytes, **fields: str) -> h
 
 
 def test_everybody_is_found_at_rank_one_and_alone(service: Service, gallery: str) -> None:
-    everybody = list(portrayed(most=6))
+    everybody = list(portrayed())
     ids = {person.name: enrol(service, gallery, person.photo)["id"] for person in everybody}
     for person in everybody:
         found = candidates(identify(service.app, person.selfie, gallery=gallery))

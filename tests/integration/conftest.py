@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 from pydantic import SecretStr
 
 from app.config import Settings, random_secret
@@ -12,6 +13,8 @@ from app.runtime import Runtime, open_runtime
 from tests.fakes import FakeEngine
 from tests.support import services
 
+# structlog's own default draws each traceback with colours and locals, which takes a second.
+structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
 pytest.register_assert_rewrite("tests.unit.documents.questions")
 
 

@@ -1,0 +1,298 @@
+"""Hostile requests: never a fault of ours, never a trace of the inside, never a change."""
+
+import gzip
+import json
+import time
+
+import httpx
+import pytest
+
+from tests.e2e.builders import (
+    NOBODY,
+    Page,
+    Service,
+    again,
+    base64_of,
+    enrol,
+    identity,
+    part,
+    people,
+    problem,
+    unique,
+)
+
+REFUSED_WITHIN_SECONDS = 2.0
+SURROGATE = '"\\ud800"'
+NUL = '"a\\u0000b"'
+
+
+@pytest.fixture(scope="module")
+def made(service: Service) -> Page:
+    """Somebody who must stay as they are."""
+    return enrol(service, "default", people()[5].photo, external_ref=unique("hostile"))
+
+
+def raw(
+    caller: httpx.Client, method: str, path: str, body: str | bytes, kind: str = "application/json"
+) -> httpx.Response:
+    """A request with these very bytes; answered in time, and by no fault of ours."""
+    began = time.monotonic()
+    answer = caller.request(method, path, content=body, headers={"Content-Type": kind})
+    assert time.monotonic() - began < REFUSED_WITHIN_SECONDS
+    assert answer.status_code < 500, answer.text
+    for inside in ("Traceback", "/app/", "site-packages", "pymongo", "mongodb://", "Error:"):
+        assert inside not in answer.text
+    return answer
+
+
+def refused(caller: httpx.Client, method: str, path: str, body: str | bytes) -> None:
+    """422, and not because the path is wrong."""
+    problem(raw(caller, method, path, body), 422, "validation")
+
+
+def with_photo(**fields: str) -> str:
+    """A JSON body with a photo and raw JSON values."""
+    rest = "".join(f", {json.dumps(name)}: {value}" for name, value in fields.items())
+    return f'{{"photo_base64": "{base64_of(people()[1].photo)}"{rest}}}'
+
+
+@pytest.mark.parametrize("value", [SURROGATE, '{"$gt": ""}', '{"$ne": null}', '["a"]', "true", "1", '{"$where": "1"}'])
+def test_text_is_text(service: Service, made: Page, value: str) -> None:
+    for field in ("external_ref", "full_name", "gallery", "date_of_birth"):
+        refused(service.officer, "POST", "/v1/identities", with_photo(**{field: value}))
+    for field in ("external_ref", "identity_id", "nonce", "audience", "gallery"):
+        fields = {"identity_id": f'"{made["id"]}"'} | {field: value}
+        refused(service.app, "POST", "/v1/verifications", with_photo(**fields))
+    refused(service.app, "POST", "/v1/identifications", with_photo(gallery=value))
+    refused(service.officer, "PATCH", f"/v1/identities/{made['id']}", f'{{"full_name": {value}}}')
+    refused(service.officer, "POST", f"/v1/identities/{made['id']}/revoke", f'{{"reason": {value}}}')
+    decision = f'{{"decision": "distinct", "reason": {value}}}'
+    refused(service.officer, "POST", f"/v1/dedup/cases/{NOBODY}/decision", decision)
+    for field in ("username", "password", "roles"):
+        body = {"username": '"hostile"', "password": '"a long password"', "roles": '["officer"]'} | {field: value}
+        refused(service.admin, "POST", "/v1/users", "{" + ", ".join(f'"{k}": {v}' for k, v in body.items()) + "}")
+    refused(service.admin, "POST", "/v1/galleries", f'{{"name": {value}}}')
+    refused(service.admin, "POST", "/v1/galleries", f'{{"name": "hostile", "pack": {value}}}')
+    refused(service.officer, "POST", "/v1/auth/password", f'{{"current_password": {value}, "new_password": {value}}}')
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000])
+def test_numbers_are_finite(service: Service, made: Page, number: str) -> None:
+    for policy in ("verify_fmr", "verify_threshold", "retention_days", "second_face_share"):
+        body = f'{{"name": "{unique("nan")}", "policy": {{"{policy}": {number}}}}}'
+        refused(service.admin, "POST", "/v1/galleries", body)
+        refused(service.admin, "PATCH", "/v1/galleries/default", f'{{"policy": {{"{policy}": {number}}}}}')
+    refused(service.app, "POST", "/v1/identifications", with_photo(limit=number))
+    refused(service.officer, "PATCH", f"/v1/identities/{made['id']}", f'{{"metadata": {{"a": {number}}}}}')
+    refused(service.officer, "POST", "/v1/identities", with_photo(metadata=f'{{"a": {number}}}'))
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "null", "[]", "1", '"x"', "{", "{}}", "{'a': 1}", "\ufeff{}", b"\xff\xfe{\x00}\x00", b'{"reason": "\xed\xa0\x80"}',
+     '{"reason": "a", "reason": "b"}', '{"reason": "a", "force": true}', '{"reason": "a", "$set": {"status": "active"}}',
+     '{"reason": "a", "\\ud800": 1}', "[" * 50_000, '{"reason":' * 20_000],
+)  # fmt: skip
+def test_a_body_is_one_json_object_of_known_fields(service: Service, made: Page, body: str | bytes) -> None:
+    refused(service.officer, "POST", f"/v1/identities/{made['id']}/revoke", body)
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize("field", ["role", "is_active", "status", "id", "version", "dedup", "created_at", "$set"])
+def test_nobody_assigns_what_is_not_theirs(service: Service, made: Page, field: str) -> None:
+    refused(service.officer, "PATCH", f"/v1/identities/{made['id']}", json.dumps({field: "active"}))
+    refused(service.officer, "POST", "/v1/identities", with_photo(**{field: '"active"'}))
+    user = {"username": unique("u"), "password": "a long password", "roles": ["officer"], field: "active"}
+    refused(service.admin, "POST", "/v1/users", json.dumps(user))
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ['{"$where": "1"}', '{"a": {"$gt": ""}}', '{"a.b": 1}', '{"a": {"b": {"c": {"d": 1}}}}', '{"a": [[[[1]]]]}',
+     json.dumps({"a": "x" * 5000}), json.dumps({f"k{n}": n for n in range(33)}), '"text"', "[1]", '{"a": "\\ud800"}',
+     '{"a": 1, "a": 2}'],
+)  # fmt: skip
+def test_metadata_is_small_flat_and_without_operators(service: Service, made: Page, metadata: str) -> None:
+    refused(service.officer, "PATCH", f"/v1/identities/{made['id']}", f'{{"metadata": {metadata}}}')
+    refused(service.officer, "POST", "/v1/identities", with_photo(metadata=metadata))
+    form = {"files": [part(people()[1].photo)], "data": {"metadata": metadata}}
+    problem(service.officer.post("/v1/identities", **form), 422, "validation")
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=-1", "limit=0", "limit=201", "limit=1000000000", "limit=x", "limit=1e3", "limit=", "cursor=x", "cursor=%00",
+     "cursor=" + "A" * 2000, "skip=1000000000000", "sort=password_hash", "filter[$regex]=(a%2b)%2b$", "gallery[$ne]=x",
+     "limit=1&cursor=eyJhIjoxfQ"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/identities", "/v1/galleries", "/v1/dedup/cases"])
+def test_a_list_takes_its_own_parameters_only(service: Service, path: str, query: str) -> None:
+    problem(service.officer.get(f"{path}?{query}"), 422, "validation")
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=-1", "cursor=x", "sort=time", "action[$ne]=x", "after=%00", "actor=" + "a" * 129]
+)
+def test_the_log_and_the_accounts_take_their_own_parameters_only(service: Service, query: str) -> None:
+    problem(service.auditor.get(f"/v1/audit/events?{query}"), 422, "validation")
+    problem(service.admin.get(f"/v1/users?{query}"), 422, "validation")
+
+
+@pytest.mark.parametrize(
+    "text", ["%00", "%F0%9F%92%A9", "%ff%fe", "$where", "a'%20or%20'1'='1", "..%2f..%2fetc", "x" * 1000]
+)
+def test_an_odd_id_is_nobody(service: Service, text: str) -> None:
+    for path in ("/v1/identities/{}", "/v1/dedup/jobs/{}", "/v1/dedup/cases/{}", "/v1/galleries/{}"):
+        problem(service.officer.get(path.format(text)), 404, "not-found")
+    problem(service.auditor.get(f"/v1/audit/events/{text}"), 404, "not-found")
+    problem(service.admin.get(f"/v1/users/{text}"), 404, "not-found")
+
+
+def test_no_call_is_reached_by_a_second_spelling(service: Service, made: Page) -> None:
+    path = f"/v1/identities/{made['id']}"
+    for other in (
+        "/v1/identities/",
+        "//v1/identities",
+        f"{path}/",
+        "/V1/identities",
+        "/v1/%2e%2e/v1/identities",
+        "/v1",
+    ):
+        problem(service.officer.get(other), 404, "not-found")
+    override = {"X-HTTP-Method-Override": "DELETE", "X-Method-Override": "DELETE", "X-HTTP-Method": "DELETE"}
+    problem(service.officer.post(path, headers=override), 405, "method-not-allowed")
+    assert service.officer.get(f"{path}", headers=override).json() == made
+    for method in ("TRACE", "PUT", "BREW", "CONNECT", "PROPFIND"):
+        problem(service.officer.request(method, "/v1/identities"), 405, "method-not-allowed")
+
+
+def test_a_body_is_bounded_while_it_is_read(service: Service, made: Page) -> None:
+    long = '{"full_name": "' + "a" * 20_000_000 + '"}'
+    path = f"/v1/identities/{made['id']}"
+    problem(raw(service.officer, "PATCH", path, long), 413, "too-large")
+    huge = again(people()[1].photo) + b"\0" * 60_000_000
+    problem(service.app.post("/v1/faces/detect", files=[part(huge)]), 413, "too-large")
+    assert identity(service, made["id"]) == made
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "application/x-www-form-urlencoded", "x"])
+def test_a_body_of_another_kind_is_not_taken(service: Service, made: Page, kind: str) -> None:
+    path = f"/v1/identities/{made['id']}/revoke"
+    problem(raw(service.officer, "POST", path, '{"reason": "x"}', kind), 415, "unsupported-media-type")
+    problem(raw(service.app, "POST", "/v1/faces/detect", "x", kind), 415, "unsupported-media-type")
+
+
+def test_a_packed_body_is_not_unpacked(service: Service, made: Page) -> None:
+    packed = gzip.compress(b'{"reason": "x"}')
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    path = f"/v1/identities/{made['id']}/revoke"
+    problem(service.officer.post(path, content=packed, headers=headers), 415, "unsupported-media-type")
+    packed_form = service.app.post(
+        "/v1/faces/detect", files=[part(people()[1].photo)], headers={"Content-Encoding": "gzip"}
+    )
+    problem(packed_form, 415, "unsupported-media-type")
+
+
+def test_a_broken_form_is_refused(service: Service) -> None:
+    photo = part(people()[1].photo)
+    broken = [
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 422),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=a"}}, 422),
+        ({"content": b"", "headers": {"Content-Type": "multipart/form-data; boundary=a"}}, 422),
+        ({"files": [photo], "data": {f"f{n}": "x" for n in range(100)}}, 422),
+        ({"files": [photo] * 50}, 422),
+        ({"files": [photo, photo]}, 422),
+        ({"files": [photo, part(b"x", "other")]}, 422),
+        ({"files": [photo], "data": {"a" * 1_000_000: "x"}}, 422),
+        ({"data": {"photo": "text"}, "files": [part(b"x", "other")]}, 422),
+    ]
+    for request, status in broken:
+        answer = service.app.post("/v1/faces/detect", **request)
+        problem(answer, status, "validation")
+
+
+@pytest.mark.parametrize(
+    "charset", ["utf-16", "unicode_escape", "raw_unicode_escape", "utf-7", "rot13", "no-such", "idna"]
+)
+def test_a_form_s_charset_brings_nothing_in(service: Service, charset: str) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="gallery"\r\n\r\n\\ud800+2AA-\r\n'
+    body += b'--b\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\n'
+    body += people()[1].photo + b"\r\n--b--\r\n"
+    kind = f"multipart/form-data; boundary=b; charset={charset}"
+    answer = raw(service.officer, "POST", "/v1/identities", body, kind)
+    assert answer.status_code in (404, 422), answer.text
+    login = b'--b\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\npassword\r\n'
+    login += b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n\\ud800+2AA-\r\n'
+    login += b'--b\r\nContent-Disposition: form-data; name="password"\r\n\r\n\\ud800+2AA-\r\n--b--\r\n'
+    answer = raw(service.anonymous, "POST", "/v1/auth/token", login, kind)
+    assert answer.status_code in (400, 422), answer.text
+
+
+@pytest.mark.parametrize("text", ["data:image/jpeg;base64,/9j/", "/9j_", "/9j/ ", "/9j", "é", "", "\n"])
+def test_photos_in_json_are_standard_base64(service: Service, text: str) -> None:
+    problem(service.app.post("/v1/faces/detect", json={"photo_base64": text}), 422, "validation")
+
+
+def test_a_photo_is_not_named_twice(service: Service) -> None:
+    body = json.loads(with_photo())
+    for odd in ({**body, "photos_base64": "x"}, {**body, "photo": "x"}, {"photos_base64": []}, {"photos_base64": [1]}):
+        problem(service.officer.post("/v1/identities", json=odd), 422, "validation")
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["", "x", "a.b.c", "..", "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZG1pbiJ9.", "a" * 9000, "null", "[object Object]", "a b"],
+)
+def test_a_token_that_is_none_lets_nobody_in(service: Service, token: str) -> None:
+    for header in (f"Bearer {token}", f"bearer {token}", token, f"Basic {token}"):
+        answer = service.anonymous.get("/v1/users", headers={"Authorization": header.strip()})
+        problem(answer, 401, "unauthenticated")
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "x" * 129, "a/b", "<script>", ""])
+def test_only_a_plain_request_id_is_taken_over(service: Service, name: str) -> None:
+    answer = service.anonymous.get("/health", headers={"X-Request-ID": name.encode()})
+    assert answer.headers["x-request-id"] not in ("", name)
+    assert service.anonymous.get("/health", headers={"X-Request-ID": "a-B.9_"}).headers["x-request-id"] == "a-B.9_"
+
+
+def test_every_answer_carries_its_headers(service: Service, made: Page) -> None:
+    for answer in (
+        service.anonymous.get("/health"),
+        service.anonymous.get("/nowhere"),
+        service.anonymous.get("/v1/users"),
+        service.officer.get(f"/v1/identities/{made['id']}"),
+        service.officer.put("/v1/identities"),
+    ):
+        assert answer.headers["x-request-id"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_foreign_page_is_given_nothing(service: Service) -> None:
+    for origin in ("https://evil.example", "null"):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "DELETE"}
+        answer = service.anonymous.options("/v1/identities", headers=asked)
+        assert "access-control-allow-origin" not in answer.headers
+        assert not answer.is_success
+
+
+@pytest.mark.parametrize("value", [NUL, '"\\u202eevil"', '"a\\u0007"', '"\\ue000"'])
+def test_names_hold_visible_characters_only(service: Service, made: Page, value: str) -> None:
+    path = f"/v1/identities/{made['id']}"
+    for field in ("full_name", "external_ref"):
+        refused(service.officer, "PATCH", path, f'{{"{field}": {value}}}')
+    refused(service.admin, "POST", "/v1/users", f'{{"username": {value}, "password": "a long password", "roles": []}}')
+    refused(service.admin, "POST", "/v1/clients", f'{{"name": {value}}}')
+    assert identity(service, made["id"]) == made
+
+
+def test_the_next_honest_request_is_served(service: Service, made: Page) -> None:
+    assert identity(service, made["id"]) == made
+    assert service.anonymous.get("/ready").json()["status"] == "ready"

@@ -1,0 +1,238 @@
+"""Order and truth: what an enrolment leaves when stores are away, and what concurrent enrolments leave of the numbers."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError, WriteError
+
+from app.devservers import free_port
+from app.documents.events import AuditEvent
+from app.documents.galleries import GalleryChange
+from app.documents.identities import Identity
+from app.errors import Conflict, ExternalRefTaken, NotFound
+from app.runtime import Runtime
+from app.use_cases import erase, galleries
+from storage.photos import MinioPhotoStore, PhotoStoreUnavailable
+from tests.builders import (
+    active,
+    another_process,
+    by_officer,
+    decided,
+    default_gallery,
+    enrolled,
+    erased,
+    identified,
+    known,
+    screened,
+    settled,
+    suspected,
+    verified,
+)
+from tests.support import services
+
+
+@asynccontextmanager
+async def _no_room_for(runtime: Runtime, action: str) -> AsyncIterator[None]:
+    """The store refuses this action's events, as if it were broken."""
+    database = runtime.mongo[runtime.settings.mongodb_database]
+    await database.command("collMod", "audit_events", validator={"action": {"$ne": action}})
+    yield
+    await database.command("collMod", "audit_events", validator={})
+
+
+async def _nothing_is_stored() -> None:
+    gallery = await default_gallery()
+    assert (gallery.seq, gallery.identities, gallery.samples) == (0, 0, 0)
+    assert await Identity.count() == await GalleryChange.count() == await AuditEvent.count() == 0
+
+
+async def test_an_enrolment_is_all_there_when_it_returns(runtime: Runtime) -> None:
+    identity = await enrolled(runtime, "ann", photos=2)
+    assert await known(identity) == identity
+    rows = await GalleryChange.find_all().sort("seq").to_list()
+    assert [(r.seq, r.kind, r.identity_id, r.sample_id) for r in rows] == [
+        (i, "add", identity.id, sample.id) for i, sample in enumerate(identity.samples, start=1)
+    ]
+    gallery = await default_gallery()
+    assert (gallery.seq, gallery.identities, gallery.samples) == (2, 1, 2)
+    (event,) = await AuditEvent.find_all().to_list()
+    assert (event.action, event.subject.id, event.actor.id) == ("identity.enrol", identity.id, "officer-1")
+    for sample in identity.samples:
+        assert sample.photo_key == f"{gallery.id}/{identity.id}/{sample.id}"
+        assert await runtime.photos.get(sample.photo_key)
+
+
+async def test_without_its_audit_event_there_is_no_identity(runtime: Runtime) -> None:
+    async with _no_room_for(runtime, "identity.enrol"):
+        with pytest.raises(WriteError):
+            await enrolled(runtime, "ann")
+    await _nothing_is_stored()
+    assert (await enrolled(runtime, "ann")).enrol_seq == 1
+
+
+async def test_without_its_audit_event_there_is_no_verdict_decision_erasure_or_answer(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    waiting = await enrolled(runtime, "ann", capture=1)
+    async with _no_room_for(runtime, "dedup.verdict"):
+        with pytest.raises(WriteError):
+            await screened(runtime, waiting)
+    assert await known(waiting) == waiting
+    held = await screened(runtime, waiting)
+    _, case = await suspected(runtime, "ann", capture=2)
+    async with _no_room_for(runtime, "dedup.decide"):
+        with pytest.raises(WriteError):
+            await decided(runtime, case, "duplicate", about=held)
+    async with _no_room_for(runtime, "identity.erase"):
+        with pytest.raises(WriteError):
+            await erased(runtime, ann)
+    async with _no_room_for(runtime, "face.verify"):
+        with pytest.raises(WriteError):
+            await verified(runtime, ann, "ann")
+    assert [(await known(i)).status for i in (ann, held)] == ["active", "suspected_duplicate"]
+    assert (await verified(runtime, ann, "ann")).match, "the refused answer had not used up the selfie"
+
+
+async def test_numbers_stay_contiguous_under_fifty_enrolments_at_once(runtime: Runtime) -> None:
+    async with another_process(runtime) as other:
+        doors = [runtime, other]
+        people = await asyncio.gather(*(enrolled(doors[i % 2], f"person-{i}") for i in range(50)))
+    rows = await GalleryChange.find_all().sort("seq").to_list()
+    assert [row.seq for row in rows] == list(range(1, 51))
+    assert {row.seq: row.identity_id for row in rows} == {p.enrol_seq: p.id for p in people}
+    gallery = await default_gallery()
+    assert (gallery.seq, gallery.identities, gallery.samples) == (50, 50, 50)
+
+
+async def test_numbers_stay_contiguous_while_others_are_erased(runtime: Runtime) -> None:
+    async with another_process(runtime) as other:
+        people = [await enrolled(runtime, f"person-{i}") for i in range(8)]
+        await asyncio.gather(
+            *(erased(other, person) for person in people), *(enrolled(runtime, f"later-{i}") for i in range(8))
+        )
+    rows = await GalleryChange.find_all().sort("seq").to_list()
+    assert [row.seq for row in rows] == list(range(1, 25))
+    assert sorted(row.kind for row in rows) == ["add"] * 8 + ["blank"] * 8 + ["remove"] * 8
+
+
+async def test_of_many_enrolments_under_one_reference_exactly_one_wins(runtime: Runtime) -> None:
+    async with another_process(runtime) as other:
+        doors = [runtime, other]
+        spellings = ["NID-1", "nid-1", "ＮＩＤ-1", "Nid-1"]
+        tries = [enrolled(doors[i % 2], f"person-{i}", external_ref=spellings[i % 4]) for i in range(8)]
+        ended = await asyncio.gather(*tries, return_exceptions=True)
+    assert sorted(type(e).__name__ for e in ended) == ["ExternalRefTaken"] * 7 + ["Identity"]
+    gallery = await default_gallery()
+    assert (gallery.seq, gallery.identities) == (1, 1)
+    with pytest.raises(ExternalRefTaken):
+        await enrolled(runtime, "late", external_ref="nId-1")
+
+
+async def test_one_reference_may_stand_in_two_galleries(runtime: Runtime) -> None:
+    await enrolled(runtime, "ann", external_ref="NID-1")
+    north = await galleries.create(
+        runtime, by_officer("gallery.create"), "north", None, (await default_gallery()).policy
+    )
+    other = await enrolled(runtime, "ann", capture=1, external_ref="NID-1", gallery=north)
+    assert (await screened(runtime, other)).status == "active", "galleries are kept apart"
+
+
+async def test_a_gallery_is_removed_only_when_nobody_is_left(runtime: Runtime) -> None:
+    policy = (await default_gallery()).policy
+    north = await galleries.create(runtime, by_officer("gallery.create"), "north", None, policy)
+    await galleries.delete(runtime, by_officer("gallery.delete"), north)
+    with pytest.raises(NotFound):
+        await enrolled(runtime, "ann", gallery=north)
+    assert await Identity.count() == 0
+    south = await galleries.create(runtime, by_officer("gallery.create"), "south", None, policy)
+    ann = await enrolled(runtime, "ann", gallery=south)
+    with pytest.raises(Conflict):
+        await galleries.delete(runtime, by_officer("gallery.delete"), south)
+    await erase.erase(runtime, by_officer("identity.erase"), south, ann.id, None)
+    await galleries.delete(runtime, by_officer("gallery.delete"), south)
+    assert await Identity.count() == await GalleryChange.count() == 0
+
+
+async def test_with_the_photo_store_away_nothing_is_enrolled_and_searches_go_on(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    before = await default_gallery()
+    away = MinioPhotoStore(
+        endpoint=f"127.0.0.1:{free_port()}", access_key="a", secret_key="b" * 8, bucket="photos", region="us-east-1",
+        secure=False,
+    )  # fmt: skip
+    async with another_process(runtime, photos=away) as other:
+        with pytest.raises(PhotoStoreUnavailable):
+            await enrolled(other, "bob")
+        assert (await verified(other, ann, "ann")).match
+        assert [c.identity_id for c in (await identified(other, "ann")).candidates] == [ann.id]
+        assert await default_gallery() == before
+        receipt = await erase.erase(other, by_officer("identity.erase"), before, ann.id, None)
+    await away.close()
+    assert receipt.identity_id == ann.id
+    assert await Identity.count() == 1
+    assert await Identity.living(ann.id) is None
+
+
+async def test_a_photo_put_before_a_refused_enrolment_is_all_that_is_left(runtime: Runtime) -> None:
+    """No key that opens it is kept, and the sweep takes it."""
+    async with _no_room_for(runtime, "identity.enrol"):
+        with pytest.raises(WriteError):
+            await enrolled(runtime, "ann")
+    photos = [photo async for photo in runtime.photos.list()]
+    assert len(photos) == 1
+    assert await Identity.find({"samples.photo_key": photos[0].key}).count() == 0
+
+
+async def test_with_mongod_frozen_every_use_case_ends_within_three_seconds(
+    runtime: Runtime, mongo_server: services.Server
+) -> None:
+    ann = await active(runtime, "ann")
+    waiting = await enrolled(runtime, "bob")
+    gallery = await default_gallery()
+    with mongo_server.process.frozen():
+        started = time.monotonic()
+        ended = await asyncio.gather(
+            enrolled(runtime, "cid"),
+            screened(runtime, waiting),
+            erase.erase(runtime, by_officer("identity.erase"), gallery, ann.id, None),
+            identified(runtime, "ann"),
+            return_exceptions=True,
+        )
+        seconds = time.monotonic() - started
+    assert all(isinstance(e, PyMongoError) for e in ended), ended
+    assert seconds < 3
+    assert [(await known(i)).status for i in (ann, waiting)] == ["active", "pending"]
+    assert (await screened(runtime, waiting)).status == "active"
+
+
+async def test_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three_seconds(
+    runtime: Runtime, mongo_server: services.Server
+) -> None:
+    ann = await active(runtime, "ann")
+
+    async def body(session: AsyncClientSession) -> None:
+        assert await ann.change(session, {"status": "revoked"})
+        mongo_server.process.freeze()
+        await Identity.find_all(session=session).to_list()
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(PyMongoError):
+            await runtime.transaction(body)
+        seconds = time.monotonic() - started
+    finally:
+        mongo_server.process.thaw()
+    assert seconds < 3
+    assert (await known(ann)).status == "active"
+    assert (await settled(runtime, "bob")).status == "active"
+
+
+async def test_what_was_answered_survives_a_kill_of_mongod(runtime: Runtime, mongo_server: services.Server) -> None:
+    people = await asyncio.gather(*(enrolled(runtime, f"person-{i}") for i in range(10)))
+    mongo_server.process.kill()
+    mongo_server.process.start()
+    assert {i.id for i in await Identity.find_all().to_list()} == {p.id for p in people}
+    assert [(await screened(runtime, person)).status for person in people] == ["active"] * 10

@@ -1,0 +1,153 @@
+"""Erasure: what it destroys, and whom it sets free."""
+
+import asyncio
+
+import pytest
+
+from app.documents.cases import Case, Pair
+from app.documents.events import AuditEvent
+from app.documents.galleries import GalleryChange
+from app.documents.identities import Identity
+from app.errors import NotFound, PhotoMissing
+from app.runtime import Runtime
+from app.use_cases import screen
+from app.use_cases.view_photo import view_photo
+from storage.photos import PhotoNotFound
+from tests.builders import (
+    active,
+    another_process,
+    by_officer,
+    decided,
+    default_gallery,
+    enrolled,
+    erased,
+    identified,
+    known,
+    screened,
+    settled,
+    suspected,
+)
+
+
+async def test_erasing_the_candidate_of_an_open_case_sets_its_newcomer_free(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    held, case = await suspected(runtime, "ann")
+    await erased(runtime, ann)
+    waiting = await known(held)
+    assert (waiting.status, waiting.screenings[0].state, waiting.screenings[0].case_id) == ("pending", "queued", None)
+    assert waiting.outbox_at is not None, "the sweep must find it"
+    closed = await Case.get(case.id)
+    assert closed is not None
+    assert (closed.state, closed.decided_by) == ("decided", None)
+    assert (await screened(runtime, waiting)).status == "active"
+
+
+async def test_a_newcomer_set_free_still_meets_its_other_look_alikes(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    first, _ = await suspected(runtime, "ann")
+    second, _ = await suspected(runtime, "ann", capture=2)
+    await erased(runtime, ann)
+    freed = [await known(i) for i in (first, second)]
+    assert [i.status for i in freed] == ["pending", "pending"]
+    async with another_process(runtime) as other:
+        await asyncio.gather(screened(runtime, freed[0]), screened(other, freed[1]))
+    assert [(await known(i)).status for i in freed] == ["active", "suspected_duplicate"]
+
+
+async def test_what_was_called_distinct_stays_so_when_a_third_one_is_erased(runtime: Runtime) -> None:
+    ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+    newcomer, case = await suspected(runtime, "ann", "bob")
+    await decided(runtime, case, "distinct", about=ann)
+    await erased(runtime, bob)
+    assert (await screened(runtime, newcomer)).status == "active"
+
+
+async def test_erasing_the_newcomer_only_closes_its_case(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    newcomer, case = await suspected(runtime, "ann")
+    await erased(runtime, newcomer)
+    closed = await Case.get(case.id)
+    assert closed is not None
+    assert (closed.state, closed.decided_by) == ("decided", None)
+    untouched = await known(ann)
+    assert (untouched.status, untouched.version) == ("active", ann.version)
+    assert await Pair.count() == 0
+
+
+async def test_an_erased_newcomer_gets_no_verdict(runtime: Runtime) -> None:
+    newcomer = await enrolled(runtime, "ann")
+    await erased(runtime, newcomer)
+    await screen.screen(runtime, newcomer.id, newcomer.screenings[0].job_id)
+    assert await AuditEvent.find({"action": "dedup.verdict"}).count() == 0
+
+
+async def test_nothing_that_opens_is_left_of_an_erased_person(runtime: Runtime) -> None:
+    ann = await enrolled(runtime, "ann", photos=2, external_ref="NID-1", full_name="Ann Example")
+    receipt = await erased(runtime, ann)
+    assert (receipt.samples, receipt.photos, receipt.identity_id) == (2, 2, ann.id)
+    left = await Identity.get(ann.id)
+    assert left is not None
+    assert (left.status, left.samples, left.screenings, left.outbox_at) == ("erased", [], [], None)
+    assert (left.wrapped_key, left.attributes, left.external_ref_hash) == (None, None, None)
+    for sample in ann.samples:
+        with pytest.raises(PhotoNotFound):
+            await runtime.photos.get(sample.photo_key)
+    rows = await GalleryChange.find_all().sort("seq").to_list()
+    assert [(r.seq, r.kind, r.identity_id) for r in rows] == [
+        (1, "blank", None), (2, "blank", None), (3, "remove", ann.id), (4, "remove", ann.id),
+    ]  # fmt: skip
+    gallery = await default_gallery()
+    assert (gallery.seq, gallery.identities, gallery.samples) == (4, 0, 0)
+    event = await AuditEvent.get(receipt.audit_event_id)
+    assert event is not None
+    assert (event.action, event.subject.id) == ("identity.erase", ann.id)
+
+
+async def test_an_erased_identity_is_unknown_ever_after(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    await erased(runtime, ann)
+    with pytest.raises(NotFound):
+        await erased(runtime, ann)
+    assert await Identity.living(ann.id) is None
+    assert (await identified(runtime, "ann")).candidates == []
+
+
+async def test_an_erased_reference_and_face_may_be_enrolled_anew(runtime: Runtime) -> None:
+    await erased(runtime, await active(runtime, "ann", external_ref="NID-1"))
+    again = await settled(runtime, "ann", capture=1, external_ref="NID-1")
+    assert again.status == "active"
+
+
+async def test_two_erasures_at_once_give_one_receipt(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    async with another_process(runtime) as other:
+        ended = await asyncio.gather(erased(runtime, ann), erased(other, ann), return_exceptions=True)
+    assert [type(e) for e in ended if isinstance(e, BaseException)] == [NotFound]
+    gallery = await default_gallery()
+    assert (gallery.identities, gallery.samples) == (0, 0)
+
+
+@pytest.mark.parametrize("race", range(5))
+async def test_an_erasure_racing_with_a_verdict_never_leaves_a_case_about_nobody(runtime: Runtime, race: int) -> None:
+    async with another_process(runtime) as other:
+        ann = await active(runtime, "ann")
+        newcomer = await enrolled(runtime, "ann", capture=1)
+        await asyncio.gather(screened(runtime, newcomer), erased(other, ann))
+    newcomer = await known(newcomer)
+    assert newcomer.status in ("pending", "active"), race
+    assert await Case.find({"state": "open"}).count() == 0
+    assert (await screened(runtime, newcomer)).status == "active"
+
+
+async def test_a_photo_that_the_store_lost_or_changed_is_missing(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    (sample,), gallery, viewing = ann.samples, await default_gallery(), by_officer("identity.photo.view")
+    assert (await view_photo(runtime, viewing, gallery, ann, sample.id)).startswith(b"\xff\xd8")
+    sealed = await runtime.photos.get(sample.photo_key)
+    await runtime.photos.put(sample.photo_key, sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    with pytest.raises(PhotoMissing):
+        await view_photo(runtime, viewing, gallery, ann, sample.id)
+    await runtime.photos.delete([sample.photo_key])
+    with pytest.raises(PhotoMissing):
+        await view_photo(runtime, viewing, gallery, ann, sample.id)
+    assert await AuditEvent.find({"action": "identity.photo.view"}).count() == 1
