@@ -22,6 +22,10 @@ from pymongo.errors import OperationFailure, PyMongoError
 REPLICA_SET: Final = "rs0"
 #: A trial needs no more; mongod would otherwise take half of the machine's memory.
 MONGOD_CACHE_GIGABYTES: Final = "0.25"
+#: What a killed process had begun is given up after this time (and half of it again, until mongod looks). The default, a
+#: minute, is how long nobody could enrol in a gallery whose head such a transaction holds: 89 s were seen. It is longer
+#: than our transactions may take.
+TRANSACTION_SECONDS: Final = 4
 POLL_SECONDS: Final = 0.02
 #: mongod's answer to replSetInitiate where a configuration lies on the disk already.
 ALREADY_INITIALIZED: Final = 23
@@ -58,6 +62,7 @@ def mongod_command(data_dir: Path, port: int, *, program: Path | None = None) ->
         # 11 MB on the disk instead of 301: the journal's files are not written out in advance.
         *("--wiredTigerEngineConfigString", "log=(prealloc=false,file_max=10MB)"),
         *("--setParameter", "diagnosticDataCollectionEnabled=false"),
+        *("--setParameter", f"transactionLifetimeLimitSeconds={TRANSACTION_SECONDS}"),
         "--nounixsocket",
         "--quiet",
     ]

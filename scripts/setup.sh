@@ -67,6 +67,11 @@ if missing=$(ldd "$mongod" | grep 'not found'); then
     fi
 fi
 
+# The README's examples, which the tests run, call the API with curl.
+if [ "${1-}" = tests ] && ! command -v curl >/dev/null; then
+    apt_install "the test of the README" curl
+fi
+
 # The tests run the shipped proxy configuration in a real nginx.
 if [ "${1-}" = tests ] && [ -z "$(PATH=$PATH:/usr/sbin command -v nginx || true)" ]; then
     apt_install "the test of deploy/nginx.conf" nginx-light

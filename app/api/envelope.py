@@ -7,8 +7,10 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.problems import answer
 from app.documents.base import new_id
 
 log = structlog.get_logger(__name__)
@@ -48,7 +50,8 @@ class Envelope:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["body_limit"] = self._body_limit
-        started, status = time.perf_counter(), 500
+        started = time.perf_counter()
+        status: int | None = None
         declared = dict(scope["headers"]).get(b"content-length", b"")
         read = 0
 
@@ -76,6 +79,12 @@ class Envelope:
         IN_FLIGHT.inc()
         try:
             await self._app(scope, bounded, sealed)
+        except Exception as error:
+            # A fault of ours that no route foresaw; where the answer has begun, it can only be cut off.
+            if status is not None:
+                raise
+            page = await answer(Request(scope, bounded), error)
+            await page(scope, bounded, sealed)
         finally:
             IN_FLIGHT.dec()
             seconds = time.perf_counter() - started

@@ -139,6 +139,8 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected_error", request_id=request.state.request_id, exc_info=error)
     action: Action | None = getattr(request.state, "action", None)
     page = render(request, problem)
+    if isinstance(error, HTTPException):
+        page.headers.update(error.headers or {})  # 405 tells what is allowed
     if action is not None and isinstance(error, PyMongoError):
         # Most likely MongoDB is away: waiting for it once more would keep the caller beyond the 3 s that they were promised.
         page.background = BackgroundTask(_settle, action, problem)
@@ -160,5 +162,6 @@ async def _settle(action: Action, problem: Problem) -> None:
 
 def install(app: FastAPI) -> None:
     """Let every error of the app be answered here."""
-    for kind in (Problem, RequestValidationError, HTTPException, PyMongoError, PhotoStoreUnavailable, Exception):
+    # What nobody foresaw goes through to the Envelope, which answers it with the same headers as everything else.
+    for kind in (Problem, RequestValidationError, HTTPException, PyMongoError, PhotoStoreUnavailable):
         app.add_exception_handler(kind, answer)

@@ -3,7 +3,6 @@
 import base64
 import io
 import itertools
-import random
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,10 +229,12 @@ def opened(photo: bytes) -> Image.Image:
 
 
 def meadow(width: int = 640, height: int = 480) -> Image.Image:
-    """A picture without anybody: soft random colours, the same each time."""
-    chance = random.Random(7)  # noqa: S311 - a picture, not a secret
-    rough = Image.frombytes("RGB", (16, 12), chance.randbytes(16 * 12 * 3))
-    return rough.resize((width, height), Image.Resampling.BICUBIC)
+    """A picture without anybody: a sky that turns into grass."""
+    slope = Image.linear_gradient("L").resize((width, height))
+    return Image.merge(
+        "RGB",
+        (slope.point(lambda v: 180 - v // 2), slope.point(lambda v: 200 - v // 4), slope.point(lambda v: 230 - v)),
+    )
 
 
 def side_by_side(one: bytes, other: bytes) -> Image.Image:

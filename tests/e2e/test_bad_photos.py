@@ -280,13 +280,17 @@ def hard_photos() -> list[Page]:
 
 
 def test_awkward_real_photos_are_taken_or_refused_as_their_condition_says(service: Service) -> None:
-    gallery = new_gallery(service, dedup_threshold=0.99)
+    gallery = new_gallery(service)
+    # dlib overlooks faces of less than 80 pixels, and so the people behind the largest one.
+    has_dlib = service.admin.get("/v1/system").json()["model"]["kind"] == "dlib"
+    overlooked = {"several_people"} if has_dlib else set()
     wrong = {}
     for row in hard_photos():
         photo = (FACES / row["file"]).read_bytes()
         answer = service.app.post("/v1/identifications", files=[part(photo)], data={"gallery": gallery})
         said = slug_of(answer)
-        if row["file"] not in TAKEN_FOR_PEOPLE and said not in HARD.get(row["condition"], {said}):
+        is_let_in = said == "" and (row["condition"] in overlooked or row["file"] in TAKEN_FOR_PEOPLE)
+        if not is_let_in and said not in HARD.get(row["condition"], {said}):
             wrong[row["file"]] = said
     assert wrong == {}
 

@@ -110,7 +110,7 @@ async def service(mongo_server: services.Server, database_name: str, tmp_path: P
         app.state.runtime = runtime
         app.include_router(doors.router)
         install(app)
-        app.add_middleware(Envelope)
+        app.add_middleware(Envelope, body_limit=settings.max_json_bytes)
         await accounts.ensure_admin(runtime, ADMIN, PASSWORD)
         transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://idem.test") as http:

@@ -1,9 +1,12 @@
 """Order and truth: what an enrolment leaves when stores are away, and what concurrent enrolments leave of the numbers."""
 
 import asyncio
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from subprocess import PIPE
 
 import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -27,8 +30,8 @@ from tests.builders import (
     erased,
     identified,
     known,
+    revoked,
     screened,
-    settled,
     suspected,
     verified,
 )
@@ -208,13 +211,23 @@ async def test_with_mongod_frozen_every_use_case_ends_within_three_seconds(
     assert (await screened(runtime, waiting)).status == "active"
 
 
+async def _free_again(seconds: float, change: Callable[[], Awaitable[Identity]]) -> Identity:
+    """What the change gives once nothing holds its documents any more."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                return await change()
+            except PyMongoError:
+                await asyncio.sleep(0.1)
+
+
 async def test_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three_seconds(
     runtime: Runtime, mongo_server: services.Server
 ) -> None:
     ann = await active(runtime, "ann")
 
     async def body(session: AsyncClientSession) -> None:
-        assert await ann.change(session, {"status": "revoked"})
+        assert await ann.change(session, {"status": "failed"})
         mongo_server.process.freeze()
         await Identity.find_all(session=session).to_list()
 
@@ -226,8 +239,26 @@ async def test_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three
     finally:
         mongo_server.process.thaw()
     assert seconds < 3
-    assert (await known(ann)).status == "active"
-    assert (await settled(runtime, "bob")).status == "active"
+    assert (await _free_again(10, lambda: revoked(runtime, ann))).status == "revoked"
+
+
+async def test_a_process_killed_in_the_middle_of_a_transaction_holds_up_its_gallery_for_seconds_only(
+    runtime: Runtime, mongo_server: services.Server
+) -> None:
+    taking_a_number = f"""
+import pymongo, sys
+session = pymongo.MongoClient("{mongo_server.url}").start_session()
+session.start_transaction()
+galleries = session.client["{runtime.settings.mongodb_database}"].galleries
+assert galleries.update_one({{}}, {{"$inc": {{"seq": 1}}}}, session=session).matched_count == 1
+print("taken", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", taking_a_number], stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdout is not None
+        assert await asyncio.to_thread(other.stdout.readline) == b"taken\n"
+        other.kill()
+    assert (await _free_again(10, lambda: enrolled(runtime, "ann"))).enrol_seq == 1
 
 
 async def test_what_was_answered_survives_a_kill_of_mongod(runtime: Runtime, mongo_server: services.Server) -> None:
