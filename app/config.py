@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     mongodb_max_pool_size: Annotated[int, Field(ge=1, le=1000)] = 50
     mongodb_min_pool_size: Annotated[int, Field(ge=0, le=1000)] = 10
     # The driver waits in steps of 0.5 s for a server that is away: 2.5 would often end at 3.0, and not within it.
-    mongodb_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 2.4
+    mongodb_timeout_seconds: Annotated[float, Field(gt=0, le=3.5)] = 2.4
 
     # Redis: hints for the worker; may be lost whole
     redis_url: str = ""

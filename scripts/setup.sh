@@ -57,7 +57,7 @@ say "Installing the locked dependencies"
 "$uv" sync --frozen --extra embedded --quiet
 
 # A packaged mongod asks for a shared library that a slim Debian lacks.
-mongod=$(command -v mongod || .venv/bin/python -c 'from app.devservers import find_mongod; print(find_mongod())')
+mongod=$(command -v mongod || .venv/bin/python -c 'from app.devstack.servers import find_mongod; print(find_mongod())')
 if missing=$(ldd "$mongod" | grep 'not found'); then
     case $missing in
         *libcurl*) apt_install "mongod (libcurl.so.4)" libcurl4 ;;

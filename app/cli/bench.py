@@ -16,14 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench import Bench, BenchFailed, Figures, Report, usable_people
 from app.cli.settings import read_settings
-from app.client import CallFailed, ReadyStack, Service
 from app.config import Settings
-from app.devstack import idem
+from app.devstack.bench import Bench, BenchFailed, Figures, Report, usable_people
+from app.devstack.client import CallFailed, ReadyStack, Service
+from app.devstack.processes import dying_with
+from app.devstack.stack import idem
 from app.engine.opening import open_engine
 from app.errors import Problem
-from app.processes import dying_with
 
 START_LIMIT_SECONDS = 180.0
 STOP_LIMIT_SECONDS = 20.0

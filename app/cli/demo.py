@@ -8,9 +8,9 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from app.client import Credentials, ReadyStack
-from app.demo import DemoFailed, demonstrate, people_in, sample_people
-from app.devstack import CREDENTIALS_NAME, READY_NAME
+from app.devstack.client import Credentials, ReadyStack
+from app.devstack.demo import DemoFailed, demonstrate, people_in, sample_people
+from app.devstack.stack import CREDENTIALS_NAME, READY_NAME
 
 
 def demo(

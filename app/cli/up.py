@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.settings import read_settings
-from app.client import ReadyStack, Service
 from app.config import Settings
-from app.demo import DemoFailed, demonstrate, sample_people
-from app.devstack import CREDENTIALS_NAME, Stack, StackFailed, Wishes, data_folder, listen, stop_signals
+from app.devstack.client import ReadyStack, Service
+from app.devstack.demo import DemoFailed, demonstrate, sample_people
+from app.devstack.stack import CREDENTIALS_NAME, Stack, StackFailed, Wishes, data_folder, listen, stop_signals
 
 
 def up(

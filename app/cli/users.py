@@ -13,13 +13,13 @@ from app.access import new_secret
 from app.audit import by_system
 from app.cli.settings import read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
-from app.client import Account, ClientAccount, Credentials, DemoUsers
 from app.config import Settings
+from app.devstack.client import Account, ClientAccount, Credentials, DemoUsers
+from app.devstack.processes import write_privately
 from app.documents.accounts import mark_for_development
 from app.documents.base import new_id
 from app.domain.callers import Role
 from app.errors import Problem
-from app.processes import write_privately
 from app.runtime import open_runtime
 from app.use_cases.accounts import ClientFields, UserFields, create_user, ensure_admin, ensure_client, ensure_user
 

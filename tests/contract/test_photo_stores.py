@@ -17,7 +17,7 @@ from minio import Minio
 from minio.commonconfig import ENABLED
 from minio.versioningconfig import VersioningConfig
 
-from app.devservers import free_port
+from app.devstack.servers import free_port
 from storage.photos import (
     LocalPhotoStore,
     MinioPhotoStore,

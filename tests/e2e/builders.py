@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 from PIL import Image, ImageFilter
 
-from app.client import ReadyStack
-from app.demo import Person, sample_people
+from app.devstack.client import ReadyStack
+from app.devstack.demo import Person, sample_people
 
 #: A page of the contract, checked field by field by the test that asked for it.
 Page = dict[str, Any]

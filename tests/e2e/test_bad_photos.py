@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.demo import T1_CROPS
+from app.devstack.demo import T1_CROPS
 from tests.e2e.builders import (
     FACES,
     Page,

@@ -3,8 +3,8 @@
 import subprocess
 from pathlib import Path
 
-from app.demo import sample_people
-from app.devstack import idem
+from app.devstack.demo import sample_people
+from app.devstack.stack import idem
 from tests.support.stacks import RunningStack
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from app.demo import sample_people
+from app.devstack.demo import sample_people
 from tests.support.stacks import RunningStack, running_stack
 
 ENROLMENTS = 200

@@ -4,8 +4,8 @@ import asyncio
 import uuid
 from itertools import cycle, islice
 
-from app.client import Caller, Identity, ReadyStack, Service
-from app.demo import Person, sample_people
+from app.devstack.client import Caller, Identity, ReadyStack, Service
+from app.devstack.demo import Person, sample_people
 from tests.support.stacks import RunningStack
 
 PAIRS = 20

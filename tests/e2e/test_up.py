@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from app.client import Account, CallFailed, ClientAccount, ReadyStack, Service
-from app.devstack import idem
+from app.devstack.client import Account, CallFailed, ClientAccount, ReadyStack, Service
+from app.devstack.stack import idem
 from tests.support.stacks import RunningStack, running_stack, start
 
 PARTS = ("mongod", "redis", "worker", "api-1")

@@ -8,7 +8,7 @@ import pytest
 import redis
 from pymongo.errors import PyMongoError
 
-from app import devservers
+from app.devstack import servers
 from tests.support import services
 
 MISSING = Path("/nowhere")
@@ -54,7 +54,7 @@ def test_a_frozen_mongod_answers_nobody_and_goes_on_when_it_thaws(mongo_server: 
 
 def test_a_server_that_cannot_start_is_told_at_once_and_with_its_own_words() -> None:
     started = time.monotonic()
-    with pytest.raises(devservers.ServerNotReady, match="died while starting") as caught:
+    with pytest.raises(servers.ServerNotReady, match="died while starting") as caught:
         services.mongo_server(MISSING)
     assert time.monotonic() - started < 10
     assert any("/nowhere" in note for note in caught.value.__notes__)
@@ -63,8 +63,8 @@ def test_a_server_that_cannot_start_is_told_at_once_and_with_its_own_words() -> 
 def test_a_missing_program_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    for find in (devservers.find_mongod, devservers.find_redis_server):
-        with pytest.raises(devservers.ServerMissing, match="uv sync --extra embedded"):
+    for find in (servers.find_mongod, servers.find_redis_server):
+        with pytest.raises(servers.ServerMissing, match="uv sync --extra embedded"):
             find()
 
 
@@ -73,7 +73,7 @@ def test_a_program_that_is_named_or_on_the_path_comes_before_the_package(
 ) -> None:
     program = tmp_path / "mongod"
     program.touch(mode=0o755)
-    assert devservers.find_mongod(MISSING) == MISSING
-    assert devservers.find_mongod() != program
+    assert servers.find_mongod(MISSING) == MISSING
+    assert servers.find_mongod() != program
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert devservers.find_mongod() == program
+    assert servers.find_mongod() == program

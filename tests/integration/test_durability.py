@@ -12,7 +12,7 @@ import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError, WriteError
 
-from app.devservers import free_port
+from app.devstack.servers import free_port
 from app.documents.events import AuditEvent
 from app.documents.galleries import GalleryChange
 from app.documents.identities import Identity

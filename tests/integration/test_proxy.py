@@ -20,7 +20,7 @@ from app.api.identities import MOST_PHOTOS
 from app.api.problems import TYPE_BASE
 from app.api.uploads import FIELDS_BYTES
 from app.config import Settings
-from app.devservers import free_port
+from app.devstack.servers import free_port
 from tests.support.services import Proc
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Real servers for tests, each a child process on a free port of 127.0.0.1, that a test may kill or freeze.
 
-Programs: the environment's MONGOD and REDIS_SERVER, else the PATH's, else the packages' (see app.devservers); the S3
+Programs: the environment's MONGOD and REDIS_SERVER, else the PATH's, else the packages' (see app.devstack.servers); the S3
 server is moto's, with the MinIO client's protocol and an empty memory at each start.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from app import devservers
+from app.devstack import servers
 
 READY_WITHIN_SECONDS = 30.0
 STOPS_WITHIN_SECONDS = 20.0
@@ -105,29 +105,29 @@ class Server:
 
 def mongo_server(data_dir: Path) -> Server:
     """A one-node replica set that takes writes; `url` makes every write durable before it is acknowledged."""
-    port = devservers.free_port()
-    command = devservers.mongod_command(data_dir, port, program=devservers.find_mongod(_named("MONGOD")))
+    port = servers.free_port()
+    command = servers.mongod_command(data_dir, port, program=servers.find_mongod(_named("MONGOD")))
 
     def wait_until_ready(is_running: Callable[[], bool]) -> None:
-        devservers.initiate_replica_set(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
+        servers.initiate_replica_set(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
 
-    return _started(port, devservers.mongo_uri(port), Proc(command, wait_until_ready))
+    return _started(port, servers.mongo_uri(port), Proc(command, wait_until_ready))
 
 
 def redis_server(data_dir: Path) -> Server:
     """A redis-server that keeps its queue over a kill."""
-    port = devservers.free_port()
-    command = devservers.redis_command(data_dir, port, program=devservers.find_redis_server(_named("REDIS_SERVER")))
+    port = servers.free_port()
+    command = servers.redis_command(data_dir, port, program=servers.find_redis_server(_named("REDIS_SERVER")))
 
     def wait_until_ready(is_running: Callable[[], bool]) -> None:
-        devservers.wait_for_redis(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
+        servers.wait_for_redis(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
 
-    return _started(port, devservers.redis_url(port), Proc(command, wait_until_ready))
+    return _started(port, servers.redis_url(port), Proc(command, wait_until_ready))
 
 
 def s3_server() -> Server:
     """An S3 server, moto's: it takes any key, and forgets everything at a restart (so freeze it, or use a free port)."""
-    port = devservers.free_port()
+    port = servers.free_port()
     url = f"http://127.0.0.1:{port}"
 
     def wait_until_ready(is_running: Callable[[], bool]) -> None:
@@ -139,7 +139,7 @@ def s3_server() -> Server:
             except OSError:
                 if not is_running() or time.monotonic() > deadline:
                     raise
-                time.sleep(devservers.POLL_SECONDS)
+                time.sleep(servers.POLL_SECONDS)
 
     return _started(
         port, url, Proc([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], wait_until_ready)

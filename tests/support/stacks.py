@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from app.client import ReadyStack
-from app.devstack import idem
-from app.processes import PidFile
+from app.devstack.client import ReadyStack
+from app.devstack.processes import PidFile
+from app.devstack.stack import idem
 
 STARTS_WITHIN_SECONDS = 120.0
 STOPS_WITHIN_SECONDS = 20.0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.bench import quantile, timed, with_comment
+from app.devstack.bench import quantile, timed, with_comment
 
 
 def jpeg() -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.demo import DemoFailed, people_in, sample_people, second_capture
+from app.devstack.demo import DemoFailed, people_in, sample_people, second_capture
 
 
 def test_the_sample_photos_come_with_the_dependencies() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from app.cli.settings import read_settings
 from app.config import Settings
-from app.devstack import Stack, StackFailed, Wishes, data_folder, listen, stop_signals
+from app.devstack.stack import Stack, StackFailed, Wishes, data_folder, listen, stop_signals
 
 
 @pytest.fixture

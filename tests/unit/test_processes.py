@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.processes import (
+from app.devstack.processes import (
     STACK_MARK,
     PidFile,
     Traces,
@@ -121,7 +121,7 @@ async def test_a_stopped_child_is_not_started_again(tmp_path: Path) -> None:
 async def test_a_child_dies_with_its_killed_parent() -> None:
     parent = (
         "import os, subprocess, sys, time\n"
-        "from app.processes import dying_with\n"
+        "from app.devstack.processes import dying_with\n"
         f"child = subprocess.Popen({SLEEP!r}, start_new_session=True, preexec_fn=dying_with(os.getpid()))\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"

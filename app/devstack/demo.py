@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.client import Caller, CallFailed, Credentials, Identity, Service
+from app.devstack.client import Caller, CallFailed, Credentials, Identity, Service
 
 VERDICT_WAIT_SECONDS: Final = 30
 GALLERY: Final = "demo"

@@ -24,9 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from app.client import CallFailed, Credentials, ReadyStack, Service
 from app.config import Settings, random_secret
-from app.devservers import (
+from app.devstack.client import CallFailed, Credentials, ReadyStack, Service
+from app.devstack.processes import (
+    STACK_MARK,
+    PidFile,
+    Watched,
+    dying_with,
+    end_leftovers,
+    tail_of,
+    traces_of,
+    write_privately,
+)
+from app.devstack.servers import (
     free_port,
     initiate_replica_set,
     mongo_uri,
@@ -35,7 +45,6 @@ from app.devservers import (
     redis_url,
     wait_for_redis,
 )
-from app.processes import STACK_MARK, PidFile, Watched, dying_with, end_leftovers, tail_of, traces_of, write_privately
 
 #: Everything must be down 10 s after the signal; the sum of these stays below.
 SERVICE_GRACE_SECONDS: Final = 4

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
-from app.client import Caller, Credentials, Service
+from app.devstack.client import Caller, Credentials, Service
 from app.domain.photo import choose_face, decode
 from app.engine.port import FaceEngine
 from app.errors import Problem
