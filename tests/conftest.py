@@ -1,6 +1,5 @@
 """Servers that tests ask for by name; each is started once a session, at its first use."""
 
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +8,7 @@ import pymongo
 import pytest
 
 from tests.support import services
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.packs import weights_dir
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +46,5 @@ def database_name(mongo_server: services.Server) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """Where the weights lie: MODEL_DIR, else the models beside the repository, else a folder that need not exist."""
-    named, beside = os.environ.get("MODEL_DIR"), REPOSITORY.parent / "shared" / "models"
-    return Path(named) if named else beside if beside.is_dir() else Path("~/.insightface/models").expanduser()
+    """Where the weights lie (see `weights_dir`), else a folder that need not exist."""
+    return weights_dir() or Path("~/.insightface/models").expanduser()

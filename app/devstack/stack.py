@@ -195,6 +195,9 @@ class Stack:
             "SHUTDOWN_GRACE_SECONDS": str(min(settings.shutdown_grace_seconds, SERVICE_GRACE_SECONDS)),
             "PYTHONUNBUFFERED": "1",
         }
+        if not settings.public_url:
+            # The issuer of tokens: with a free port, API_PORT would name another one.
+            environment["PUBLIC_URL"] = self.url
         if "storage_path" not in settings.model_fields_set:
             environment["STORAGE_PATH"] = str(self._data_dir / "photos")
         if "vector_db_path" not in settings.model_fields_set:

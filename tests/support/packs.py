@@ -19,7 +19,7 @@ def weights_dir() -> Path | None:
     """The folder of real weights: MODEL_DIR, else the models beside the repository; None where there is none."""
     named, beside = os.environ.get("MODEL_DIR"), REPOSITORY.parent / "shared" / "models"
     folder = Path(named) if named else beside
-    return folder if folder.is_dir() else None
+    return folder.resolve() if folder.is_dir() else None
 
 
 def write_manifest(folder: Path, detector: Path, recogniser: Path, **changed: str) -> Path:

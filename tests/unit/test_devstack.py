@@ -39,6 +39,11 @@ def test_what_no_setting_names_is_embedded(tmp_path: Path, listener: socket.sock
     assert environment["VECTOR_DB_PATH"] == str(tmp_path / "index")
 
 
+def test_tokens_name_the_address_that_the_stack_answers_on(tmp_path: Path, listener: socket.socket) -> None:
+    stack = Stack(Settings(_env_file=None), Wishes(tmp_path, port=0), listener)
+    assert stack.environment()["PUBLIC_URL"] == stack.url == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 def test_what_a_setting_names_is_used(tmp_path: Path, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "MONGODB_URI": "mongodb://db.example/?replicaSet=rs0",
