@@ -19,11 +19,7 @@ endif
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-set$(TEST_STAMP): $(STAMP)
-	@scripts/setup.sh tests
-	@touch $@
-
-up: $(STAMP) ## Install what is locked into .venv (and libcurl4 for mongod, where it is missing)
+setup: $(STAMP) ## Install what is locked into .venv (and libcurl4 for mongod, where it is missing)
 
 $(STAMP): uv.lock pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
@@ -46,7 +42,7 @@ check: $(STAMP) ## Format, lint, types, imports, unit tests
 test: $(TEST_STAMP) ## All tests, on real servers and real faces
 	$(BIN)/pytest -q tests
 
-e2e: $(STAMP) ## The whole stack over HTTP
+e2e: $(TEST_STAMP) ## The whole stack over HTTP
 	$(BIN)/pytest -q tests/e2e
 
 bench: $(STAMP) ## Measure a stack of its own: make bench FACES=DIR ARGS="--json --model buffalo_sc"

@@ -21,6 +21,7 @@ from functools import cache
 from typing import Final, cast
 
 import jwt
+import pymongo
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from passlib.hash import argon2
 from pymongo.errors import DuplicateKeyError
@@ -143,6 +144,7 @@ class Access:
         """Await `load_keys` before the first token."""
         #: `iss` of everything signed here; other processes of the same settings agree on it.
         self.issuer = settings.public_url.rstrip("/") or f"http://{settings.api_host}:{settings.api_port}"
+        self._timeout_seconds = settings.mongodb_timeout_seconds
         self._life_seconds = settings.access_token_expire_minutes * 60
         self._keys = keys
         self._public: dict[str, Ed25519PublicKey] = {}
@@ -248,6 +250,11 @@ class Access:
         return jwt.encode(ordered, self._signing, ALGORITHM, headers={"typ": token_type, "kid": self._signing_id})
 
     async def _reload(self) -> None:
+        # The limit begins before the lock: those who wait for it must not each wait for a frozen store once more.
+        with pymongo.timeout(self._timeout_seconds):
+            await self._load_once_a_second()
+
+    async def _load_once_a_second(self) -> None:
         async with self._loading:
             if time.monotonic() - self._loaded_at < KEY_RELOAD_SECONDS:
                 return

@@ -89,6 +89,13 @@ async def record(  # noqa: PLR0913 - an event is that wide
     return event
 
 
+async def is_first_of_stranger(action: Action) -> bool:
+    """Whether nobody unknown was refused the same from the same address in this minute."""
+    minute = now().strftime("%Y-%m-%dT%H:%M")
+    digest = hashlib.sha256(f"{action.name}|{action.ip}|{minute}".encode()).hexdigest()
+    return await Once.is_first(f"stranger:{digest}", STRANGER_PERIOD)
+
+
 async def refuse(action: Action, problem: Problem) -> None:
     """Record that the action was refused: denied for 401 and 403, a failure otherwise.
 
@@ -97,10 +104,7 @@ async def refuse(action: Action, problem: Problem) -> None:
     outcome: Outcome = "denied" if problem.status in (401, 403) else "failure"
     if action.is_read and outcome != "denied":
         return
-    if isinstance(problem, Unauthenticated) and action.caller is None:
-        minute = now().strftime("%Y-%m-%dT%H:%M")
-        digest = hashlib.sha256(f"{action.ip}|{minute}".encode()).hexdigest()
-        if not await Once.is_first(f"stranger:{digest}", STRANGER_PERIOD):
-            return
+    if isinstance(problem, Unauthenticated) and action.caller is None and not await is_first_of_stranger(action):
+        return
     detail: Detail = {"problem": problem.slug(), "status": problem.status}
     await _event(action, action.subject, outcome, action.gallery, detail).insert()

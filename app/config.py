@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     """Every setting with its default; names are the environment's, in lower case."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", extra="ignore", hide_input_in_errors=True
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
     )
 
     environment: Literal["development", "production"] = "development"

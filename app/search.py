@@ -6,6 +6,7 @@ an enrolment was answered sees it, in every process. Status is never kept here.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
@@ -27,6 +28,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 2000
+#: How long a query waits for another one that catches up.
+PATIENCE_SECONDS = 2.0
 #: A hole in the rows is a read that is not majority-fresh yet: it closes within a replication round trip.
 HOLE_RETRIES, HOLE_PAUSE_SECONDS = 20, 0.05
 
@@ -83,13 +86,14 @@ class Search:
         gallery: as just read: its `seq` is how far the search must see. Raises NotReady when a hole in the rows stays.
         """
         copy = await self._caught_up(gallery)
+        seen = copy.seen
         (found,) = await self._compute(copy.index.range, probe[np.newaxis, :], threshold)
         items = []
         for seq, score in zip(found.ids.tolist(), found.scores.tolist(), strict=True):
             known = copy.samples.get(seq)
             if known is not None:  # removed between the scan and here
                 items.append(Hit(identity_id=known[0], sample_id=known[1], seq=seq, score=score))
-        return Hits(items=items, as_of_seq=copy.seen)
+        return Hits(items=items, as_of_seq=seen)
 
     async def warm(self, gallery: Gallery) -> int:
         """Catch up without a query; returns how many vectors are in memory."""
@@ -109,7 +113,11 @@ class Search:
             and copy.seen >= gallery.seq
         ):
             return copy
+        waiting_since = time.monotonic()
         async with self._locks.setdefault(gallery.id, asyncio.Lock()):
+            if time.monotonic() - waiting_since > PATIENCE_SECONDS:
+                # With MongoDB away, or a gallery that is still being read, each one after the other would wait as long.
+                raise NotReady("The gallery cannot be searched at the moment.")
             copy = self._copies.get(gallery.id)
             if copy is None or copy.epoch != gallery.epoch or copy.contract != gallery.contract:
                 copy = _Copy(epoch=gallery.epoch, contract=gallery.contract, index=ExactIndex(gallery.dimension))

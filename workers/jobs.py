@@ -9,7 +9,7 @@ from pymongo.errors import ConnectionFailure, PyMongoError
 from redis.exceptions import RedisError
 
 from app.documents.identities import Identity
-from app.errors import DependencyUnavailable, NotReady
+from app.errors import DependencyUnavailable, ModelMismatch, NotReady
 from app.runtime import Runtime
 from app.use_cases import screen as screening
 from storage.photos import PhotoStoreUnavailable
@@ -17,7 +17,16 @@ from storage.photos import PhotoStoreUnavailable
 log = structlog.get_logger(__name__)
 
 #: Stores that are away are waited for, and a wait does not count as a failed try.
-AWAY = (ConnectionFailure, RedisError, PhotoStoreUnavailable, NotReady, DependencyUnavailable, OSError, TimeoutError)
+AWAY = (
+    ConnectionFailure,
+    RedisError,
+    PhotoStoreUnavailable,
+    NotReady,
+    DependencyUnavailable,
+    ModelMismatch,  # during a change of model, a worker of the right one will come
+    OSError,
+    TimeoutError,
+)
 RETRY_SECONDS = 1
 #: A photo without a document is no enrolment's any more after this time.
 ORPHAN_AGE = timedelta(hours=24)
@@ -75,7 +84,9 @@ async def sweep_orphan_photos(context: Context) -> None:
 
 
 async def _delete_orphans(runtime: Runtime, keys: list[str]) -> None:
-    rows = Identity.get_pymongo_collection().find({"samples.photo_key": {"$in": keys}}, {"samples.photo_key": 1})
+    # A key is gallery/identity/sample, so the documents are found by their ids.
+    owners = list({key.split("/")[1] for key in keys if key.count("/") == 2})  # noqa: PLR2004 - its three parts
+    rows = Identity.get_pymongo_collection().find({"_id": {"$in": owners}}, {"samples.photo_key": 1})
     named = {sample["photo_key"] async for row in rows for sample in row["samples"]}
     orphans = [key for key in keys if key not in named]
     if orphans:

@@ -35,13 +35,13 @@ class NewGallery(Body):
 
     name: Annotated[str, Field(pattern=GALLERY_NAME)]
     pack: str | None = None
-    policy: dict[str, Any] = Field(default_factory=dict)
+    policy: dict[str, Any] | None = None
 
 
 class GalleryPatch(Body):
     """RFC 7396: only a gallery's policy can change; null sets a field back to the model's default."""
 
-    policy: dict[str, Any]
+    policy: dict[str, Any] = Field(default_factory=dict)
 
 
 class ModelView(BaseModel):
@@ -150,7 +150,7 @@ async def create_gallery(
             raise NotFound
         gallery = known
     else:
-        policy = _merged(runtime.starting_policy(), runtime.starting_policy(), body.policy)
+        policy = _merged(runtime.starting_policy(), runtime.starting_policy(), body.policy or {})
         gallery = await galleries.create(runtime, action, body.name, body.pack, policy)
     response.headers["Location"] = f"/v1/galleries/{gallery.name}"
     return view(runtime, gallery)

@@ -8,7 +8,7 @@ from typing import Final, Literal, Self
 
 import httpx
 import jwt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 TIMEOUT_SECONDS: Final = 60.0
 READY_TIMEOUT_SECONDS: Final = 2.0
@@ -144,6 +144,26 @@ class Claims(Answer):
     gallery: str
 
 
+class Check(Answer):
+    """One part of the service, as `/ready` saw it. error: what failed; pack: the face model's."""
+
+    status: str
+    error: str | None = None
+    pack: str | None = None
+
+
+class Readiness(Answer):
+    """What `/ready` says."""
+
+    status: str
+    checks: dict[str, Check]
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests are answered."""
+        return self.status != "not_ready"
+
+
 class _Token(Answer):
     access_token: str
 
@@ -171,12 +191,13 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def is_ready(self) -> bool:
-        """Whether `/ready` answers 200."""
+    async def readiness(self) -> "Readiness | None":
+        """What `/ready` says; None while nobody answers."""
         try:
-            return (await self._http.get("/ready", timeout=READY_TIMEOUT_SECONDS)).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
+            answer = await self._http.get("/ready", timeout=READY_TIMEOUT_SECONDS)
+            return Readiness.model_validate_json(answer.content)
+        except (httpx.HTTPError, ValidationError):
+            return None
 
     async def log_in(self, account: Account | ClientAccount) -> "Caller":
         """A caller with an access token. Raises CallFailed when the credentials do not hold."""

@@ -45,6 +45,7 @@ from app.devstack.servers import (
     redis_url,
     wait_for_redis,
 )
+from app.errors import ModelMismatch
 
 #: Everything must be down 10 s after the signal; the sum of these stays below.
 SERVICE_GRACE_SECONDS: Final = 4
@@ -62,6 +63,8 @@ BACKLOG: Final = 1024
 READY_NAME: Final = "ready.json"
 #: The accounts of a development stack, kept between starts.
 CREDENTIALS_NAME: Final = "credentials.json"
+#: The face model that the store was filled with: `auto` stays with it.
+MODEL_NAME: Final = "face_model"
 
 
 class StackFailed(RuntimeError):
@@ -103,6 +106,10 @@ class Stack:
         self._redis_port = None if settings.redis_url else free_port()
         self._ready_file = wishes.ready_file
         self._model = wishes.model or settings.face_model
+        kept = self._data_dir / MODEL_NAME
+        if self._model == "auto" and kept.exists():
+            # A better pack may have come since; the people in the store were enrolled with this one.
+            self._model = kept.read_text(encoding="utf-8")
         self.api_workers = wishes.api_workers or settings.workers
         self.mongo_uri = mongo_uri(self._mongo_port) if self._mongo_port else settings.mongodb_uri
         self.redis_url = redis_url(self._redis_port) if self._redis_port else settings.redis_url
@@ -269,12 +276,20 @@ class Stack:
 
     async def _until_ready(self) -> None:
         async with Service(self.url) as service:
-            while not await service.is_ready():
+            while not ((seen := await service.readiness()) and seen.serves):
+                if seen is not None and seen.checks["index"].error == ModelMismatch.__name__:
+                    message = (
+                        f"{self._data_dir} was filled with another face model than {seen.checks['model'].pack}: "
+                        "name that one with --model, or take another --data-dir"
+                    )
+                    raise StackFailed(message)
                 for child in self._children:
                     if self._is_hopeless(child.name):
                         message = f"{child.name} keeps dying; its log ends:\n{child.log_tail()}"
                         raise StackFailed(message)
                 await asyncio.sleep(POLL_SECONDS)
+        if seen.checks["model"].pack:
+            write_privately(self._data_dir / MODEL_NAME, seen.checks["model"].pack)
 
     async def _accounts(self, environment: dict[str, str]) -> None:
         """See to it that everybody in `credentials.json` can log in; nobody in production.

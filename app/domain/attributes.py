@@ -1,11 +1,12 @@
 """What a gallery knows of a person besides the face; kept sealed."""
 
 import json
+import re
 import unicodedata
 from datetime import date
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 from typing_extensions import TypeAliasType
 
 METADATA_BYTES, METADATA_KEYS, METADATA_DEPTH = 4096, 32, 3
@@ -70,6 +71,18 @@ ExternalRef = Annotated[CleanText, StringConstraints(min_length=1, max_length=12
 FullName = Annotated[CleanText, StringConstraints(min_length=1, max_length=256)]
 
 
+WRITTEN_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+def _written_out(value: object) -> object:
+    """A date as text; a number, also in text, would be taken for seconds since 1970."""
+    is_written = isinstance(value, date) or (isinstance(value, str) and WRITTEN_DATE.fullmatch(value))
+    if not is_written:
+        message = "a date is written as YYYY-MM-DD"
+        raise ValueError(message)
+    return value
+
+
 class Attributes(BaseModel):
     """The attributes of one identity, as an officer gave them."""
 
@@ -77,8 +90,8 @@ class Attributes(BaseModel):
 
     external_ref: ExternalRef | None = None
     full_name: FullName | None = None
-    date_of_birth: date | None = None
-    metadata: Metadata = {}
+    date_of_birth: Annotated[date, BeforeValidator(_written_out)] | None = None
+    metadata: Annotated[Metadata, BeforeValidator(lambda metadata: {} if metadata is None else metadata)] = {}
 
 
 def canonical_ref(external_ref: str) -> str:

@@ -6,7 +6,7 @@ among them grey ones of 92 x 112 pixels) and on spoiled ones: each constant name
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import cv2
 import numpy as np
@@ -92,6 +92,11 @@ class QualityReport(BaseModel):
     roll: float
     face_size: int
     issues: tuple[str, ...] = ()
+
+    def coarse(self) -> Self:
+        """With two decimals, as events and relying applications may have it."""
+        shares = {name: round(getattr(self, name), 2) for name in ("score", "sharpness", "brightness")}
+        return self.model_copy(update=shares)
 
 
 def measure(

@@ -507,6 +507,8 @@ async def _record_denied(runtime: Runtime, action: Action, principal: User | Cli
             action, kind = replace(action, caller=client_as_caller(principal)), "client"
         case None:
             kind = "none"
+            if not await audit.is_first_of_stranger(action):
+                return
 
     async def body(session: AsyncClientSession) -> None:
         await audit.record(

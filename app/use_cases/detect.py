@@ -86,4 +86,4 @@ def _assess(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels:
 
 
 def _liveness(score: float | None) -> Liveness | None:
-    return None if score is None else Liveness(score=round(score, 4), passed=score >= LIVE_FROM)
+    return None if score is None else Liveness(score=round(score, 2), passed=score >= LIVE_FROM)

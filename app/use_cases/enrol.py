@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from app.audit import Action, record
 from app.documents.base import new_id, now
@@ -186,8 +186,7 @@ async def _store_and_commit(
     try:
         async with asyncio.timeout(GIVE_UP_SECONDS):
             await asyncio.gather(*(runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared))
-            async with runtime.gallery_lock(gallery.id):
-                return await runtime.transaction(commit)
+            return await runtime.in_line(gallery.id, commit)
     except TimeoutError as error:
         raise NotReady("The stores took too long; nothing was enrolled.", retry_after_seconds=5) from error
 
@@ -206,10 +205,13 @@ async def await_verdict(identity: Identity, seconds: float) -> Identity:
     """The identity once it has its verdict, or as it is when the time is over."""
     deadline = time.monotonic() + seconds
     pause = FIRST_LOOK_SECONDS
-    while identity.status == "pending" and time.monotonic() + pause < deadline:
+    while identity.status == "pending" and time.monotonic() < deadline:
         await asyncio.sleep(pause)
-        pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
-        known = await Identity.living(identity.id)
+        pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS, max(FIRST_LOOK_SECONDS, deadline - time.monotonic()))
+        try:
+            known = await Identity.living(identity.id)
+        except PyMongoError:
+            return identity  # it is enrolled, and that must be answered, whatever became of the store since
         if known is None:
             raise NotFound
         identity = known

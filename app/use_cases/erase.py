@@ -65,8 +65,7 @@ async def erase(runtime: Runtime, action: Action, gallery: Gallery, identity_id:
         )  # fmt: skip
         return _Erased(receipt_of(runtime, event), [s.photo_key for s in identity.samples], requeued)
 
-    async with runtime.gallery_lock(gallery.id):
-        erased = await runtime.transaction(commit)
+    erased = await runtime.in_line(gallery.id, commit)
     try:
         await runtime.photos.delete(erased.photo_keys)
     except PhotoStoreUnavailable:

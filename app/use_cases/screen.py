@@ -98,27 +98,29 @@ async def note_failure(runtime: Runtime, identity_id: str, job_id: str, reason: 
 async def screen_again(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str) -> Identity:
     """Queue what has no verdict yet: a failed identity becomes pending again. Raises Conflict when all have one."""
 
-    async def requeue(session: AsyncClientSession) -> tuple[Identity, Screening]:
+    async def requeue(session: AsyncClientSession) -> list[Screening]:
         identity = await Identity.living(identity_id, session)
         if identity is None:
             raise NotFound
         open_ones = [s for s in identity.screenings if s.state != "done"]
         if not open_ones or identity.status == "duplicate":
             raise Conflict("There is nothing to screen: the verdict is there.")
-        again = queued_again(open_ones[-1])
-        fields = _with(identity, again)
+        again = [queued_again(screening) for screening in open_ones]
+        renewed = {screening.job_id: screening for screening in again}
+        screenings = [renewed.get(s.job_id, s) for s in identity.screenings]
+        fields: dict[str, object] = {"screenings": screenings, "outbox_at": again[0].due_at}
         if identity.status == "failed":
             fields["status"] = "pending"
         if not await identity.change(session, fields):
             raise NotReady("The identity was changed at the same moment.")
         await record(
             session, action, subject_kind="identity", subject_id=identity_id, gallery=gallery.name, status_code=202,
-            detail={"job_id": again.job_id},
+            detail={"job_id": again[-1].job_id, "screenings": len(again)},
         )  # fmt: skip
-        return identity, again
+        return again
 
-    _, again = await runtime.transaction(requeue)
-    await runtime.queue.enqueue_screening(identity_id, again.job_id, again=f":{time.time_ns()}")
+    for screening in await runtime.transaction(requeue):
+        await runtime.queue.enqueue_screening(identity_id, screening.job_id, again=f":{time.time_ns()}")
     known = await Identity.living(identity_id)
     if known is None:
         raise NotFound

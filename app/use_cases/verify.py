@@ -18,7 +18,7 @@ from app.domain.comparison import best_similarity
 from app.domain.policy import AttemptLimits, thresholds_for, wait_before_attempt
 from app.domain.quality import QualityReport
 from app.domain.thresholds import fmr_at
-from app.engine.reading import LIVE_FROM, read_face
+from app.engine.reading import read_face
 from app.errors import Advice, AttemptsExhausted, NotFound, ReplayedPhoto, Validation
 from app.runtime import Runtime
 
@@ -91,8 +91,8 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
                 "match": matched, "score": None if score is None else round(score, 2), "threshold": threshold,
                 "fmr": None if score is None else fmr_at(runtime.engine.card, score),
                 "audience": audience, "nonce": claim.nonce,
-                "quality": reading.quality.model_dump_json(),
-                "liveness": None if reading.liveness is None else round(reading.liveness, 2),
+                "quality": reading.quality.coarse().model_dump_json(),
+                "liveness": None if reading.liveness is None else round(reading.liveness, 2), "live": reading.is_live,
             },
         )  # fmt: skip
         return event, score
@@ -111,7 +111,7 @@ def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: floa
         score=score,
         threshold=threshold,
         fmr=None if fmr is None else float(fmr),
-        liveness=None if live is None else Liveness(score=float(live), passed=float(live) >= LIVE_FROM),
+        liveness=None if live is None else Liveness(score=float(live), passed=bool(detail["live"])),
         quality=QualityReport.model_validate_json(str(detail["quality"])),
         decision_id=event.id,
         assertion=_assertion(runtime, gallery, event) if matched else None,

@@ -74,7 +74,9 @@ async def test_the_ready_file_says_where_the_stack_is_and_who_may_log_in(stack: 
     assert (written["pid"], written["data_dir"]) == (stack.process.pid, str(stack.data_dir))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     async with Service(written["url"]) as service:
-        assert await service.is_ready()
+        seen = await service.readiness()
+        assert seen is not None
+        assert seen.serves
     await log_in_everybody(stack.ready)
 
 
