@@ -1,7 +1,6 @@
 """Settings, from the environment or `.env`; nothing else in the product reads the environment."""
 
 import secrets
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -108,12 +107,12 @@ class Settings(BaseSettings):
     replay_window_hours: Annotated[int, Field(ge=1, le=168)] = 24
     idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24
 
-    @cached_property
+    @property
     def is_production(self) -> bool:
         """Whether unsafe defaults are refused."""
         return self.environment == "production"
 
-    @cached_property
+    @property
     def shows_docs(self) -> bool:
         """Whether /docs, /redoc and /openapi.json are served."""
         return not self.is_production if self.docs_enabled is None else self.docs_enabled

@@ -30,7 +30,7 @@ from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
-from app.keys import KeyRing
+from app.keys import KeyRing, SealBroken
 from app.queue import Queue
 from app.search import Search
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
@@ -192,6 +192,14 @@ def _in_the_background() -> None:
     cv2.setNumThreads(1)
 
 
+async def _open_access(settings: Settings, keys: KeyRing) -> Access:
+    try:
+        return await open_access(settings, keys)
+    except SealBroken as error:
+        message = "KEY_ENCRYPTION_KEY is not the key that this store was sealed with"
+        raise ValueError(message) from error
+
+
 def _open_photos(settings: Settings) -> PhotoStore:
     if settings.photo_store == "local":
         return LocalPhotoStore(settings.storage_path)
@@ -212,8 +220,8 @@ async def open_runtime(
     """Open everything a process owns, with indexes and the default gallery in place; close it at the end.
 
     engine: one that was opened already, instead of the one that the settings name; closed with the rest. warm: load the
-    model's weights as well, while MongoDB is being asked. Raises ModelUnavailable, ValueError (no key-encryption key) or
-    PyMongoError when it cannot start.
+    model's weights as well, while MongoDB is being asked. Raises ModelUnavailable, ValueError (no key-encryption key, or not the
+    store's), UnsafeProduction or PyMongoError when it cannot start.
     """
     reason = "it was given"
     if engine is None:
@@ -240,7 +248,7 @@ async def open_runtime(
             await init_beanie(database=mongo[settings.mongodb_database], document_models=DOCUMENTS)
         runtime = Runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason, photos=_open_photos(settings),
-            keys=keys, queue=Queue(settings), access=await open_access(settings, keys),
+            keys=keys, queue=Queue(settings), access=await _open_access(settings, keys),
         )  # fmt: skip
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
