@@ -118,7 +118,7 @@ async def first_answer(
     key: str | None,
     fields: object,
     *,
-    files: tuple[bytes, ...] = (),
+    digests: Callable[[], list[bytes]] = list,
     holds_secret: bool = False,
 ) -> tuple[AuditEvent, IdempotencyClaim] | None:
     """What the first request with this idempotency key did, if there was one; else claim the key for this one.
@@ -132,7 +132,7 @@ async def first_answer(
         message = "An idempotency key has 1 to 255 printable characters."
         raise Validation(message, errors=(Advice("Idempotency-Key", "unprintable", message),))
     asked = (request.method, request.url.path, request.url.query)
-    parts = [*(text.encode() for text in asked), _canonical(fields), *files]
+    parts = [*(text.encode() for text in asked), _canonical(fields), *await runtime.compute(digests)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))

@@ -177,7 +177,7 @@ async def verify_identity(
     """Is this the person? A non-match is an answer, not an error."""
     fields = upload.fields
     gallery, identity = await _claimed(runtime, action, fields)
-    first = await first_answer(runtime, request, action, key, fields.model_dump(), files=upload.digests)
+    first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if first is not None:
         return _verification(verify.answer_of(runtime, gallery, first[0], first[1].score))
     claim = verify.Claim(identity, fields.audience, fields.nonce)

@@ -220,7 +220,7 @@ async def enrol_identity(
     """Enrol someone from one to five photos. 202 means durable; with `wait` the verdict may come along: 201."""
     fields = upload.fields
     gallery = await visible_gallery(runtime, action, fields.gallery)
-    first = await first_answer(runtime, request, action, key, fields.model_dump(mode="json"), files=upload.digests)
+    first = await first_answer(runtime, request, action, key, fields.model_dump(mode="json"), digests=upload.digests)
     if first is None:
         attributes = Attributes.model_validate(fields.model_dump(exclude={"gallery"}))
         identity = await enrol.enrol(runtime, action, gallery, upload.photos["photo"], attributes)
@@ -354,7 +354,7 @@ async def add_sample(
 ) -> IdentityView:
     """One more photo of an active identity; pending until it is screened."""
     gallery, identity = await _found(action, identity_id)
-    if await first_answer(runtime, request, action, key, {}, files=upload.digests) is None:
+    if await first_answer(runtime, request, action, key, {}, digests=upload.digests) is None:
         identity = await enrol.add_sample(runtime, action, gallery, identity, upload.photos["photo"][0])
     response.headers["Location"] = f"/v1/identities/{identity.id}"
     return _answer(runtime, response, gallery, identity)

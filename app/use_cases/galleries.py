@@ -58,9 +58,9 @@ async def update(runtime: Runtime, action: Action, gallery: Gallery, policy: Gal
 
 
 def _require_built(policy: GalleryPolicy) -> None:
-    """A policy that nothing enforces would be a promise that nobody keeps. Raises NotImplementedYet."""
+    """A protection that nothing enforces would be a promise that nobody keeps. Raises NotImplementedYet."""
     unbuilt = GalleryPolicy()
-    for name in ("require_nonce", "second_review", "retention_days"):
+    for name in ("require_nonce", "second_review"):
         if getattr(policy, name) != getattr(unbuilt, name):
             raise NotImplementedYet(f"The policy {name} is not built yet.")
 

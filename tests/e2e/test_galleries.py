@@ -165,3 +165,10 @@ def test_a_gallery_is_made_once_by_a_repeated_request(service: Service) -> None:
 def test_a_pack_that_does_not_run_is_refused(service: Service) -> None:
     answer = service.admin.post("/v1/galleries", json={"name": unique("pack"), "pack": "another"})
     assert problem(answer, 422, "validation")["errors"][0]["field"] == "pack"
+
+
+@pytest.mark.parametrize("protection", ["require_nonce", "second_review"])
+def test_a_protection_that_is_not_built_is_not_promised(service: Service, gallery: str, protection: str) -> None:
+    answer = service.admin.patch(f"/v1/galleries/{gallery}", json={"policy": {protection: True}})
+    problem(answer, 501, "not-implemented")
+    assert service.admin.get(f"/v1/galleries/{gallery}").json()["policy"][protection] is False
