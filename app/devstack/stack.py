@@ -92,7 +92,7 @@ class Part:
 
 
 class Stack:
-    """One running stack. Use `run_stack`."""
+    """One running stack: `start` it once, `stop` it once."""
 
     def __init__(self, settings: Settings, wishes: Wishes, listener: socket.socket) -> None:
         self._settings = settings

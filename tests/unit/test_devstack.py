@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.settings import read_settings
-from app.config import Settings
+from app.config import Settings, random_secret
 from app.devstack.stack import Stack, StackFailed, Wishes, data_folder, listen, stop_signals
 
 
@@ -130,3 +130,26 @@ async def test_the_first_signal_stops_and_a_second_changes_nothing() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_auto_stays_with_the_model_that_the_store_was_filled_with(tmp_path: Path, listener: socket.socket) -> None:
+    assert Stack(Settings(_env_file=None), Wishes(tmp_path), listener).environment()["FACE_MODEL"] == "auto"
+    (tmp_path / "face_model").write_text("dlib")
+    assert Stack(Settings(_env_file=None), Wishes(tmp_path), listener).environment()["FACE_MODEL"] == "dlib"
+    asked = Stack(Settings(_env_file=None), Wishes(tmp_path, model="buffalo_sc"), listener)
+    assert asked.environment()["FACE_MODEL"] == "buffalo_sc"
+
+
+def test_production_does_not_choose_a_model_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "ENVIRONMENT": "production",
+        "MONGODB_URI": "mongodb://db/",
+        "REDIS_URL": "redis://queue/0",
+        "KEY_ENCRYPTION_KEY": random_secret(),
+        "FACE_MODEL": "auto",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="FACE_MODEL=auto"):
+        Settings(_env_file=None)
+    monkeypatch.setenv("FACE_MODEL", "opencv_zoo")
+    assert Settings(_env_file=None).is_production
