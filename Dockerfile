@@ -17,23 +17,23 @@ COPY pyproject.toml uv.lock README.md ./
 # Dependencies first: this layer is kept until the lock changes.
 FROM source AS build-cpu
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --no-install-project
+    uv sync --frozen --no-dev --extra fast --no-install-project
 COPY app app
 COPY workers workers
 COPY storage storage
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --no-editable
+    uv sync --frozen --no-dev --extra fast --no-editable
 
 # faiss-gpu and onnxruntime-gpu carry the same modules as their CPU twins, which therefore must not be there.
 FROM source AS build-gpu
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --no-install-project --extra gpu \
+    uv sync --frozen --no-dev --no-install-project --extra fast --extra gpu \
     --no-install-package faiss-cpu --no-install-package onnxruntime
 COPY app app
 COPY workers workers
 COPY storage storage
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --no-editable --extra gpu \
+    uv sync --frozen --no-dev --no-editable --extra fast --extra gpu \
     --no-install-package faiss-cpu --no-install-package onnxruntime
 
 FROM python:3.12.15-slim-bookworm AS runtime
@@ -41,7 +41,7 @@ FROM python:3.12.15-slim-bookworm AS runtime
 RUN groupadd --gid 10001 idem \
     && useradd --uid 10001 --gid idem --no-create-home --home-dir /var/lib/idem --shell /usr/sbin/nologin idem \
     && install --directory --owner=idem --group=idem --mode=0700 \
-        /var/lib/idem /var/lib/idem/photos /var/lib/idem/index /var/lib/idem/models
+        /var/lib/idem /var/lib/idem/photos /var/lib/idem/index /var/lib/idem/index-copies /var/lib/idem/models
 ENV PATH=/opt/idem/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -50,6 +50,8 @@ ENV PATH=/opt/idem/bin:$PATH \
     API_PORT=8000 \
     STORAGE_PATH=/var/lib/idem/photos \
     VECTOR_DB_PATH=/var/lib/idem/index \
+    INDEX_CACHE_PATH=/var/lib/idem/index-copies \
+    NUMBA_CACHE_DIR=/tmp/numba \
     MODEL_DIR=/var/lib/idem/models
 WORKDIR /var/lib/idem
 USER 10001:10001

@@ -9,15 +9,16 @@ TEST_STAMP := .venv/.test-setup-stamp
 # Certificates of the system, as pip does: a company's own authority is known there.
 export UV_SYSTEM_CERTS ?= true
 FACES ?= ../shared/faces
+SOAK ?= .data/soak.jsonl
 # Real weights, where a checkout of them lies beside this one; dlib's come with the dependencies.
 ifneq ($(wildcard ../shared/models/.),)
 check test e2e bench: export MODEL_DIR ?= ../shared/models
 endif
 
-.PHONY: help setup up check test e2e bench clean
+.PHONY: help setup up check test e2e bench bench-index soak clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## Install what is locked into .venv (and libcurl4 for mongod, where it is missing)
 
@@ -47,6 +48,12 @@ e2e: $(TEST_STAMP) ## The whole stack over HTTP
 
 bench: $(STAMP) ## Measure a stack of its own: make bench FACES=DIR ARGS="--json --model buffalo_sc"
 	@exec $(BIN)/idem bench --faces $(FACES) $(ARGS)
+
+bench-index: $(STAMP) ## Measure the index beside exact scans: make bench-index ARGS="--size 100000 --json"
+	@exec $(BIN)/idem index bench $(ARGS)
+
+soak: $(TEST_STAMP) ## Eight minutes of load on the index, publishers killed; adds to SOAK=FILE, runs what is missing there
+	@exec $(BIN)/python -m scripts.index_soak --results $(SOAK) $(ARGS)
 
 clean: ## Remove what was built; the data in .data stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

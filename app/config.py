@@ -80,6 +80,11 @@ class Settings(BaseSettings):
 
     # The index of vectors
     vector_db_path: LocalPath = Path(".data/index")
+    index_cache_path: LocalPath = Path("~/.cache/idem/index")
+    index_tail_rows: Annotated[int, Field(ge=100, le=10_000_000)] = 50_000
+    index_memory_mib: Annotated[int, Field(ge=16, le=10_000_000)] = 8192
+    index_device: Literal["cpu", "gpu"] = "cpu"
+    index_shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 1000  # 0: never
     index_purge_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
 
     # Face model

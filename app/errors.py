@@ -11,7 +11,8 @@ Problem
 │   └── PhotoRefused: NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive,
 │       UndecodableImage, AnimatedImage, DifferentPeople
 ├── RateLimited 429, AttemptsExhausted 429
-└── Unexpected 500, NotImplementedYet 501, NotReady 503, DependencyUnavailable 503, ModelUnavailable 503
+└── Unexpected 500, NotImplementedYet 501, NotReady 503, GalleryTooLarge 503,
+    DependencyUnavailable 503, ModelUnavailable 503
 
 The slug in `type` is made from the class name (`LowQuality` -> `low-quality`), so a name is a promise to
 clients. Any layer may raise these; only `app.api.problems` knows how they look over HTTP.
@@ -260,6 +261,12 @@ class NotReady(Problem):
 
     def __init__(self, detail: str = "", *, retry_after_seconds: int = 1) -> None:
         super().__init__(detail, retry_after_seconds=retry_after_seconds)
+
+
+class GalleryTooLarge(Problem):
+    """A gallery needs more index memory than a process may use."""
+
+    status, title = 503, "The gallery does not fit into this process"
 
 
 class DependencyUnavailable(Problem):

@@ -14,9 +14,14 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -96,8 +101,31 @@ class GalleryKey:
         """What stands for a value in an index: equal for equal values of one gallery, telling nothing without the key."""
         return hmac.digest(_derive(self.key, f"lookup/{field}"), value.encode(), "sha256")
 
+    def rotation(self, name: str, dimension: int) -> npt.NDArray[np.float64]:
+        """The secret orthogonal matrix (d, d) of that name: `vectors @ matrix` keeps cosines, and hides the vectors.
+
+        The same for the same key, name and dimension, on every host. It is not encryption: who knows about as many pairs of
+        turned and unturned vectors as there are dimensions can work it out.
+        """
+        return _rotation(_derive(self.key, f"rotation/{name}"), dimension)
+
     def _bound(self, identity_id: str) -> bytes:
         return f"idem/1|data-key|{self.gallery_id}|{identity_id}".encode()
+
+
+@lru_cache(maxsize=16)
+def _rotation(seed: bytes, dimension: int) -> npt.NDArray[np.float64]:
+    """A matrix drawn evenly from all orthogonal ones: Q of a Gaussian matrix, R's diagonal positive (Mezzadri 2007)."""
+    count = dimension * dimension + dimension * dimension % 2
+    stream = Cipher(ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * count))
+    uniform = ((np.frombuffer(stream, "<u8") >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1)
+    first, second = uniform.reshape(2, -1)
+    length = np.sqrt(-2 * np.log(first))  # Box-Muller
+    gaussian = np.concatenate([length * np.cos(2 * np.pi * second), length * np.sin(2 * np.pi * second)])
+    q, r = np.linalg.qr(gaussian[: dimension * dimension].reshape(dimension, dimension))
+    matrix: npt.NDArray[np.float64] = q * np.sign(np.diag(r))
+    matrix.setflags(write=False)
+    return matrix
 
 
 class KeyRing:

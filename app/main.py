@@ -27,7 +27,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_runtime(known, warm=True) as runtime:
+        async with open_runtime(known, warm=True, keep_up=True) as runtime:
             app.state.runtime = runtime
             log.info("service_opened", pack=runtime.engine.card.pack, reason=runtime.engine_reason)
             yield

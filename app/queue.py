@@ -17,6 +17,8 @@ from app.config import Settings
 log = structlog.get_logger(__name__)
 
 SCREEN: Final = "screen"
+PUBLISH: Final = "publish"
+SCAN: Final = "scan"
 #: After a failed call Redis is left alone for so long: an enrolment should not wait for it again and again.
 PAUSE_SECONDS = 1.0
 CONNECT_SECONDS = 1
@@ -53,14 +55,23 @@ class Queue:
 
         again: makes the queue's own id another one, so that a job whose worker was killed need not wait for its lock.
         """
+        return await self._enqueue(SCREEN, identity_id, job_id, queue_id=f"{job_id}{again}")
+
+    async def enqueue_publication(self, gallery_id: str, *, again: str = "") -> bool:
+        """Ask a worker to publish the gallery's next generation. False when Redis is away: the sweep asks again."""
+        return await self._enqueue(PUBLISH, gallery_id, queue_id=f"{PUBLISH}:{gallery_id}{again}")
+
+    async def enqueue_scan(self, scan_id: str, *, again: str = "") -> bool:
+        """Ask a worker to go on with a scan. False when Redis is away: the sweep finds it in MongoDB."""
+        return await self._enqueue(SCAN, scan_id, queue_id=f"{scan_id}{again}")
+
+    async def _enqueue(self, job: str, *ids: str, queue_id: str) -> bool:
         if time.monotonic() < self._paused_until:
             return False
         try:
             async with asyncio.timeout(self._settings.queue_timeout_seconds):
                 redis = self._connection()
-                await redis.enqueue_job(
-                    SCREEN, identity_id, job_id, _job_id=f"{job_id}{again}", _queue_name=self._settings.queue_name
-                )
+                await redis.enqueue_job(job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name)
         except (RedisError, OSError, TimeoutError) as error:
             self._paused_until = time.monotonic() + PAUSE_SECONDS
             log.warning("queue_unavailable", error=type(error).__name__)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -23,7 +23,7 @@ from pymongo.write_concern import WriteConcern
 
 from app.access import Access, open_access
 from app.config import Settings, UnsafeProduction
-from app.documents import accounts, cases, claims, events, galleries, identities
+from app.documents import accounts, cases, claims, events, galleries, identities, leases, scans
 from app.documents.base import new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.domain.policy import GalleryPolicy
@@ -32,7 +32,8 @@ from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
 from app.keys import KeyRing, SealBroken
 from app.queue import Queue
-from app.search import Search
+from app.search import Limits, Search
+from storage.generations import GenerationStore
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
 
 P = ParamSpec("P")
@@ -51,6 +52,8 @@ DOCUMENTS = [
     events.AuditEvent,
     claims.IdempotencyClaim,
     claims.Once,
+    leases.Lease,
+    *scans.SCAN_DOCUMENTS,
 ]
 
 
@@ -74,7 +77,12 @@ class Runtime:
     def __post_init__(self) -> None:
         threads = self.settings.compute_threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute", initializer=_in_the_background)
-        self.search = Search(self.keys, self.compute)
+        self.search = Search(
+            self.keys,
+            self.compute,
+            GenerationStore(self.settings.vector_db_path, self.settings.index_cache_path),
+            Limits(self.settings.index_memory_mib, self.settings.index_shadow_every, self.settings.index_device),
+        )
 
     async def compute(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run blocking work (decoding, inference, FAISS, hashing) in the one bounded executor.
@@ -174,6 +182,7 @@ class Runtime:
 
     async def close(self) -> None:
         """Let go of everything, in the order of use."""
+        await self.search.close()
         await self.queue.close()
         await self.photos.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -215,12 +224,13 @@ def _open_photos(settings: Settings) -> PhotoStore:
 
 @asynccontextmanager
 async def open_runtime(
-    settings: Settings, engine: FaceEngine | None = None, *, warm: bool = False
+    settings: Settings, engine: FaceEngine | None = None, *, warm: bool = False, keep_up: bool = False
 ) -> AsyncIterator[Runtime]:
     """Open everything a process owns, with indexes and the default gallery in place; close it at the end.
 
     engine: one that was opened already, instead of the one that the settings name; closed with the rest. warm: load the
-    model's weights as well, while MongoDB is being asked. Raises ModelUnavailable, ValueError (no key-encryption key, or not the
+    model's weights as well, while MongoDB is being asked. keep_up: follow the index's generations in the background, as a
+    process does that serves for long. Raises ModelUnavailable, ValueError (no key-encryption key, or not the
     store's), UnsafeProduction or PyMongoError when it cannot start.
     """
     reason = "it was given"
@@ -256,7 +266,10 @@ async def open_runtime(
         await runtime._ensure_default_gallery()  # noqa: SLF001 - its own module
         if warming is not None:
             await warming
-        yield runtime
+        async with AsyncExitStack() as background:
+            if keep_up:
+                await background.enter_async_context(runtime.search.kept_up())
+            yield runtime
     finally:
         if runtime is not None:
             await runtime.close()

@@ -1,44 +1,57 @@
 """Who looks like this? A gallery's vectors in memory, caught up with MongoDB at the start of every query.
 
-Each process keeps its own copy. The head (`Gallery.seq`) says how far the changes reach; rows above what the copy has seen
-are read in order, and must be contiguous: a hole means a stale read, which is waited for. So a search that starts after
-an enrolment was answered sees it, in every process. Status is never kept here.
+Each process keeps its own copy: the newest generation that this host has verified, mapped, and the changes since, in
+memory. The head (`Gallery.seq`) says how far the changes reach; rows above what the copy has seen are read in order. So a
+search that starts after an enrolment was answered sees it, in every process. A newer generation is opened beside the one
+in use, and then takes its place by one assignment. Neither status nor ownership is kept here: a hit's row says whose it
+is, and an erased person's row is blank.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import ParamSpec, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import numpy as np
 import structlog
+from prometheus_client import Counter, Gauge
+from pymongo.errors import PyMongoError
 
-from app.documents.galleries import Gallery, GalleryChange
-from app.documents.identities import Identity
-from app.documents.sealed import gallery_key, open_template
+from app.documents.galleries import Gallery, GalleryChange, Generation
+from app.documents.sealed import gallery_key
 from app.domain.faces import Embedding
-from app.errors import NotReady
-from app.keys import DataKey, GalleryKey, KeyRing
-from storage.vectors import ExactIndex, VectorIndex
+from app.errors import GalleryTooLarge, NotReady, Problem
+from app.keys import KeyRing, SealBroken
+from app.vectors import Compute, Turning, changes_of
+from storage import rows
+from storage.generations import BadGeneration, GenerationStore, Manifest
+from storage.gpu import GpuIndex, can_use_gpu
+from storage.layered import LayeredIndex
+from storage.onebit import Margin, OneBitIndex
+from storage.vectors import ExactIndex, Halves, Ids, VectorIndex, Vectors
+from storage.vectors import Hits as Found
 
 log = structlog.get_logger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-ROWS_AT_ONCE = 2000
-#: How long a query waits for another one that catches up.
+#: How long a query waits for another one that catches up, or for a gallery that is being opened.
 PATIENCE_SECONDS = 2.0
-#: A hole in the rows is a read that is not majority-fresh yet: it closes within a replication round trip.
-HOLE_RETRIES, HOLE_PAUSE_SECONDS = 20, 0.05
+#: How often the galleries in memory are compared with their heads when nobody searches them.
+KEEP_UP_SECONDS: Final = 1.0
+#: A generation that was refused is looked at again after this time: a share may have been away.
+REFUSED_SECONDS: Final = 15.0
+MIB: Final = 1 << 20
 
-
-class Compute(Protocol):
-    """The Runtime's bounded executor for blocking work."""
-
-    def __call__(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Run the work off the event loop."""
+VECTORS = Gauge("idem_index_vectors", "Vectors of the gallery in this process", ["gallery"])
+TAIL = Gauge("idem_index_tail", "Of these, vectors that no generation holds yet", ["gallery"])
+GENERATION = Gauge("idem_index_generation", "The generation in use; 0 without one", ["gallery"])
+RECALL = Gauge("idem_index_recall", "Share of measured pairs that the generation in use finds", ["gallery"])
+RECALL_BOUND = Gauge("idem_index_recall_bound", "What that share is at least, with 95% confidence", ["gallery"])
+REFUSED = Counter("idem_index_generations_refused", "Generations that this process refused to load", ["gallery"])
+SHADOWED = Counter("idem_index_shadow_searches", "Live searches that were repeated exactly", ["gallery"])
+SHADOW_MISSED = Counter("idem_index_shadow_missed", "Vectors that such a search should have found", ["gallery"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +72,97 @@ class Hits:
     as_of_seq: int
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """memory_mib: of all galleries in this process; shadow_every: so many searches for one that is repeated exactly.
+
+    device: where generations are searched.
+    """
+
+    memory_mib: int
+    shadow_every: int
+    device: Literal["cpu", "gpu"] = "cpu"
+
+
 @dataclass(slots=True)
 class _Copy:
     """One gallery's vectors in this process. Vector ids are the samples' `seq`."""
 
     epoch: str
     contract: str
-    index: VectorIndex
+    turning: Turning
+    index: LayeredIndex
+    generation: Generation | None
+    manifest: Manifest | None
     seen: int = 0
-    samples: dict[int, tuple[str, str]] = field(default_factory=dict)
-    seqs: dict[str, int] = field(default_factory=dict)
+    used_at: float = field(default_factory=time.monotonic)
+
+    def fits(self, gallery: Gallery) -> bool:
+        """Whether it is a copy of this very gallery, however far it has seen."""
+        return self.epoch == gallery.epoch and self.contract == gallery.contract
+
+    @property
+    def number(self) -> int:
+        """Of the generation that it is built upon; 0 without one."""
+        return 0 if self.generation is None else self.generation.number
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How this process holds a gallery. generation: None without one; mib: index memory, mapped files included."""
+
+    generation: int | None
+    vectors: int
+    tail: int
+    seen: int
+    mib: float
 
 
 class Search:
     """The galleries' vectors in this process."""
 
-    def __init__(self, keys: KeyRing, compute: Compute) -> None:
+    def __init__(self, keys: KeyRing, compute: Compute, store: GenerationStore, limits: Limits) -> None:
+        """Raises ValueError for a device that is not there."""
+        if limits.device == "gpu" and not can_use_gpu():
+            message = (
+                "INDEX_DEVICE=gpu needs a graphics card and the extra `gpu`; neither FAISS nor the driver shows one"
+            )
+            raise ValueError(message)
+        self.store = store
         self._keys = keys
         self._compute = compute
+        self._limits = limits
         self._copies: dict[str, _Copy] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[tuple[str, int], float] = {}
+        self._searches = 0
+        self._behind: set[asyncio.Task[None]] = set()
 
     async def range(self, gallery: Gallery, probe: Embedding, threshold: float) -> Hits:
         """Every sample of the gallery whose cosine to the probe (d,) is at least the threshold, as of its head.
 
-        gallery: as just read: its `seq` is how far the search must see. Raises NotReady when a hole in the rows stays.
+        gallery: as just read: its `seq` is how far the search must see. Raises NotReady when a hole in the rows stays or the
+        gallery is still being opened, GalleryTooLarge when it does not fit.
         """
         copy = await self._caught_up(gallery)
         seen = copy.seen
-        (found,) = await self._compute(copy.index.range, probe[np.newaxis, :], threshold)
-        items = []
-        for seq, score in zip(found.ids.tolist(), found.scores.tolist(), strict=True):
-            known = copy.samples.get(seq)
-            if known is not None:  # removed between the scan and here
-                items.append(Hit(identity_id=known[0], sample_id=known[1], seq=seq, score=score))
+        turned, found = await self._compute(_searched, copy, probe, threshold)
+        owners = await GalleryChange.owners(gallery.id, found.ids.tolist()) if len(found.ids) else {}
+        items = [
+            Hit(*owners[seq], seq=seq, score=score)
+            for seq, score in zip(found.ids.tolist(), found.scores.tolist(), strict=True)
+            if seq <= seen and seq in owners
+        ]
+        self._searches += 1
+        if self._limits.shadow_every and self._searches % self._limits.shadow_every == 0:
+            self._in_the_background(self._shadow(gallery.name, copy, turned, threshold, found.ids))
         return Hits(items=items, as_of_seq=seen)
+
+    async def block(self, gallery: Gallery, first: int, last: int) -> tuple[Ids, Halves]:
+        """The gallery's vectors (n, d) with these seqs, both ends included, by rising seq; turned, so cosines are right."""
+        copy = await self._caught_up(gallery)
+        return await self._compute(copy.index.within, first, last)
 
     async def warm(self, gallery: Gallery) -> int:
         """Catch up without a query; returns how many vectors are in memory."""
@@ -104,84 +173,244 @@ class Search:
         copy = self._copies.get(gallery_id)
         return 0 if copy is None else len(copy.index)
 
+    def state(self, gallery_id: str) -> State | None:
+        """How the gallery is held here; None when it is not."""
+        copy = self._copies.get(gallery_id)
+        if copy is None:
+            return None
+        number = None if copy.generation is None else copy.generation.number
+        return State(number, len(copy.index), copy.index.tail_size, copy.seen, round(_mib(copy), 1))
+
+    @asynccontextmanager
+    async def kept_up(self) -> AsyncIterator[None]:
+        """Meanwhile, open published galleries before anybody asks, and follow their generations when nobody does."""
+        # Ended by an event: a cancellation may come out of MongoDB's driver as an error of its own.
+        stop = asyncio.Event()
+        following = asyncio.create_task(self._keep_up(stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            await asyncio.gather(following, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop what runs in the background."""
+        running = [*self._behind, *self._opening.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
     async def _caught_up(self, gallery: Gallery) -> _Copy:
         copy = self._copies.get(gallery.id)
-        if (
-            copy is not None
-            and copy.epoch == gallery.epoch
-            and copy.contract == gallery.contract
-            and copy.seen >= gallery.seq
-        ):
+        if copy is None or not copy.fits(gallery):
+            copy = await self._first_copy(gallery)
+        elif gallery.published is not None and self._is_better(gallery, gallery.published, copy):
+            self._open_soon(gallery)  # what is in use answers as rightly meanwhile, by a longer tail
+        copy.used_at = time.monotonic()
+        if copy.seen >= gallery.seq:
             return copy
         waiting_since = time.monotonic()
         async with self._locks.setdefault(gallery.id, asyncio.Lock()):
             if time.monotonic() - waiting_since > PATIENCE_SECONDS:
-                # With MongoDB away, or a gallery that is still being read, each one after the other would wait as long.
+                # With MongoDB away each one after the other would wait as long.
                 raise NotReady("The gallery cannot be searched at the moment.")
-            copy = self._copies.get(gallery.id)
-            if copy is None or copy.epoch != gallery.epoch or copy.contract != gallery.contract:
-                copy = _Copy(epoch=gallery.epoch, contract=gallery.contract, index=ExactIndex(gallery.dimension))
-                self._copies[gallery.id] = copy
-            key = gallery_key(self._keys, gallery)
-            holes = 0
-            while copy.seen < gallery.seq:
-                rows = await GalleryChange.after(gallery.id, copy.seen, gallery.seq, ROWS_AT_ONCE)
-                run = _contiguous(rows, copy.seen)
-                if not run:
-                    holes += 1
-                    if holes > HOLE_RETRIES:
-                        raise NotReady("The gallery's changes cannot be read in full at the moment.")
-                    await asyncio.sleep(HOLE_PAUSE_SECONDS)
-                    continue
-                await self._apply(copy, gallery.id, key, run)
-            return copy
+            await self._follow(copy, gallery)
+        return copy
 
-    async def _apply(self, copy: _Copy, gallery_id: str, key: GalleryKey, rows: list[GalleryChange]) -> None:
-        """Bring rows into the copy. Adds are idempotent by sample; a removal wins over any add of its sample."""
-        removed = {row.sample_id for row in rows if row.kind == "remove"}
-        added = [row for row in rows if row.kind == "add" and row.sample_id not in removed]
-        people = await Identity.living_among(sorted({row.identity_id for row in added if row.identity_id}))
-        seqs, samples, vectors = await self._compute(_opened, gallery_id, copy.contract, key, added, people)
-        gone = [copy.seqs.pop(sample_id) for sample_id in removed if sample_id in copy.seqs]
-        for seq in gone:
-            copy.samples.pop(seq, None)
-        if gone:
-            await self._compute(copy.index.remove, np.array(gone, dtype=np.int64))
-        if seqs:
-            await self._compute(copy.index.add, np.array(seqs, dtype=np.int64), vectors)
-            copy.samples.update(samples)
-            copy.seqs.update({sample_id: seq for seq, (_, sample_id) in samples.items()})
-        copy.seen = rows[-1].seq
+    async def _first_copy(self, gallery: Gallery) -> _Copy:
+        """Wait a while for the gallery to be opened; what is not done by then goes on without this query."""
+        opening = self._open_soon(gallery)
+        await asyncio.wait({opening}, timeout=PATIENCE_SECONDS)
+        if not opening.done():
+            raise NotReady("The gallery is being opened; please try again in a moment.", retry_after_seconds=2)
+        opening.result()
+        copy = self._copies.get(gallery.id)
+        if copy is None or not copy.fits(gallery):
+            raise NotReady("The gallery has just changed its model or epoch.")
+        return copy
+
+    def _open_soon(self, gallery: Gallery) -> asyncio.Task[None]:
+        """Bring the newest usable generation into use; one at a time for each gallery."""
+        running = self._opening.get(gallery.id)
+        if running is None or running.done():
+            running = self._opening[gallery.id] = asyncio.create_task(self._open(gallery))
+            running.add_done_callback(_told)
+        return running
+
+    async def _open(self, gallery: Gallery) -> None:
+        known = self._copies.get(gallery.id)
+        known = known if known is not None and known.fits(gallery) else None
+        self._require_room(gallery)
+        copy = await self._from_generations(gallery, known)
+        if copy is None:
+            return
+        await self._follow(copy, gallery)
+        self._copies[gallery.id] = copy
+        self._make_room(gallery.id)
+        self._measure(gallery.name, copy)
+        if copy.generation is not None:
+            log.info("index_in_use", gallery=gallery.name, generation=copy.number, vectors=len(copy.index))
+            keep = {(gallery.epoch, copy.generation.number)}
+            await asyncio.to_thread(self.store.drop_copies, gallery.id, keep)
+
+    async def _from_generations(self, gallery: Gallery, known: _Copy | None) -> _Copy | None:
+        """A copy of the newest generation that can be trusted, else of none; None when `known` is as good."""
+        for generation in (gallery.published, gallery.previous):
+            if generation is None or not self._is_better(gallery, generation, known):
+                continue
+            try:
+                folder, manifest = await asyncio.to_thread(
+                    self.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
+                )
+                base = await asyncio.to_thread(_opened, folder, manifest, self._limits.device)
+            except (BadGeneration, OSError, ValueError, RuntimeError) as error:
+                await self._refuse(gallery, generation, error)
+                continue
+            return self._copy_of(gallery, generation, manifest, base)
+        if known is not None:
+            return None
+        return self._copy_of(gallery, None, None, None)
+
+    def _is_better(self, gallery: Gallery, generation: Generation, known: _Copy | None) -> bool:
+        """Whether the generation is newer than what is in use, and was not refused just now."""
+        if known is not None and known.number >= generation.number:
+            return False
+        return self._refused.get((gallery.id, generation.number), 0.0) <= time.monotonic()
+
+    def _copy_of(
+        self, gallery: Gallery, generation: Generation | None, manifest: Manifest | None, base: VectorIndex | None
+    ) -> _Copy:
+        # Before the first generation the vectors are turned as its publisher will turn them.
+        latest = generation or gallery.published
+        turning = Turning.of(
+            gallery_key(self._keys, gallery), gallery.epoch if latest is None else latest.rotation, gallery.dimension
+        )
+        margin = None if manifest is None or not manifest.margin else Margin(**manifest.margin)
+        index = (
+            LayeredIndex(gallery.dimension, base)
+            if margin is None
+            else LayeredIndex(gallery.dimension, base, margin=margin)
+        )
+        seen = 0 if generation is None else generation.watermark
+        return _Copy(gallery.epoch, gallery.contract, turning, index, generation, manifest, seen)
+
+    async def _refuse(self, gallery: Gallery, generation: Generation, error: Exception) -> None:
+        """Go on with what there is, raise the alarm, and have the generation built anew."""
+        reason = str(error) or type(error).__name__
+        self._refused[gallery.id, generation.number] = time.monotonic() + REFUSED_SECONDS
+        REFUSED.labels(gallery.name).inc()
+        log.error("index_generation_refused", gallery=gallery.name, generation=generation.number, reason=reason)
+        # A share or a disk that is away mends itself; other bytes than were published do not.
+        if generation == gallery.published and not isinstance(error, OSError):
+            head = await Gallery.get(gallery.id)
+            if head is not None and head.published == generation:  # not just one that was replaced meanwhile
+                await head.report(generation.number, reason)
+
+    async def _follow(self, copy: _Copy, gallery: Gallery) -> None:
+        """Bring the changes up to the gallery's head into the copy."""
+        key = gallery_key(self._keys, gallery)
+        async for changes in changes_of(
+            gallery, key, copy.turning, after=copy.seen, upto=gallery.seq, compute=self._compute
+        ):
+            await self._compute(_apply, copy.index, changes.ids, changes.vectors, changes.removed)
+            copy.seen = changes.seen
+        TAIL.labels(gallery.name).set(copy.index.tail_size)
+        VECTORS.labels(gallery.name).set(len(copy.index))
+
+    def _require_room(self, gallery: Gallery) -> None:
+        needed = gallery.samples * rows.bytes_per_vector(gallery.dimension) / MIB
+        if needed > self._limits.memory_mib:
+            raise GalleryTooLarge(
+                f"Gallery {gallery.name} needs {needed:.0f} MiB of index memory and INDEX_MEMORY_MIB allows "
+                f"{self._limits.memory_mib}: raise it, or divide the gallery."
+            )
+
+    def _make_room(self, needed_id: str) -> None:
+        """Let go of the galleries that were searched longest ago, until the rest fits."""
+        others = sorted((copy.used_at, id_) for id_, copy in self._copies.items() if id_ != needed_id)
+        for _, id_ in others:
+            if sum(_mib(copy) for copy in self._copies.values()) <= self._limits.memory_mib:
+                return
+            del self._copies[id_]
+            log.info("index_unloaded", gallery=id_)
+
+    async def _shadow(self, name: str, copy: _Copy, turned: Vectors, threshold: float, answered: Ids) -> None:
+        """Repeat a live search exactly, and count what it should have found."""
+        exact = await self._compute(copy.index.exact_range, turned, threshold)
+        later = await self._compute(copy.index.range, turned, threshold)
+        # What came while the exact search ran is in both of the later ones.
+        missed = np.setdiff1d(np.setdiff1d(exact.ids, answered), later[0].ids)
+        SHADOWED.labels(name).inc()
+        if len(missed):
+            SHADOW_MISSED.labels(name).inc(len(missed))
+            log.error("index_missed", gallery=name, generation=copy.number, missed=len(missed), threshold=threshold)
+
+    def _measure(self, name: str, copy: _Copy) -> None:
+        GENERATION.labels(name).set(copy.number)
+        RECALL.labels(name).set(1.0 if copy.generation is None else copy.generation.recall)
+        RECALL_BOUND.labels(name).set(1.0 if copy.generation is None else copy.generation.recall_bound)
+
+    def _in_the_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+        task.add_done_callback(_told)
+
+    async def _keep_up(self, stop: asyncio.Event) -> None:
+        """At first, open the galleries that have generations; then follow the heads of those in memory."""
+        query: dict[str, Any] = {"published": {"$ne": None}}
+        while not stop.is_set():
+            try:
+                galleries = await Gallery.find(query).to_list()
+                for gallery in galleries:
+                    await self._caught_up_quietly(gallery)
+                asked = query.get("_id", {"$in": []})["$in"]
+                for gone in set(asked) - {gallery.id for gallery in galleries}:
+                    self._copies.pop(gone, None)
+                query = {"_id": {"$in": sorted(self._copies)}}
+            except PyMongoError as error:
+                log.warning("index_cannot_keep_up", error=type(error).__name__)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), KEEP_UP_SECONDS)
+
+    async def _caught_up_quietly(self, gallery: Gallery) -> None:
+        used_at = None if (copy := self._copies.get(gallery.id)) is None else copy.used_at
+        try:
+            copy = await self._caught_up(gallery)
+        except (Problem, SealBroken) as problem:
+            log.warning("index_cannot_keep_up", gallery=gallery.name, error=str(problem))
+            return
+        if used_at is not None:
+            copy.used_at = used_at  # nobody searched
 
 
-def _contiguous(rows: list[GalleryChange], seen: int) -> list[GalleryChange]:
-    """The rows up to the first hole after `seen`."""
-    run = []
-    for expected, row in enumerate(rows, start=seen + 1):
-        if row.seq != expected:
-            break
-        run.append(row)
-    return run
+def _searched(copy: _Copy, probe: Embedding, threshold: float) -> tuple[Vectors, Found]:
+    """The probe, turned (1, d), and what it found."""
+    turned = copy.turning.turned(probe[np.newaxis, :])
+    return turned, copy.index.range(turned, threshold)[0]
 
 
-def _opened(
-    gallery_id: str, contract: str, key: GalleryKey, rows: list[GalleryChange], people: dict[str, Identity]
-) -> tuple[list[int], dict[int, tuple[str, str]], Embedding]:
-    """The rows' vectors (n, d), with their seqs and whose they are; rows of the erased are left out."""
-    seqs: list[int] = []
-    samples: dict[int, tuple[str, str]] = {}
-    vectors: list[Embedding] = []
-    data_keys: dict[str, DataKey] = {}
-    for row in rows:
-        identity = people.get(row.identity_id or "")
-        if identity is None or identity.wrapped_key is None:
-            continue
-        sample = next((s for s in identity.samples if s.id == row.sample_id), None)
-        if sample is None or sample.contract != contract:
-            continue
-        if identity.id not in data_keys:
-            data_keys[identity.id] = key.unwrap(identity.wrapped_key, identity.id)
-        vectors.append(open_template(data_keys[identity.id], gallery_id, identity.id, sample))
-        seqs.append(row.seq)
-        samples[row.seq] = (identity.id, sample.id)
-    return seqs, samples, np.array(vectors, dtype=np.float32)
+def _apply(index: LayeredIndex, ids: Ids, vectors: Halves, removed: list[int]) -> None:
+    if removed:
+        index.remove(np.array(removed, np.int64))
+    if len(ids):
+        index.add(ids, vectors)
+
+
+def _opened(folder: Path, manifest: Manifest, device: Literal["cpu", "gpu"]) -> VectorIndex:
+    """The index in a verified folder. Raises ValueError, OSError or RuntimeError when it cannot be used after all."""
+    if manifest.kind == "faiss" and device == "cpu":
+        return OneBitIndex.open(folder, manifest.dimension, margin=Margin(**manifest.margin), probes=manifest.probes)
+    index: VectorIndex = ExactIndex(manifest.dimension) if device == "cpu" else GpuIndex(manifest.dimension)
+    index.add(*rows.read_rows(folder, manifest.dimension))
+    return index
+
+
+def _mib(copy: _Copy) -> float:
+    return len(copy.index) * rows.bytes_per_vector(copy.index.dimension) / MIB
+
+
+def _told(task: "asyncio.Task[None]") -> None:
+    """A task that nobody waits for must not fail in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("index_task_failed", error=type(error).__name__, reason=str(error)[:200])

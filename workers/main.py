@@ -9,12 +9,16 @@ from arq.worker import Worker
 
 from app.config import Settings
 from app.logs import configure_logging
-from app.queue import SCREEN, decode_job, encode_job, redis_settings
+from app.queue import PUBLISH, SCAN, SCREEN, decode_job, encode_job, redis_settings
 from app.runtime import open_runtime
 from workers import jobs
 
 #: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
 JOB_TIMEOUT_SECONDS = 10
+#: One slice of a scan is a few seconds long.
+SCAN_TIMEOUT_SECONDS = 60
+#: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
+PUBLISH_TIMEOUT_SECONDS = 6 * 3600
 #: arq looks for work every half second by default: too slow for an officer who waits.
 POLL_SECONDS = 0.05
 #: Tries are counted by the use case, which knows which ones count.
@@ -32,7 +36,7 @@ def create_worker(settings: Settings) -> Worker:
     opened = AsyncExitStack()
 
     async def start(context: dict[Any, Any]) -> None:
-        context["runtime"] = await opened.enter_async_context(open_runtime(settings))
+        context["runtime"] = await opened.enter_async_context(open_runtime(settings, keep_up=True))
 
     async def stop(context: dict[Any, Any]) -> None:
         del context
@@ -41,12 +45,16 @@ def create_worker(settings: Settings) -> Worker:
     every = set(range(0, 60, settings.sweep_interval_seconds))
     return Worker(
         functions=[
-            func(_job(jobs.screen), name=SCREEN, timeout=JOB_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES)
+            func(_job(jobs.screen), name=SCREEN, timeout=JOB_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES),
+            func(_job(jobs.scan), name=SCAN, timeout=SCAN_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES),
+            func(_job(jobs.publish), name=PUBLISH, timeout=PUBLISH_TIMEOUT_SECONDS, keep_result=0, max_tries=1),
         ],
         cron_jobs=[
             cron(
                 _job(jobs.sweep_overdue), second=every, timeout=JOB_TIMEOUT_SECONDS, run_at_startup=True, keep_result=0
             ),
+            cron(_job(jobs.sweep_index), second=every, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
+            cron(_job(jobs.sweep_scans), second=every, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
             cron(_job(jobs.sweep_orphan_photos), minute=17, timeout=3600, keep_result=0),
         ],
         queue_name=settings.queue_name,

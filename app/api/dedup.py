@@ -1,11 +1,11 @@
-"""De-duplication: screening jobs, cases for a person to decide, scans."""
+"""De-duplication: jobs, cases for a person to decide; scans have a file of their own."""
 
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
-from app.api import identities
+from app.api import identities, scans
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
 from app.api.identities import IdentityView, visible_galleries
@@ -17,13 +17,13 @@ from app.documents.cases import Case
 from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.scans import Scan
 from app.domain.callers import Role
 from app.domain.policy import Decision, Verdict
 from app.errors import (
     Conflict,
     Forbidden,
     NotFound,
-    NotImplementedYet,
     Unauthenticated,
     UndecidedCandidates,
     Validation,
@@ -39,7 +39,6 @@ router = APIRouter(
 )
 
 Reading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, is_read=True))]
-Scanning = Annotated[Action, Depends(acting("dedup.scan", Role.OFFICER))]
 
 
 class Progress(BaseModel):
@@ -62,7 +61,7 @@ class JobView(BaseModel):
 
     id: str
     kind: Literal["enrolment", "scan", "import"]
-    state: Literal["queued", "running", "done", "failed"]
+    state: Literal["queued", "running", "paused", "done", "failed", "cancelled"]
     progress: Progress
     verdict: Verdict | None
     candidates: list[JobCandidate]
@@ -148,10 +147,12 @@ async def _found(action: Action, case_id: str) -> tuple[Gallery, Case]:
 
 @router.get("/jobs/{job_id}", responses=problems(NotFound))
 async def get_job(job_id: str, action: Reading) -> JobView:
-    """A screening's state and what it found."""
+    """A screening's state and what it found, or how far a scan is."""
     identity = await Identity.by_job(job_id)
-    screening = None if identity is None else identity.screening(job_id)
-    if identity is None or screening is None:
+    if identity is None:
+        return await _scan_job(action, job_id)
+    screening = identity.screening(job_id)
+    if screening is None:
         raise NotFound
     await gallery_of(action, identity.gallery_id)
     total = len(screening.sample_ids)
@@ -165,6 +166,24 @@ async def get_job(job_id: str, action: Reading) -> JobView:
         as_of_seq=screening.as_of_seq,
         started_at=screening.started_at,
         finished_at=screening.finished_at,
+    )
+
+
+async def _scan_job(action: Action, job_id: str) -> JobView:
+    known = await Scan.get(job_id)
+    if known is None:
+        raise NotFound
+    await gallery_of(action, known.gallery_id)
+    return JobView(
+        id=known.id,
+        kind="scan",
+        state=known.state,
+        progress=Progress(done=known.done, total=known.total),
+        verdict=None,
+        candidates=[],
+        as_of_seq=known.upto_seq,
+        started_at=known.started_at,
+        finished_at=known.finished_at,
     )
 
 
@@ -211,19 +230,4 @@ async def decide_case(
     return (await _views(runtime, {gallery.id: gallery}, [case]))[0]
 
 
-scans = APIRouter(prefix="/scans", responses=problems(NotImplementedYet))
-
-
-@scans.post("", status_code=501)
-@scans.get("/{scan_id}", status_code=501)
-@scans.get("/{scan_id}/pairs", status_code=501)
-@scans.get("/{scan_id}/clusters", status_code=501)
-@scans.post("/{scan_id}/pause", status_code=501)
-@scans.post("/{scan_id}/resume", status_code=501)
-@scans.post("/{scan_id}/cancel", status_code=501)
-async def scan(action: Scanning) -> None:
-    """Every identity against every other."""
-    raise NotImplementedYet("Scans of a whole gallery are not built yet.")
-
-
-router.include_router(scans)
+router.include_router(scans.router)

@@ -70,7 +70,7 @@ class Counts(BaseModel):
 
 
 class IndexView(BaseModel):
-    """How the gallery is searched."""
+    """How the gallery is searched. tail: changes that the generation does not hold; recall: as measured at publication."""
 
     kind: str
     generation: int | None
@@ -106,9 +106,12 @@ def view(runtime: Runtime, gallery: Gallery) -> GalleryView:
             verify=limits.verify, identify=limits.identify, dedup=limits.dedup, source=limits.source
         ),
         counts=Counts(identities=gallery.identities, samples=gallery.samples),
-        # Every vector is searched exactly, and comes from the changes' tail: no generation has been published.
         index=IndexView(
-            kind="exact", generation=gallery.generation, vectors=gallery.samples, tail=gallery.samples, recall=1.0
+            kind="exact" if gallery.published is None else gallery.published.kind,
+            generation=None if gallery.published is None else gallery.published.number,
+            vectors=gallery.samples,
+            tail=gallery.seq - gallery.watermark,
+            recall=1.0 if gallery.published is None else gallery.published.recall,
         ),
     )
 

@@ -1,6 +1,7 @@
 """Operations: is it alive, is it ready, how is it doing."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
@@ -18,9 +19,11 @@ from app.api.dependencies import CurrentRuntime, acting
 from app.api.problems import problems
 from app.audit import Action
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.leases import Lease
 from app.domain.callers import Role
 from app.errors import Forbidden, NotFound, Problem, Unauthenticated, Validation
 from app.runtime import Runtime
+from app.use_cases import examine
 from storage.photos import PhotoStoreUnavailable
 
 router = APIRouter(tags=["operations"])
@@ -80,7 +83,19 @@ async def _index(runtime: Runtime) -> Seen:
             raise NotFound("no gallery")
         runtime.require_contract(gallery)
         vectors = await runtime.search.warm(gallery)
-    return {"kind": "exact", "vectors": vectors, "seq": gallery.seq, "recall": 1.0}
+        # Any gallery's trouble is told here, whichever of them is asked most.
+        troubles = [state.trouble for state in await examine.heads() if state.trouble is not None]
+    published = gallery.published
+    seen: Seen = {
+        "kind": "exact" if published is None else published.kind, "vectors": vectors, "seq": gallery.seq,
+        "generation": None if published is None else published.number, "tail": gallery.seq - gallery.watermark,
+        "recall": 1.0 if published is None else published.recall,
+        "recall_bound": 1.0 if published is None else published.recall_bound,
+        "recall_target": gallery.policy.recall_target,
+    }  # fmt: skip
+    if troubles:
+        seen |= {"status": "degraded", "galleries_in_trouble": len(troubles), "reason": troubles[0]}
+    return seen
 
 
 async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime) -> dict[str, Any]:
@@ -150,7 +165,8 @@ SHOWN_SETTINGS = (
     "mongodb_timeout_seconds", "queue_timeout_seconds", "worker_max_jobs", "sweep_interval_seconds", "max_photo_bytes",
     "max_photo_pixels", "max_samples", "access_token_expire_minutes", "refresh_token_sliding_hours",
     "refresh_token_absolute_hours", "attempts_before_wait", "attempts_wait_seconds", "attempts_before_reset",
-    "replay_window_hours", "idempotency_hours", "index_purge_hours", "shutdown_grace_seconds",
+    "replay_window_hours", "idempotency_hours", "index_purge_hours", "index_tail_rows", "index_memory_mib",
+    "index_shadow_every", "shutdown_grace_seconds",
 )  # fmt: skip
 
 
@@ -169,13 +185,13 @@ async def system(
             chosen_because=runtime.engine_reason, liveness=runtime.engine.has_liveness,
         ),
         index=[
-            {
-                "gallery": g.name, "kind": "exact", "generation": g.generation, "seq": g.seq, "samples": g.samples,
-                "vectors_in_this_process": runtime.search.size(g.id),
-            }
-            async for g in Gallery.find_all()
+            dataclasses.asdict(state) | {"vectors_in_this_process": runtime.search.size(state.gallery_id)}
+            for state in await examine.states(runtime)
         ],
-        leases=[],
+        leases=[
+            {"name": lease.id, "holder": lease.holder, "fence": lease.fence, "progress": lease.progress}
+            for lease in await Lease.alive()
+        ],
         settings={name: getattr(runtime.settings, name) for name in SHOWN_SETTINGS},
     )  # fmt: skip
 

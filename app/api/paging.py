@@ -4,7 +4,7 @@ import base64
 import binascii
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -21,6 +21,7 @@ SIGNATURE_BYTES = 16
 
 T = TypeVar("T", bound=BaseModel)
 D = TypeVar("D", bound=Document)
+K = TypeVar("K")
 
 
 class Paged(BaseModel, Generic[T]):
@@ -45,17 +46,29 @@ def _signature(keys: KeyRing, request: Request, position: bytes) -> bytes:
     return keys.keyed_hash("cursor", bound + b"\0" + position)[:SIGNATURE_BYTES]
 
 
-def _position(keys: KeyRing, request: Request, cursor: str) -> tuple[datetime, str]:
+def position_of(keys: KeyRing, request: Request, page: Page, kind: Callable[[Any], K]) -> tuple[K, str] | None:
+    """The sort key and id behind which the page begins; None for the first page.
+
+    kind: reads the key from JSON. Raises Validation for a cursor of another list, caller or query.
+    """
+    if page.cursor is None:
+        return None
     try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        raw = base64.b64decode(page.cursor + "=" * (-len(page.cursor) % 4), altchars=b"-_", validate=True)
         signature, position = raw[:SIGNATURE_BYTES], raw[SIGNATURE_BYTES:]
         if not hmac.compare_digest(signature, _signature(keys, request, position)):
             raise ValueError  # noqa: TRY301 - a forged cursor ends like a broken one
-        moment, id_ = json.loads(position)
-        return datetime.fromisoformat(moment), str(id_)
+        key, id_ = json.loads(position)
+        return kind(key), str(id_)
     except (ValueError, binascii.Error) as error:
         message = "The cursor does not belong to this list."
         raise Validation(message, errors=(Advice("cursor", "bad-cursor", message),)) from error
+
+
+def cursor_behind(keys: KeyRing, request: Request, key: str | float, id_: str) -> str:
+    """The cursor of the page that begins behind this sort key and id."""
+    position = json.dumps([key, id_], separators=(",", ":")).encode()
+    return base64.urlsafe_b64encode(_signature(keys, request, position) + position).rstrip(b"=").decode()
 
 
 async def page_of(
@@ -71,8 +84,9 @@ async def page_of(
     """One page of the documents that fit, by (`by`, id), and the cursor of the next. Raises Validation for a bad cursor."""
     direction, beyond = (SortDirection.DESCENDING, "$lt") if order == "newest" else (SortDirection.ASCENDING, "$gt")
     conditions: list[Mapping[str, Any]] = [filters] if filters else []
-    if page.cursor is not None:
-        moment, id_ = _position(keys, request, page.cursor)
+    position = position_of(keys, request, page, datetime.fromisoformat)
+    if position is not None:
+        moment, id_ = position
         conditions.append({"$or": [{by: {beyond: moment}}, {by: moment, "_id": {beyond: id_}}]})
     query = kind.find({"$and": conditions} if conditions else {})
     found = await query.sort([(by, direction), ("_id", direction)]).limit(page.limit + 1).to_list()
@@ -80,6 +94,4 @@ async def page_of(
     if len(found) <= page.limit:
         return items, None
     last = items[-1]
-    position = json.dumps([getattr(last, by).isoformat(), str(last.id)], separators=(",", ":")).encode()
-    raw = _signature(keys, request, position) + position
-    return items, base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    return items, cursor_behind(keys, request, getattr(last, by).isoformat(), str(last.id))

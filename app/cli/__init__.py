@@ -20,6 +20,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "worker": "app.cli.worker:worker",
     "users": "app.cli.users:app",
     "models": "app.cli.models:app",
+    "index": "app.cli.index:app",
+    "dedup": "app.cli.dedup:app",
 }
 
 

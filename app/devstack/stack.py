@@ -67,6 +67,10 @@ CREDENTIALS_NAME: Final = "credentials.json"
 MODEL_NAME: Final = "face_model"
 
 
+#: Where a stack without one of the settings keeps its key-encryption key.
+KEY_NAME: Final = "key_encryption_key"
+
+
 class StackFailed(RuntimeError):
     """The stack cannot start, or came down by itself; the message is for the operator."""
 
@@ -209,8 +213,10 @@ class Stack:
             environment["STORAGE_PATH"] = str(self._data_dir / "photos")
         if "vector_db_path" not in settings.model_fields_set:
             environment["VECTOR_DB_PATH"] = str(self._data_dir / "index")
+        if "index_cache_path" not in settings.model_fields_set:
+            environment["INDEX_CACHE_PATH"] = str(self._data_dir / "index-copies")
         if not settings.key_encryption_secret():
-            key = self._data_dir / "key_encryption_key"
+            key = self._data_dir / KEY_NAME
             if not key.exists():
                 write_privately(key, random_secret())
             environment["KEY_ENCRYPTION_KEY_FILE"] = str(key)
@@ -369,6 +375,21 @@ class Stack:
 
     def _logs(self) -> str:
         return "\n".join(f"--- {child.name}:\n{child.log_tail()}" for child in self._children if child.deaths)
+
+
+def embedded_settings(settings: Settings, data_dir: Path) -> Settings:
+    """The settings that the processes of the stack running on that folder have. Raises OSError or ValidationError."""
+    folder = data_dir.resolve()
+    ready = ReadyStack.model_validate_json((folder / READY_NAME).read_bytes())
+    filled: dict[str, object] = {"mongodb_uri": ready.mongo_uri, "redis_url": ready.redis_url}
+    places = {"storage_path": "photos", "vector_db_path": "index", "index_cache_path": "index-copies"}
+    filled |= {name: folder / place for name, place in places.items() if name not in settings.model_fields_set}
+    key, model = folder / KEY_NAME, folder / MODEL_NAME
+    if not settings.key_encryption_secret():
+        filled["key_encryption_key_file"] = key
+    if settings.face_model == "auto" and model.exists():
+        filled["face_model"] = model.read_text(encoding="utf-8")
+    return settings.model_copy(update=filled)
 
 
 def idem(*arguments: str) -> list[str]:

@@ -2,25 +2,56 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from beanie import Document
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, new_id, now
+from app.documents.base import Stored, Value, new_id, now
 from app.domain.faces import ModelCard
 from app.domain.policy import GalleryPolicy
 
 DEFAULT_GALLERY = "default"
+OWNERS_AT_ONCE = 5000
+
+
+class Generation(Value):
+    """Index files that hold every vector up to `watermark`.
+
+    number: the publisher's fence, so it rises and may skip. digest: SHA-256 of the manifest, which holds those of the files.
+    rotation: names the secret matrix that turned the vectors. recall: the share of planted and real pairs that the index
+    found; recall_bound: what it is at least, with 95% confidence. removed: the head's count of removals when it was built.
+    """
+
+    number: int
+    digest: str
+    kind: Literal["exact", "faiss"]
+    rotation: str
+    watermark: int
+    count: int
+    removed: int
+    recall: float
+    recall_bound: float
+    built_at: datetime
+
+
+class Fault(Value):
+    """A generation that a reader refused: it is to be built anew from the documents."""
+
+    number: int
+    reason: str
+    found_at: datetime
 
 
 class Gallery(Stored):
-    """One document, read by every query: the head is `epoch`, `seq`, `contract`, `policy_version`, `generation`.
+    """One document, read by every query: the head is `epoch`, `seq`, `contract`, `policy_version`, `published`.
 
     `seq` is taken in the transaction that changes vectors, so its order is commit order. `epoch` is random and new
     after a restore or re-creation: whatever belongs to another epoch is refused. `identities` and `samples` count
-    what is not erased, kept by the same transactions.
+    what is not erased, `removed` the vectors ever taken out, kept by the same transactions. `published` is the newest
+    generation of the index, `previous` the one before it, as long as its files may stay; `fault` what is wrong with the newest.
+    `purge_by`: when index files that hold an erased person's vectors must be gone.
     """
 
     name: str
@@ -32,9 +63,13 @@ class Gallery(Stored):
     policy_version: int = 1
     epoch: str
     seq: int = 0
-    generation: int | None = None
+    published: Generation | None = None
+    previous: Generation | None = None
+    fault: Fault | None = None
+    purge_by: datetime | None = None
     identities: int = 0
     samples: int = 0
+    removed: int = 0
     wrapped_key: bytes
     key_id: str
     created_at: datetime
@@ -79,7 +114,7 @@ class Gallery(Stored):
         return {row["_id"]: row["name"] async for row in rows}
 
     async def take_seq(
-        self, session: AsyncClientSession, rows: int, *, identities: int = 0, samples: int = 0
+        self, session: AsyncClientSession, rows: int, *, identities: int = 0, samples: int = 0, removed: int = 0
     ) -> int | None:
         """Take `rows` numbers for changes in this transaction; returns the first.
 
@@ -87,11 +122,38 @@ class Gallery(Stored):
         """
         head = await self.get_pymongo_collection().find_one_and_update(
             {"_id": self.id, "epoch": self.epoch, "contract": self.contract},
-            {"$inc": {"seq": rows, "identities": identities, "samples": samples}},
+            {"$inc": {"seq": rows, "identities": identities, "samples": samples, "removed": removed}},
             projection={"seq": 1},
             session=session,
         )
         return None if head is None else int(head["seq"]) + 1
+
+    async def purge_files(self, session: AsyncClientSession, seqs: Sequence[int], deadline: datetime) -> None:
+        """Have index files that hold one of these vectors gone by the deadline, or by the earlier one that is set already."""
+        await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "published.watermark": {"$gte": min(seqs, default=0)}, "purge_by": None},
+            {"$set": {"purge_by": deadline}},
+            session=session,
+        )
+
+    @property
+    def publishing(self) -> str:
+        """The name of the lease that the publisher of its index holds."""
+        return f"publish:{self.id}"
+
+    @property
+    def watermark(self) -> int:
+        """How far the newest generation reaches; 0 without one."""
+        return 0 if self.published is None else self.published.watermark
+
+    async def report(self, number: int, reason: str) -> bool:
+        """Tell that the newest generation is unusable; False when it is the newest no more, or told of already."""
+        fault = Fault(number=number, reason=reason, found_at=now())
+        result = await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "epoch": self.epoch, "published.number": number, "fault": None},
+            {"$set": {"fault": fault.model_dump()}},
+        )
+        return bool(result.modified_count)
 
     async def stands(self, session: AsyncClientSession) -> bool:
         """Whether epoch and contract still are what they were when the gallery was read."""
@@ -101,14 +163,28 @@ class Gallery(Stored):
         return found is not None
 
 
+class Change(NamedTuple):
+    """A row as the index reads it; see GalleryChange."""
+
+    seq: int
+    kind: str
+    identity_id: str | None
+    sample_id: str | None
+    removes: int | None
+
+
 class GalleryChange(Document):
-    """One change of a gallery's vectors. Rows are contiguous in `seq`; erasure blanks a row and keeps it."""
+    """One change of a gallery's vectors. Rows are contiguous in `seq`; erasure blanks a row and keeps it.
+
+    removes: the `seq` of the vector that a `remove` row takes out; that vector's own row is blank by then.
+    """
 
     gallery_id: str
     seq: int
     kind: str  # add | remove | blank
     identity_id: str | None
     sample_id: str | None
+    removes: int | None = None
 
     class Settings:
         """Collection and indexes."""
@@ -120,7 +196,33 @@ class GalleryChange(Document):
         ]
 
     @classmethod
-    async def after(cls, gallery_id: str, seq: int, upto: int, limit: int) -> list[Self]:
+    async def after(cls, gallery_id: str, seq: int, upto: int, limit: int) -> list[Change]:
         """The rows in (seq, upto], in order; at most `limit`."""
-        query = cls.find({"gallery_id": gallery_id, "seq": {"$gt": seq, "$lte": upto}}).sort("seq").limit(limit)
-        return await query.to_list()
+        rows = cls.get_pymongo_collection().find(
+            {"gallery_id": gallery_id, "seq": {"$gt": seq, "$lte": upto}}, {"_id": 0}
+        )
+        return [
+            Change(row["seq"], row["kind"], row["identity_id"], row["sample_id"], row.get("removes"))
+            async for row in rows.sort("seq").limit(limit)
+        ]
+
+    @classmethod
+    async def removals(cls, gallery_id: str, seq: int, upto: int) -> list[int]:
+        """The seqs of the vectors that rows in (seq, upto] took out."""
+        query = {"gallery_id": gallery_id, "seq": {"$gt": seq, "$lte": upto}, "kind": "remove"}
+        rows = cls.get_pymongo_collection().find(query, {"_id": 0, "removes": 1})
+        return [row["removes"] async for row in rows if row.get("removes") is not None]
+
+    @classmethod
+    async def owners(cls, gallery_id: str, seqs: Sequence[int]) -> dict[int, tuple[str, str]]:
+        """Whose these vectors are, by seq: (identity, sample). A blank row's is absent: that person was erased."""
+        owners: dict[int, tuple[str, str]] = {}
+        for first in range(0, len(seqs), OWNERS_AT_ONCE):
+            some = list(seqs[first : first + OWNERS_AT_ONCE])
+            rows = cls.get_pymongo_collection().find(
+                {"gallery_id": gallery_id, "seq": {"$in": some}, "kind": "add"},
+                {"_id": 0, "seq": 1, "identity_id": 1, "sample_id": 1},
+            )
+            async for row in rows:
+                owners[row["seq"]] = (row["identity_id"], row["sample_id"])
+        return owners

@@ -1,6 +1,7 @@
 """An identity: someone known in a gallery, with the samples and screenings that belong to them."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Self
 
@@ -64,6 +65,14 @@ class Attempts(Value):
 
     consecutive: int = 0
     last_failure: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SealedTemplates:
+    """An identity's data key, wrapped, and the sealed template and model contract of each sample, by the sample's id."""
+
+    wrapped_key: bytes | None
+    samples: dict[str, tuple[bytes, str]]
 
 
 class Identity(Stored):
@@ -141,6 +150,29 @@ class Identity(Stored):
         """Those of the ids that are not erased, by id."""
         found = cls.find({"_id": {"$in": list(ids)}, "status": {"$ne": "erased"}}, session=session)
         return {identity.id: identity for identity in await found.to_list()}
+
+    @classmethod
+    async def sealed_templates(cls, ids: Sequence[str]) -> dict[str, SealedTemplates]:
+        """The templates of those of the ids that are not erased, without the rest, which costs ten times as much."""
+        rows = cls.get_pymongo_collection().find(
+            {"_id": {"$in": list(ids)}, "status": {"$ne": "erased"}},
+            {"wrapped_key": 1, "samples.id": 1, "samples.template": 1, "samples.contract": 1},
+        )
+        return {
+            row["_id"]: SealedTemplates(
+                row["wrapped_key"], {s["id"]: (s["template"], s["contract"]) for s in row["samples"]}
+            )
+            async for row in rows
+        }
+
+    @classmethod
+    async def seqs_of_several(cls, gallery_id: str, limit: int) -> AsyncIterator[list[int]]:
+        """The seqs of each identity's samples, for at most `limit` identities that have several."""
+        rows = cls.get_pymongo_collection().find(
+            {"gallery_id": gallery_id, "status": {"$ne": "erased"}, "samples.1": {"$exists": True}}, {"samples.seq": 1}
+        )
+        async for row in rows.limit(limit):
+            yield sorted(sample["seq"] for sample in row["samples"])
 
     @classmethod
     async def statuses(cls, ids: Sequence[str], session: AsyncClientSession | None = None) -> dict[str, Status]:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from app.documents.galleries import Gallery
-from app.documents.identities import Identity, Sample
+from app.documents.galleries import Change, Gallery
+from app.documents.identities import Identity, Sample, SealedTemplates
 from app.domain.attributes import Attributes
 from app.domain.faces import Embedding
 from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
@@ -37,8 +37,37 @@ def seal_template(
 
 def open_template(key: DataKey, gallery_id: str, identity_id: str, sample: Sample) -> Embedding:
     """A sample's embedding (d,). Raises SealBroken."""
-    bound = _bound("template", gallery_id, identity_id, f"{sample.id}|{sample.contract}")
-    return np.frombuffer(key.open(sample.template, bound), dtype="<f4")
+    return _template(key, sample.template, gallery_id, identity_id, sample.id, sample.contract)
+
+
+def open_vectors(
+    key: GalleryKey, contract: str, rows: list[Change], people: dict[str, SealedTemplates], dimension: int
+) -> tuple[list[int], Embedding]:
+    """The embeddings (n, d) that these rows added, and their seqs; without those of the erased or of another model.
+
+    Raises SealBroken when one does not open: nobody may be passed over in silence.
+    """
+    seqs: list[int] = []
+    vectors: list[Embedding] = []
+    data_keys: dict[str, DataKey] = {}
+    for row in rows:
+        person = people.get(row.identity_id or "")
+        sealed = None if person is None else person.samples.get(row.sample_id or "")
+        if person is None or person.wrapped_key is None or sealed is None or sealed[1] != contract:
+            continue
+        owner, sample = row.identity_id or "", row.sample_id or ""
+        if owner not in data_keys:
+            data_keys[owner] = key.unwrap(person.wrapped_key, owner)
+        vectors.append(_template(data_keys[owner], sealed[0], key.gallery_id, owner, sample, contract))
+        seqs.append(row.seq)
+    return seqs, np.array(vectors, np.float32).reshape(-1, dimension)
+
+
+def _template(
+    key: DataKey, sealed: bytes, gallery_id: str, identity_id: str, sample_id: str, contract: str
+) -> Embedding:
+    bound = _bound("template", gallery_id, identity_id, f"{sample_id}|{contract}")
+    return np.frombuffer(key.open(sealed, bound), dtype="<f4")
 
 
 def open_references(key: DataKey, identity: Identity) -> Embedding:

@@ -124,6 +124,8 @@ async def _settle(
     statuses = await Identity.statuses([c.identity_id for c in candidates], session)
     own = [LookAlike(c.identity_id, statuses.get(c.identity_id, "erased"), c.decision) for c in candidates]
     waits = any(c.decision is None and c.status not in ("erased", "duplicate") for c in own)
+    if newcomer.screening(case.job_id) is None:  # a scan's case is about people who have their standing, and keep it
+        return not waits
     if waits:
         if loser is not None:  # whoever keeps the newcomer wants it active
             raise UndecidedCandidates("Decide the case's other candidates first.")

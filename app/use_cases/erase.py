@@ -12,6 +12,7 @@ from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Screening
+from app.documents.scans import ScanPair
 from app.errors import NotFound, NotReady
 from app.runtime import Runtime
 from storage.photos import PhotoStoreUnavailable
@@ -47,12 +48,15 @@ async def erase(runtime: Runtime, action: Action, gallery: Gallery, identity_id:
             raise NotFound
         moment = now()
         samples = len(identity.samples)
-        seq = await gallery.take_seq(session, samples, identities=-1, samples=-samples)
+        seq = await gallery.take_seq(session, samples, identities=-1, samples=-samples, removed=samples)
         if seq is None:
             raise NotReady("The gallery changed its model or epoch in the meantime.")
+        purge_by = moment + timedelta(hours=runtime.settings.index_purge_hours)
+        await gallery.purge_files(session, [s.seq for s in identity.samples], purge_by)
         await _blank_changes(gallery.id, identity, seq, session)
         requeued = await _leave_cases(identity, session)
         await Pair.forget(identity.id, session)
+        await ScanPair.forget(identity.id, session)
         gone: dict[str, object] = {
             "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None,
             "wrapped_key": None, "outbox_at": None, "erased_at": moment,
@@ -89,7 +93,14 @@ async def _blank_changes(gallery_id: str, identity: Identity, seq: int, session:
     blank = {"$set": {"kind": "blank", "identity_id": None, "sample_id": None}}
     await GalleryChange.get_pymongo_collection().update_many(mine, blank, session=session)
     removals = [
-        GalleryChange(gallery_id=gallery_id, seq=seq + i, kind="remove", identity_id=identity.id, sample_id=sample.id)
+        GalleryChange(
+            gallery_id=gallery_id,
+            seq=seq + i,
+            kind="remove",
+            identity_id=identity.id,
+            sample_id=sample.id,
+            removes=sample.seq,
+        )
         for i, sample in enumerate(identity.samples)
     ]
     if removals:
@@ -103,11 +114,13 @@ async def _leave_cases(identity: Identity, session: AsyncClientSession) -> list[
         if case.newcomer_id == identity.id:
             await case.close(session, "the newcomer was erased")
             continue
-        await case.close(session, "a candidate was erased; the newcomer is screened again")
         newcomer = await Identity.living(case.newcomer_id, session)
         screening = None if newcomer is None else newcomer.screening(case.job_id)
-        if newcomer is None or screening is None:
+        if newcomer is None or screening is None:  # a scan's case, about whoever else is in it
+            if all(c.decision is not None or c.identity_id == identity.id for c in case.candidates):
+                await case.close(session, "the last candidate was erased")
             continue
+        await case.close(session, "a candidate was erased; the newcomer is screened again")
         again = Screening(job_id=screening.job_id, sample_ids=screening.sample_ids, due_at=now())
         fields: dict[str, object] = {"screenings": newcomer.with_screening(again), "outbox_at": again.due_at}
         if newcomer.status == "suspected_duplicate":

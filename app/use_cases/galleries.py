@@ -7,6 +7,7 @@ from app.audit import Action, record
 from app.documents.base import now
 from app.documents.galleries import DEFAULT_GALLERY, Gallery, GalleryChange
 from app.documents.identities import Identity
+from app.documents.scans import Scan
 from app.domain.policy import GalleryPolicy
 from app.errors import Advice, Conflict, NotImplementedYet, NotReady, Validation
 from app.runtime import Runtime
@@ -77,6 +78,7 @@ async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
         mine = {"gallery_id": gallery.id}
         await GalleryChange.get_pymongo_collection().delete_many(mine, session=session)
         await Identity.get_pymongo_collection().delete_many({**mine, "status": "erased"}, session=session)
+        await Scan.get_pymongo_collection().delete_many(mine, session=session)
         await record(session, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name)
 
     await runtime.transaction(commit)

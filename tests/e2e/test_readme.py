@@ -1,7 +1,7 @@
 """The commands that the README and the docs show, run as they stand against a running service.
 
 A shell block is run when the HTML comment `<!-- test -->` stands right before it. The blocks of a page run in order in one
-shell, with IDEM (the stack's address) and CREDENTIALS (its credentials.json) in the environment.
+shell, with IDEM (the stack's address), CREDENTIALS (its credentials.json) and DATA (its folder) in the environment.
 """
 
 import os
@@ -40,7 +40,8 @@ def test_the_commands_of_the_page_do_what_it_says(stack: RunningStack, tmp_path:
     assert script, f"{page.name} shows no tested command"
     # As on the page: commands are given in the checkout, whose environment is the one that runs this test.
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    environment = os.environ | {"IDEM": stack.ready.url, "CREDENTIALS": str(stack.data_dir / "credentials.json")}
+    places = {"CREDENTIALS": str(stack.data_dir / "credentials.json"), "DATA": str(stack.data_dir)}
+    environment = os.environ | {"IDEM": stack.ready.url} | places
     done = subprocess.run(
         ["bash", "-eu", "-c", script],
         cwd=tmp_path,

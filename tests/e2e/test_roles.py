@@ -84,6 +84,7 @@ MAY = {
     "POST /v1/dedup/scans/{}/pause": OFFICER,
     "POST /v1/dedup/scans/{}/resume": OFFICER,
     "POST /v1/dedup/scans/{}/cancel": OFFICER,
+    "POST /v1/dedup/scans/{}/cases": OFFICER,
     "GET /v1/audit/events": AUDITOR | ADMIN,
     "GET /v1/audit/events/{}": AUDITOR | ADMIN,
     "GET /v1/audit/checkpoint": AUDITOR | ADMIN,

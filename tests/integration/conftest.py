@@ -29,6 +29,7 @@ def settings(mongo_server: services.Server, database_name: str, tmp_path: Path) 
         key_encryption_key=SecretStr(random_secret()),
         storage_path=tmp_path / "photos",
         vector_db_path=tmp_path / "index",
+        index_cache_path=tmp_path / "index-copies",
     )
 
 

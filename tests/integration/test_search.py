@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from app import search
+from app import vectors
 from app.documents.base import new_id
-from app.documents.galleries import Gallery, GalleryChange
+from app.documents.galleries import Change, Gallery, GalleryChange
 from app.errors import ModelMismatch, NotReady
 from app.runtime import Runtime
 from app.use_cases import screen
@@ -94,7 +94,7 @@ async def _take_away_the_middle_row() -> GalleryChange:
 async def test_a_hole_in_the_rows_is_waited_for_and_then_refused(
     runtime: Runtime, other: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "HOLE_RETRIES", 3)
+    monkeypatch.setattr(vectors, "HOLE_RETRIES", 3)
     for i in range(3):
         await active(runtime, f"person-{i}")
     await _take_away_the_middle_row()
@@ -113,7 +113,7 @@ async def test_a_hole_that_closes_while_a_search_waits_hides_nobody(
     reads = 0
     after = GalleryChange.after
 
-    async def after_counted(*args: int) -> list[GalleryChange]:
+    async def after_counted(*args: int) -> list[Change]:
         nonlocal reads
         reads += 1
         if reads == 4:
@@ -126,7 +126,7 @@ async def test_a_hole_that_closes_while_a_search_waits_hides_nobody(
 
 
 async def test_rows_are_applied_in_batches(runtime: Runtime, other: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(vectors, "ROWS_AT_ONCE", 2)
     people = [await enrolled(runtime, f"person-{i}") for i in range(5)]
     await erased(runtime, people[0])
     assert await _everybody(other) == {p.id for p in people[1:]}

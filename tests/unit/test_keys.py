@@ -3,13 +3,14 @@
 import base64
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config import random_secret
 from app.domain.attributes import canonical_ref
-from app.keys import KEY_BYTES, DataKey, KeyRing, SealBroken
+from app.keys import KEY_BYTES, DataKey, GalleryKey, KeyRing, SealBroken
 
 RING = KeyRing(random_secret())
 GALLERY = RING.gallery_key("north", RING.new_gallery_key("north"))
@@ -123,3 +124,24 @@ def test_a_ring_needs_a_secret_and_does_not_show_it() -> None:
     assert secret not in str(vars(KeyRing(secret)))
     assert KeyRing(secret).key_id == KeyRing(secret).key_id
     assert KeyRing(secret).key_id != KeyRing(random_secret()).key_id
+
+
+@pytest.mark.parametrize("dimension", [1, 7, 128, 512])
+def test_a_rotation_keeps_lengths_and_angles(dimension: int) -> None:
+    matrix = GALLERY.rotation("first", dimension)
+    assert np.allclose(matrix @ matrix.T, np.eye(dimension), atol=1e-12)
+
+
+def test_a_rotation_is_the_same_for_the_same_name_and_another_for_another_name_or_key() -> None:
+    other = RING.gallery_key("south", RING.new_gallery_key("south"))
+    first = GALLERY.rotation("first", 64)
+    assert np.array_equal(first, GalleryKey("north", GALLERY.key).rotation("first", 64))
+    for strange in (GALLERY.rotation("second", 64), other.rotation("first", 64)):
+        assert abs(np.sum(first * strange)) / 64 < 0.1  # as good as independent
+
+
+def test_a_rotation_spreads_a_single_component_over_all() -> None:
+    """What one-bit codes need: no dimension may hold more than its share."""
+    turned = GALLERY.rotation("first", 512)[0]
+    assert np.abs(turned).max() < 6 / np.sqrt(512)
+    assert turned.std() == pytest.approx(1 / np.sqrt(512), rel=0.1)

@@ -157,7 +157,20 @@ async def test_changes_come_in_order_above_a_number_up_to_another(store: None) -
     assert [row.seq for row in await GalleryChange.after(HERE, 2, 4, 10)] == [3, 4]
     assert [row.seq for row in await GalleryChange.after(HERE, 1, 5, 2)] == [2, 3]
     assert await GalleryChange.after(HERE, 5, 5, 10) == []
-    assert {row.gallery_id for row in await GalleryChange.after(HERE, 0, 5, 10)} == {HERE}
+    assert [row.identity_id for row in await GalleryChange.after(HERE, 0, 5, 10)] == ["i1", "i2", "i3", "i4", "i5"]
+
+
+async def test_a_vectors_row_tells_whose_it_is_until_it_is_blank(store: None) -> None:
+    for seq, kind in ((1, "add"), (2, "blank"), (3, "remove")):
+        who = (None, None) if kind == "blank" else (f"i{seq}", f"s{seq}")
+        removes = 2 if kind == "remove" else None
+        for gallery in (HERE, ELSEWHERE):
+            await GalleryChange(
+                gallery_id=gallery, seq=seq, kind=kind, identity_id=who[0], sample_id=who[1], removes=removes
+            ).insert()
+    assert await GalleryChange.owners(HERE, [1, 2, 3, 4]) == {1: ("i1", "s1")}
+    assert await GalleryChange.removals(HERE, 0, 3) == [2]
+    assert await GalleryChange.removals(HERE, 0, 2) == await GalleryChange.removals(HERE, 3, 9) == []
 
 
 async def test_open_cases_are_found_from_either_side(store: None) -> None:

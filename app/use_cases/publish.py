@@ -1,0 +1,264 @@
+"""Publish: write a gallery's next index generation, and commit it on the gallery's head.
+
+The head's `epoch`, `contract` and `seq` are read before the first vector: that `seq` is the watermark. Files are written
+beside the readers' and are nobody's until one transaction, in which the publisher's lease still holds, compares and sets
+`published`. A publisher may die at any moment: what it leaves is swept by the next one.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Literal
+
+import faiss
+import numpy as np
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from app.audit import Action, record
+from app.documents.base import new_id, now
+from app.documents.galleries import Gallery, GalleryChange, Generation
+from app.documents.identities import Identity
+from app.documents.sealed import gallery_key
+from app.domain.policy import thresholds_for
+from app.domain.publication import Reason, Standing, kind_for, reason_to_publish
+from app.errors import Conflict, NotFound, NotReady
+from app.leases import Held, LeaseLost, held
+from app.runtime import Runtime
+from app.vectors import Turning, changes_of
+from storage import calibration, rows
+from storage.calibration import Calibration
+from storage.generations import BadGeneration, Manifest, MeasuredRecall
+from storage.onebit import DEFAULT_MARGIN, OneBitIndex
+from storage.vectors import Halves, Ids
+
+log = structlog.get_logger(__name__)
+
+LEASE_SECONDS: Final = 15
+#: Of a former generation at a time, while its living rows are carried over.
+ROWS_AT_ONCE: Final = 50_000
+PLANTED_PAIRS: Final = 6000
+REAL_PAIRS: Final = 20_000
+
+#: Every vector is compared: there is nothing to measure.
+_EXACT: Final = Calibration(DEFAULT_MARGIN, lists=0, probes=None, recall={})
+
+Stage = Literal["reading", "building", "measuring", "writing", "checking"]
+Tell = Callable[[Stage, int, int], Awaitable[None]]
+
+
+def standing_of(gallery: Gallery) -> Standing:
+    """What is known of the gallery's index, from its head alone."""
+    published = gallery.published
+    return Standing(
+        is_published=published is not None,
+        is_faulty=gallery.fault is not None,
+        tail=gallery.seq - gallery.watermark,
+        count=0 if published is None else published.count,
+        removed=0 if published is None else gallery.removed - published.removed,
+        purge_by=gallery.purge_by,
+    )
+
+
+async def due(runtime: Runtime) -> list[tuple[Gallery, Reason]]:
+    """The galleries of the running model whose next generation is due, the most urgent first."""
+    settings, found = runtime.settings, []
+    async for gallery in Gallery.find({"contract": runtime.engine.card.contract}):
+        reason = reason_to_publish(
+            standing_of(gallery), tail_rows=settings.index_tail_rows,
+            purge_time=timedelta(hours=settings.index_purge_hours), moment=now(),
+        )  # fmt: skip
+        if reason is not None:
+            found.append((gallery, reason))
+    urgency: list[Reason] = ["fault", "erasure", "removals", "tail"]
+    return sorted(found, key=lambda one: urgency.index(one[1]))
+
+
+async def publish(
+    runtime: Runtime, action: Action, gallery_id: str, *, holder: str, rebuild: bool = False, tell: Tell | None = None
+) -> Generation:
+    """Write and commit the gallery's next generation.
+
+    holder: names this publisher in the lease. rebuild: from the documents alone and under a new rotation, not from the former
+    generation. Raises Conflict when another publisher is at it, NotReady when the gallery changed its epoch meanwhile or the
+    lease was lost.
+    """
+    known = await Gallery.get(gallery_id)
+    if known is None:
+        raise NotFound
+    try:
+        async with held(known.publishing, holder, LEASE_SECONDS) as lease:
+            if lease is None:
+                raise Conflict("Another publisher is working on the gallery.")
+            gallery = await Gallery.get(gallery_id)  # as it is now that nobody else publishes
+            if gallery is None:
+                raise NotFound
+            runtime.require_contract(gallery)
+            generation = await _Publication(runtime, action, gallery, lease, rebuild, tell, now()).run()
+    except LeaseLost as error:
+        raise NotReady("The publisher was too slow, and another took over.") from error
+    log.info("index_published", gallery=gallery.name, generation=generation.number, vectors=generation.count)
+    return generation
+
+
+@dataclass(slots=True)
+class _Publication:
+    runtime: Runtime
+    action: Action
+    gallery: Gallery
+    lease: Held
+    rebuild: bool
+    tell: Tell | None
+    started_at: datetime
+
+    async def run(self) -> Generation:
+        store, gallery = self.runtime.search.store, self.gallery
+        former = None if self.rebuild or gallery.fault is not None else gallery.published
+        key = gallery_key(self.runtime.keys, gallery)
+        name = new_id() if self.rebuild else gallery.epoch if former is None else former.rotation
+        turning = Turning.of(key, name, gallery.dimension)
+        staged = await asyncio.to_thread(store.stage, gallery.id, gallery.epoch, self.lease.fence)
+        count = await self._write_rows(staged, former, turning)
+        kind = kind_for(count)
+        measured = await self._build(staged) if kind == "faiss" else _EXACT
+        target = gallery.policy.recall_target
+        manifest = Manifest(
+            format=1, gallery_id=gallery.id, epoch=gallery.epoch, number=self.lease.fence, contract=gallery.contract,
+            rotation=turning.name, dimension=gallery.dimension, kind=kind, lists=measured.lists, count=count,
+            watermark=gallery.seq, threshold=self._threshold(), margin=asdict(measured.margin), probes=measured.probes,
+            recall={
+                scanner: MeasuredRecall(pairs=r.pairs, misses=r.misses, lower_bound=r.lower_bound, target=target)
+                for scanner, r in measured.recall.items()
+            },
+            built_at=now(), built_by=f"idem {version('idem')}, faiss {faiss.__version__}",
+        )  # fmt: skip
+        await self._say("writing", 0, 1)
+        digest = await asyncio.to_thread(store.commit_files, staged, manifest)
+        await self._say("checking", 0, 1)
+        # Read back as a reader would: what cannot be read must not become the head's.
+        await asyncio.to_thread(store.fetch, gallery.id, gallery.epoch, manifest.number, digest)
+        recall, bound = _poorest(measured)
+        generation = Generation(
+            number=manifest.number, digest=digest, kind=kind, rotation=turning.name, watermark=gallery.seq, count=count,
+            removed=gallery.removed, recall=recall, recall_bound=bound, built_at=manifest.built_at,
+        )  # fmt: skip
+        kept = await self.runtime.transaction(lambda session: self._commit(session, generation))
+        await asyncio.to_thread(store.drop, gallery.id, kept)
+        return generation
+
+    async def _write_rows(self, staged: Path, former: Generation | None, turning: Turning) -> int:
+        """The living vectors up to the head's `seq`, in order: those of the former generation, then what came after.
+
+        What was removed up to that `seq` has a blank row by now; what is removed meanwhile is the readers' tail.
+        """
+        gallery = self.gallery
+        base = None if former is None else await self._rows_of(former)
+        start = 0 if base is None or former is None else former.watermark
+        with rows.RowsWriter(staged) as writer:
+            if base is not None:
+                gone = np.array(await GalleryChange.removals(gallery.id, start, gallery.seq), np.int64)
+                await asyncio.to_thread(_carry_over, writer, *base, gone)
+            async for changes in changes_of(
+                gallery, gallery_key(self.runtime.keys, gallery), turning, after=start, upto=gallery.seq,
+                compute=self.runtime.compute,
+            ):  # fmt: skip
+                await asyncio.to_thread(writer.append, changes.ids, changes.vectors)
+                await self._say("reading", changes.seen, gallery.seq)
+            return writer.count
+
+    async def _rows_of(self, former: Generation) -> tuple[Ids, Halves] | None:
+        """The former generation's rows; None when its files are not what they should be: then the documents are read."""
+        gallery, store = self.gallery, self.runtime.search.store
+        try:
+            folder, _ = await asyncio.to_thread(store.fetch, gallery.id, gallery.epoch, former.number, former.digest)
+            return rows.read_rows(folder, gallery.dimension)
+        except (BadGeneration, OSError, ValueError) as error:
+            log.warning("index_former_unusable", gallery=gallery.name, generation=former.number, reason=str(error))
+            return None
+
+    async def _build(self, staged: Path) -> Calibration:
+        """The codes, and the margin that finds every pair, measured on the gallery's own vectors."""
+        await self._say("building", 0, 1)
+        await asyncio.to_thread(OneBitIndex.build, staged)
+        ids, _ = rows.read_rows(staged, self.gallery.dimension)
+        people = await self._people(ids)
+        loop = asyncio.get_running_loop()
+
+        def told(done: int, total: int) -> None:
+            asyncio.run_coroutine_threadsafe(self._say("measuring", done, total), loop)
+
+        target = self.gallery.policy.recall_target
+        return await asyncio.to_thread(
+            calibration.calibrate, staged, self.gallery.dimension, people=people, threshold=self._threshold(),
+            target=target, pairs=PLANTED_PAIRS, progress=told,
+        )  # fmt: skip
+
+    async def _people(self, ids: Ids) -> Ids:
+        """Which rows belong together (n,): samples of one identity carry the same number."""
+        people = np.arange(len(ids), dtype=np.int64)
+        async for seqs in Identity.seqs_of_several(self.gallery.id, REAL_PAIRS):
+            places = np.searchsorted(ids, seqs)
+            mine = [p for p, seq in zip(places, seqs, strict=True) if p < len(ids) and ids[p] == seq]
+            people[mine] = mine[0] if mine else 0
+        return people
+
+    def _threshold(self) -> float:
+        """The lowest threshold that a search of this gallery starts from."""
+        limits = thresholds_for(self.gallery.policy, self.runtime.engine.card, self.gallery.samples)
+        return min(limits.identify, limits.dedup)
+
+    async def _commit(self, session: AsyncClientSession, generation: Generation) -> set[tuple[str, int]]:
+        """Compare and set the head under the lease; returns the generations whose files stay."""
+        gallery = self.gallery
+        await self.lease.require(session)
+        head = await Gallery.get(gallery.id, session=session)
+        if head is None or (head.epoch, head.contract, head.published) != (
+            gallery.epoch,
+            gallery.contract,
+            gallery.published,
+        ):
+            raise NotReady("The gallery changed its model, epoch or index in the meantime.")
+        # Whoever was erased since the watermark is in the new files too: the deadline of the first such erasure is kept
+        # on the safe side, and a former generation that holds anybody erased may not stay for a rollback.
+        hours = timedelta(hours=self.runtime.settings.index_purge_hours)
+        purge_by = self.started_at + hours if head.removed != gallery.removed else None
+        former = gallery.published if gallery.fault is None else None
+        previous = former if former is not None and former.removed == head.removed and not self.rebuild else None
+        await Gallery.get_pymongo_collection().update_one(
+            {"_id": gallery.id},
+            {"$set": {
+                "published": generation.model_dump(), "previous": None if previous is None else previous.model_dump(),
+                "fault": None, "purge_by": purge_by,
+            }},
+            session=session,
+        )  # fmt: skip
+        await record(
+            session, self.action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
+            detail={
+                "generation": generation.number, "kind": generation.kind, "vectors": generation.count,
+                "watermark": generation.watermark, "recall": round(generation.recall, 4), "rebuilt": self.rebuild,
+            },
+        )  # fmt: skip
+        return {(gallery.epoch, g.number) for g in (generation, previous) if g is not None}
+
+    async def _say(self, stage: Stage, done: int, total: int) -> None:
+        self.lease.report(stage, done, total)
+        if self.tell is not None:
+            await self.tell(stage, done, total)
+
+
+def _poorest(measured: Calibration) -> tuple[float, float]:
+    """The recall of the poorest scan that a reader may use, and what that is at least."""
+    scans = measured.recall.values()
+    share = min((1 - scan.misses / scan.pairs for scan in scans), default=1.0)
+    return share, min((scan.lower_bound for scan in scans), default=1.0)
+
+
+def _carry_over(writer: rows.RowsWriter, ids: Ids, vectors: Halves, gone: Ids) -> None:
+    for first in range(0, len(ids), ROWS_AT_ONCE):
+        some = ids[first : first + ROWS_AT_ONCE]
+        living = ~np.isin(some, gone)
+        writer.append(some[living], vectors[first : first + ROWS_AT_ONCE][living])
