@@ -266,10 +266,10 @@ class Search:
             except (BadGeneration, OSError, ValueError, RuntimeError) as error:
                 await self._refuse(gallery, generation, error)
                 continue
-            return self._copy_of(gallery, generation, manifest, base)
+            return await asyncio.to_thread(self._copy_of, gallery, generation, manifest, base)
         if known is not None:
             return None
-        return self._copy_of(gallery, None, None, None)
+        return await asyncio.to_thread(self._copy_of, gallery, None, None, None)
 
     def _is_better(self, gallery: Gallery, generation: Generation, known: _Copy | None) -> bool:
         """Whether the generation is newer than what is in use, and was not refused just now."""

@@ -133,9 +133,10 @@ def calibrate(
     choosing = planted_pairs(vectors, threshold, count, random) + real[::2]
     lists, probes = 1, None
     if len(ids) >= DIVIDED_ABOVE and not can_compile():
-        curve = probe_curve(vectors, choosing, lists=round(math.sqrt(len(ids))), at=(1.0,), seed=seed)
-        if curve.shares[1.0] < WORTHWHILE_SHARE:
-            lists, probes = curve.lists, curve.probes[1.0]
+        share = (1 + target) / 2  # of the pairs: half of what may be missed is left to the proof's chance
+        curve = probe_curve(vectors, choosing, lists=round(math.sqrt(len(ids))), at=(share,), seed=seed)
+        if curve.shares[share] < WORTHWHILE_SHARE:
+            lists, probes = curve.lists, curve.probes[share]
             OneBitIndex.build(folder, lists=lists)
     scanners: tuple[Scanner, ...] = ("faiss", "compiled") if can_compile() and lists == 1 else ("faiss",)
     margin, recall = DEFAULT_MARGIN, dict[Scanner, Recall]()
@@ -152,7 +153,8 @@ def calibrate(
             else:
                 misses = len(_missed_alone(scanner, chosen, vectors, fresh, threshold))
             recall[scanner] = Recall(len(fresh), misses)
-            if not misses or chosen >= LARGEST_MARGIN:
+            is_proven = not misses if probes is None else recall[scanner].lower_bound >= target
+            if is_proven or chosen >= LARGEST_MARGIN:
                 break
             chosen = min(LARGEST_MARGIN, chosen + (1 + proof) * MARGIN_STEP)
             probes = None if probes is None else min(lists, 2 * probes)

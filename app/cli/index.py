@@ -46,8 +46,9 @@ def status(gallery: GalleryOption = None, data_dir: DataDirOption = None, *, as_
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], default=str))
         return
     table = Table(title="Index", title_justify="left")
-    for column in ("gallery", "kind", "generation", "vectors", "tail", "recall", "at least", "disk MiB", "state"):
-        table.add_column(column, justify="left" if column in {"gallery", "kind", "state"} else "right")
+    table.add_column("gallery", no_wrap=True, min_width=max((len(row.gallery) for row in rows), default=0))
+    for column in ("kind", "generation", "vectors", "tail", "recall", "at least", "disk MiB", "state"):
+        table.add_column(column, justify="left" if column in {"kind", "state"} else "right")
     for row in rows:
         figures = (
             row.gallery,

@@ -16,8 +16,8 @@ from tests.support.index_oracle import Answer, Ledger, Oracle, Person
 
 #: Above 10,000 a gallery is searched through codes. Of this seed's three publishers the first is killed before its commit.
 SLICE = Plan(seconds=15, seed=4, people=12_000, publish_seconds=4, publications=3, expiry_share=0, planted_pairs=400)
-#: Half a minute holds too few swaps for a share of the slowest searches to mean much; the long run asks for 2.
-NOISY_RATIO = 5.0
+#: Half a minute holds too few swaps for the slowest in a hundred to mean much; the long run asks for twice, and no floor.
+NOISY_RATIO, NOISE_MS = 5.0, 1000.0
 
 
 async def test_every_answer_is_the_exact_one_while_generations_come_and_publishers_die(
@@ -29,7 +29,7 @@ async def test_every_answer_is_the_exact_one_while_generations_come_and_publishe
     assert report.publications >= 2, report
     assert report.kills, report
     assert min(report.searches, report.enrolments, report.duplicates, report.erasures) > 0, report
-    assert report.swap_ratio <= NOISY_RATIO, report
+    assert report.around_swap.p99_ms <= max(NOISE_MS, NOISY_RATIO * report.without_swap.p99_ms), report
 
 
 ANN, BEN, EVE = (embedding_of((name,), 0) for name in ("ann", "ben", "eve"))

@@ -4,7 +4,6 @@ A shell block is run when the HTML comment `<!-- test -->` stands right before i
 shell, with IDEM (the stack's address), CREDENTIALS (its credentials.json) and DATA (its folder) in the environment.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -35,13 +34,15 @@ def with_commands() -> list[Path]:
 
 
 @pytest.mark.parametrize("page", with_commands(), ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_the_commands_of_the_page_do_what_it_says(stack: RunningStack, tmp_path: Path, page: Path) -> None:
+def test_the_commands_of_the_page_do_what_it_says(
+    stack: RunningStack, stack_environment: dict[str, str], tmp_path: Path, page: Path
+) -> None:
     script = commands(page)
     assert script, f"{page.name} shows no tested command"
     # As on the page: commands are given in the checkout, whose environment is the one that runs this test.
     (tmp_path / ".venv").symlink_to(sys.prefix)
     places = {"CREDENTIALS": str(stack.data_dir / "credentials.json"), "DATA": str(stack.data_dir)}
-    environment = os.environ | {"IDEM": stack.ready.url} | places
+    environment = stack_environment | {"IDEM": stack.ready.url} | places
     done = subprocess.run(
         ["bash", "-eu", "-c", script],
         cwd=tmp_path,

@@ -49,7 +49,7 @@ KILL_SPAN: Final = 1.15
 #: What a generation's readers may still be doing after its commit.
 SWAP_SECONDS: Final = 2.0
 #: How many newcomers, and how many of those who left, are asked for again and again.
-REMEMBERED: Final = 20
+REMEMBERED: Final = 60
 FAULTS_TOLD: Final = 50
 
 
@@ -243,11 +243,11 @@ class _Load:
         what = chance.random()
         if what < 0.1:
             return (f"nobody-{self.captures}",)
-        if what < 0.35 and self.newest:
+        if what < 0.4 and self.newest:
             return (chance.choice(self.newest),)
-        if what < 0.5 and self.left:
+        if what < 0.55 and self.left:
             return (chance.choice(self.left),)
-        if what < 0.65 and self.busy:
+        if what < 0.7 and self.busy:
             known = [self.living[id_] for id_ in sorted(self.busy) if id_ in self.living]
             if known:
                 return (chance.choice(known),)
