@@ -8,23 +8,26 @@ is, and an erased person's row is blank.
 """
 
 import asyncio
+import os
+import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
+import faiss
 import numpy as np
 import structlog
 from prometheus_client import Counter, Gauge
-from pymongo.errors import PyMongoError
 
 from app.documents.galleries import Gallery, GalleryChange, Generation
 from app.documents.sealed import gallery_key
 from app.domain.faces import Embedding
-from app.errors import GalleryTooLarge, NotReady, Problem
-from app.keys import KeyRing, SealBroken
+from app.errors import GalleryTooLarge, NotReady
+from app.keys import KeyRing
 from app.vectors import Compute, Turning, changes_of
 from storage import rows
 from storage.generations import BadGeneration, GenerationStore, Manifest
@@ -36,10 +39,18 @@ from storage.vectors import Hits as Found
 
 log = structlog.get_logger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: How long a query waits for another one that catches up, or for a gallery that is being opened.
 PATIENCE_SECONDS = 2.0
 #: How often the galleries in memory are compared with their heads when nobody searches them.
 KEEP_UP_SECONDS: Final = 1.0
+#: How often this host's copies are compared with the heads.
+TIDY_SECONDS: Final = 60.0
+#: Generations that are copied, hashed and opened side by side.
+OPENED_AT_ONCE: Final = 2
+NICENESS: Final = 10
 #: A generation that was refused is looked at again after this time: a share may have been away.
 REFUSED_SECONDS: Final = 15.0
 MIB: Final = 1 << 20
@@ -70,6 +81,15 @@ class Hits:
 
     items: list[Hit]
     as_of_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Vectors (n, d) under their seqs (n,). Cosines between blocks are right when one rotation has turned both."""
+
+    ids: Ids
+    vectors: Halves
+    rotation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +158,7 @@ class Search:
         self._refused: dict[tuple[str, int], float] = {}
         self._searches = 0
         self._behind: set[asyncio.Task[None]] = set()
+        self._aside = ThreadPoolExecutor(OPENED_AT_ONCE, thread_name_prefix="index", initializer=_give_way)
 
     async def range(self, gallery: Gallery, probe: Embedding, threshold: float) -> Hits:
         """Every sample of the gallery whose cosine to the probe (d,) is at least the threshold, as of its head.
@@ -159,10 +180,11 @@ class Search:
             self._in_the_background(self._shadow(gallery.name, copy, turned, threshold, found.ids))
         return Hits(items=items, as_of_seq=seen)
 
-    async def block(self, gallery: Gallery, first: int, last: int) -> tuple[Ids, Halves]:
-        """The gallery's vectors (n, d) with these seqs, both ends included, by rising seq; turned, so cosines are right."""
+    async def block(self, gallery: Gallery, first: int, last: int) -> Block:
+        """The gallery's vectors with these seqs, both ends included, by rising seq."""
         copy = await self._caught_up(gallery)
-        return await self._compute(copy.index.within, first, last)
+        ids, vectors = await self._compute(copy.index.within, first, last)
+        return Block(ids, vectors, copy.turning.name)
 
     async def warm(self, gallery: Gallery) -> int:
         """Catch up without a query; returns how many vectors are in memory."""
@@ -199,6 +221,7 @@ class Search:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
 
     async def _caught_up(self, gallery: Gallery) -> _Copy:
         copy = self._copies.get(gallery.id)
@@ -211,6 +234,8 @@ class Search:
             return copy
         waiting_since = time.monotonic()
         async with self._locks.setdefault(gallery.id, asyncio.Lock()):
+            if copy.seen >= gallery.seq:
+                return copy
             if time.monotonic() - waiting_since > PATIENCE_SECONDS:
                 # With MongoDB away each one after the other would wait as long.
                 raise NotReady("The gallery cannot be searched at the moment.")
@@ -250,8 +275,7 @@ class Search:
         self._measure(gallery.name, copy)
         if copy.generation is not None:
             log.info("index_in_use", gallery=gallery.name, generation=copy.number, vectors=len(copy.index))
-            keep = {(gallery.epoch, copy.generation.number)}
-            await asyncio.to_thread(self.store.drop_copies, gallery.id, keep)
+            self._in_the_background(self._tidy([gallery]))
 
     async def _from_generations(self, gallery: Gallery, known: _Copy | None) -> _Copy | None:
         """A copy of the newest generation that can be trusted, else of none; None when `known` is as good."""
@@ -259,17 +283,30 @@ class Search:
             if generation is None or not self._is_better(gallery, generation, known):
                 continue
             try:
-                folder, manifest = await asyncio.to_thread(
-                    self.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
-                )
-                base = await asyncio.to_thread(_opened, folder, manifest, self._limits.device)
+                return await self._built_upon(gallery, generation)
             except (BadGeneration, OSError, ValueError, RuntimeError) as error:
+                head = await Gallery.get(gallery.id)
+                if head is not None and head.published not in (gallery.published, None) and head.epoch == gallery.epoch:
+                    return await self._from_generations(head, known)  # its files had to go: a newer one has come
                 await self._refuse(gallery, generation, error)
-                continue
-            return await asyncio.to_thread(self._copy_of, gallery, generation, manifest, base)
-        if known is not None:
-            return None
-        return await asyncio.to_thread(self._copy_of, gallery, None, None, None)
+        return None if known is not None else await self._run_aside(self._copy_of, gallery, None, None, None)
+
+    async def _built_upon(self, gallery: Gallery, generation: Generation) -> _Copy:
+        folder, manifest = await self._run_aside(
+            self.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
+        )
+        base = await self._run_aside(_opened, folder, manifest, self._limits.device)
+        return await self._run_aside(self._copy_of, gallery, generation, manifest, base)
+
+    async def _run_aside(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Where files are copied and hashed for seconds: neither the loop nor photos and searches wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, lambda: work(*args, **kwargs))
+
+    async def _tidy(self, galleries: list[Gallery]) -> None:
+        """Delete this host's copies of generations that count no more; what is mapped stays until it is let go of."""
+        for gallery in galleries:
+            if gallery.files:
+                await self._run_aside(self.store.drop_copies, gallery.id, gallery.files)
 
     def _is_better(self, gallery: Gallery, generation: Generation, known: _Copy | None) -> bool:
         """Whether the generation is newer than what is in use, and was not refused just now."""
@@ -281,10 +318,8 @@ class Search:
         self, gallery: Gallery, generation: Generation | None, manifest: Manifest | None, base: VectorIndex | None
     ) -> _Copy:
         # Before the first generation the vectors are turned as its publisher will turn them.
-        latest = generation or gallery.published
-        turning = Turning.of(
-            gallery_key(self._keys, gallery), gallery.epoch if latest is None else latest.rotation, gallery.dimension
-        )
+        name = gallery.rotation if generation is None else generation.rotation
+        turning = Turning.of(gallery_key(self._keys, gallery), name, gallery.dimension)
         margin = None if manifest is None or not manifest.margin else Margin(**manifest.margin)
         index = (
             LayeredIndex(gallery.dimension, base)
@@ -300,11 +335,9 @@ class Search:
         self._refused[gallery.id, generation.number] = time.monotonic() + REFUSED_SECONDS
         REFUSED.labels(gallery.name).inc()
         log.error("index_generation_refused", gallery=gallery.name, generation=generation.number, reason=reason)
-        # A share or a disk that is away mends itself; other bytes than were published do not.
-        if generation == gallery.published and not isinstance(error, OSError):
-            head = await Gallery.get(gallery.id)
-            if head is not None and head.published == generation:  # not just one that was replaced meanwhile
-                await head.report(generation.number, reason)
+        # What is this host's own trouble, a share that is away, memory, another FAISS, is not mended by building anew.
+        if generation == gallery.published and isinstance(error, BadGeneration) and error.fault != "unreadable":
+            await gallery.report(generation.number, reason)
 
     async def _follow(self, copy: _Copy, gallery: Gallery) -> None:
         """Bring the changes up to the gallery's head into the copy."""
@@ -357,31 +390,39 @@ class Search:
         task.add_done_callback(_told)
 
     async def _keep_up(self, stop: asyncio.Event) -> None:
-        """At first, open the galleries that have generations; then follow the heads of those in memory."""
-        query: dict[str, Any] = {"published": {"$ne": None}}
+        """At first, open the galleries that have generations; then follow the heads of those in memory, and tidy up."""
+        tidied_at = -TIDY_SECONDS
+        is_first = True
         while not stop.is_set():
             try:
-                galleries = await Gallery.find(query).to_list()
+                galleries = await Gallery.find_all().to_list()
                 for gallery in galleries:
-                    await self._caught_up_quietly(gallery)
-                asked = query.get("_id", {"$in": []})["$in"]
-                for gone in set(asked) - {gallery.id for gallery in galleries}:
+                    if gallery.id in self._copies or (is_first and gallery.published is not None):
+                        await self._caught_up_quietly(gallery)
+                for gone in set(self._copies) - {gallery.id for gallery in galleries}:
                     self._copies.pop(gone, None)
-                query = {"_id": {"$in": sorted(self._copies)}}
-            except PyMongoError as error:
-                log.warning("index_cannot_keep_up", error=type(error).__name__)
+                is_first = False
+                if time.monotonic() - tidied_at >= TIDY_SECONDS:
+                    tidied_at = time.monotonic()
+                    published = {gallery.id for gallery in galleries if gallery.published is not None}
+                    await self._run_aside(self.store.drop_other_copies, published)
+                    await self._tidy(galleries)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next round may do better
+                log.warning("index_cannot_keep_up", error=type(error).__name__, reason=str(error)[:200])
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), KEEP_UP_SECONDS)
 
     async def _caught_up_quietly(self, gallery: Gallery) -> None:
-        used_at = None if (copy := self._copies.get(gallery.id)) is None else copy.used_at
+        known = self._copies.get(gallery.id)
+        used_at = 0.0 if known is None else known.used_at
         try:
             copy = await self._caught_up(gallery)
-        except (Problem, SealBroken) as problem:
-            log.warning("index_cannot_keep_up", gallery=gallery.name, error=str(problem))
+        except Exception as error:  # noqa: BLE001 - one gallery's trouble is not another's
+            log.warning(
+                "index_cannot_keep_up", gallery=gallery.name, error=type(error).__name__, reason=str(error)[:200]
+            )
             return
-        if used_at is not None:
-            copy.used_at = used_at  # nobody searched
+        copy.used_at = used_at  # nobody searched
 
 
 def _searched(copy: _Copy, probe: Embedding, threshold: float) -> tuple[Vectors, Found]:
@@ -404,6 +445,11 @@ def _opened(folder: Path, manifest: Manifest, device: Literal["cpu", "gpu"]) -> 
     index: VectorIndex = ExactIndex(manifest.dimension) if device == "cpu" else GpuIndex(manifest.dimension)
     index.add(*rows.read_rows(folder, manifest.dimension))
     return index
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    faiss.omp_set_num_threads(1)
 
 
 def _mib(copy: _Copy) -> float:

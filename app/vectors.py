@@ -69,22 +69,37 @@ async def changes_of(
     gallery: Gallery, key: GalleryKey, turning: Turning, *, after: int, upto: int, compute: Compute
 ) -> AsyncIterator[Changes]:
     """The changes in (after, upto], in runs. Raises NotReady when a hole stays, SealBroken for an unreadable template."""
+    async for rows in _runs(gallery.id, after, upto):
+        added = [row for row in rows if row.kind == "add"]
+        people = await Identity.sealed_templates(sorted({row.identity_id for row in added if row.identity_id}))
+        seqs, embeddings = await compute(open_vectors, key, gallery.contract, added, people, gallery.dimension)
+        vectors = await compute(lambda some: halved(turning.turned(some)), embeddings)
+        yield Changes(np.array(seqs, np.int64), vectors, _removed(rows), rows[-1].seq)
+
+
+async def removals_of(gallery: Gallery, *, after: int, upto: int) -> Ids:
+    """The vectors (n,) that the changes in (after, upto] took out. Raises NotReady when a hole stays."""
+    removed = [seq async for rows in _runs(gallery.id, after, upto) for seq in _removed(rows)]
+    return np.array(sorted(removed), np.int64)
+
+
+async def _runs(gallery_id: str, after: int, upto: int) -> AsyncIterator[list[Change]]:
+    """The rows in (after, upto], in order and without a hole."""
     seen, holes = after, 0
     while seen < upto:
-        rows = _contiguous(await GalleryChange.after(gallery.id, seen, upto, ROWS_AT_ONCE), seen)
+        rows = _contiguous(await GalleryChange.after(gallery_id, seen, upto, ROWS_AT_ONCE), seen)
         if not rows:
             holes += 1
             if holes > HOLE_RETRIES:
                 raise NotReady("The gallery's changes cannot be read in full at the moment.")
             await asyncio.sleep(HOLE_PAUSE_SECONDS)
             continue
-        removed = [row.removes for row in rows if row.removes is not None]
-        added = [row for row in rows if row.kind == "add"]
-        people = await Identity.sealed_templates(sorted({row.identity_id for row in added if row.identity_id}))
-        seqs, embeddings = await compute(open_vectors, key, gallery.contract, added, people, gallery.dimension)
-        vectors = await compute(lambda some: halved(turning.turned(some)), embeddings)
         seen = rows[-1].seq
-        yield Changes(np.array(seqs, np.int64), vectors, removed, seen)
+        yield rows
+
+
+def _removed(rows: list[Change]) -> list[int]:
+    return [row.removes for row in rows if row.removes is not None]
 
 
 def _contiguous(rows: list[Change], seen: int) -> list[Change]:

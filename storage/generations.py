@@ -56,7 +56,8 @@ class BadGeneration(Exception):
 
     fault: `missing`: it is not there, or went away while it was read (read anew which one counts before anything else); the
     rest stays wrong until it is published anew: `foreign` (another generation's files, links, unknown names),
-    `truncated` (too short or too long), `corrupt` (other bytes), `unreadable` (the share does not give it).
+    `truncated` (too short or too long), `corrupt` (other bytes), `unreadable` (the share does not give it, or this version
+    cannot read it).
     """
 
     def __init__(self, fault: Fault, reason: str) -> None:
@@ -258,6 +259,12 @@ class GenerationStore:
         with _writing(self._share):
             return _drop_older(gallery, keep)
 
+    def has_others(self, gallery_id: str, keep: Collection[tuple[str, int]]) -> bool:
+        """Whether the share holds anything of the gallery but these: older ones, newer ones, half-written ones."""
+        kept = {_folder_name(*name) for name in keep}
+        entries = _entries(self._share / _checked_gallery(gallery_id))
+        return any(entry not in kept for entry in entries if _generation_name(entry) or _temporary_name(entry))
+
     def drop_copies(self, gallery_id: str, keep: Collection[tuple[str, int]]) -> list[GenerationName]:
         """Delete this host's copies by the rule of `drop`; what processes have mapped stays until they let go."""
         copies = self._cache / _checked_gallery(gallery_id)
@@ -458,7 +465,8 @@ def _read_manifest(folder: int, wanted: _Wanted) -> tuple[Manifest, bytes]:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as problem:
         if is_published:
-            raise wanted.bad("foreign", f"{MANIFEST} has a form that this version does not know") from problem
+            # Another version's publisher is right, and so is what it wrote: building it anew would not help.
+            raise wanted.bad("unreadable", f"{MANIFEST} has a form that this version does not know") from problem
         raise wanted.bad("corrupt", f"{MANIFEST} is not the one that was published, nor one at all") from problem
     if (manifest.gallery_id, manifest.epoch, manifest.number) != (wanted.gallery_id, wanted.epoch, wanted.number):
         other = f"generation {manifest.epoch}-{manifest.number} of gallery {manifest.gallery_id}"
@@ -532,11 +540,14 @@ def _settled(folder: int, progress: Progress | None) -> dict[str, FileEntry]:
     return files
 
 
-def _drop_older(gallery: Path, keep: Collection[tuple[str, int]]) -> list[GenerationName]:
+def _drop_older(
+    gallery: Path, keep: Collection[tuple[str, int]], *, with_other_epochs: bool = False
+) -> list[GenerationName]:
     """Delete what is older than the newest of `keep`: by number in an epoch that is kept, else by the folder's time.
 
-    An epoch's numbers say nothing about another's, and one that comes after a restore may count anew. Both times are set by the
-    same machine, the one that holds the files.
+    with_other_epochs: these whatever their time; but nothing at all when nothing is to be kept. An epoch's numbers say nothing
+    about another's, and one that comes after a restore may count anew. Both times are set by the same machine, the one that
+    holds the files.
     """
     newest = {epoch: max(number for kept, number in keep if kept == epoch) for epoch, _ in keep}
     times = [time for name in keep if (time := _modified(gallery / _folder_name(*name))) is not None]
@@ -548,6 +559,8 @@ def _drop_older(gallery: Path, keep: Collection[tuple[str, int]]) -> list[Genera
             continue
         if name.epoch in newest:
             is_older = name.number < newest[name.epoch] or tuple(name) in keep
+        elif with_other_epochs and newest:
+            is_older = True
         else:
             time = _modified(gallery / entry)
             is_older = time is not None and any(time < kept for kept in times)

@@ -22,7 +22,7 @@ from app.leases import release_of
 from app.runtime import Runtime
 from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
-from app.use_cases.publish import due
+from app.use_cases.publish import due, keep_promises
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
@@ -103,7 +103,7 @@ async def publish(context: Context, gallery_id: str) -> None:
 
 
 async def sweep_index(context: Context) -> None:
-    """Ask for the generations that are due, and clear away the files of galleries that are gone."""
+    """Ask for the generations that are due, and clear away the files that should be gone."""
     runtime = context["runtime"]
     try:
         for gallery, reason in await due(runtime):
@@ -112,12 +112,7 @@ async def sweep_index(context: Context) -> None:
                 await runtime.queue.enqueue_publication(
                     gallery.id, again=f":{int(time.time() / PUBLISH_PERIOD_SECONDS)}"
                 )
-        store = runtime.search.store
-        on_share = set(await asyncio.to_thread(store.galleries))
-        living = {gallery.id async for gallery in Gallery.find_all()}
-        for gone in on_share - living:
-            await asyncio.to_thread(store.drop_gallery, gone)
-        await asyncio.to_thread(store.drop_other_copies, living)
+        await keep_promises(runtime)
     except (*AWAY, PyMongoError) as error:
         log.warning("sweep_waits", error=type(error).__name__)
 

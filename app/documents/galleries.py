@@ -142,6 +142,16 @@ class Gallery(Stored):
         return f"publish:{self.id}"
 
     @property
+    def files(self) -> set[tuple[str, int]]:
+        """The generations whose files stay, by epoch and number."""
+        return {(self.epoch, g.number) for g in (self.published, self.previous) if g is not None}
+
+    @property
+    def rotation(self) -> str:
+        """The name of the rotation that turns its vectors."""
+        return self.epoch if self.published is None else self.published.rotation
+
+    @property
     def watermark(self) -> int:
         """How far the newest generation reaches; 0 without one."""
         return 0 if self.published is None else self.published.watermark
@@ -205,13 +215,6 @@ class GalleryChange(Document):
             Change(row["seq"], row["kind"], row["identity_id"], row["sample_id"], row.get("removes"))
             async for row in rows.sort("seq").limit(limit)
         ]
-
-    @classmethod
-    async def removals(cls, gallery_id: str, seq: int, upto: int) -> list[int]:
-        """The seqs of the vectors that rows in (seq, upto] took out."""
-        query = {"gallery_id": gallery_id, "seq": {"$gt": seq, "$lte": upto}, "kind": "remove"}
-        rows = cls.get_pymongo_collection().find(query, {"_id": 0, "removes": 1})
-        return [row["removes"] async for row in rows if row.get("removes") is not None]
 
     @classmethod
     async def owners(cls, gallery_id: str, seqs: Sequence[int]) -> dict[int, tuple[str, str]]:

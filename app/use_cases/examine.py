@@ -7,6 +7,7 @@ from typing import Final
 
 import numpy as np
 
+from app.documents.base import now
 from app.documents.galleries import Gallery, Generation
 from app.documents.leases import Lease, LeaseProgress
 from app.documents.sealed import gallery_key
@@ -135,6 +136,8 @@ def _state(gallery: Gallery, lease: Lease | None) -> IndexState:
     trouble = None
     if gallery.fault is not None:
         trouble = f"generation {gallery.fault.number} was refused: {gallery.fault.reason}"
+    elif gallery.purge_by is not None and gallery.purge_by < now():
+        trouble = f"files that hold somebody erased should have been gone by {gallery.purge_by:%Y-%m-%d %H:%M} UTC"
     elif published is not None and published.recall_bound < gallery.policy.recall_target:
         trouble = f"recall is at least {published.recall_bound:.5f}, the target {gallery.policy.recall_target}"
     return IndexState(

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, Literal
@@ -18,9 +19,10 @@ import numpy as np
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, record
+from app.audit import Action, by_system, record
 from app.documents.base import new_id, now
-from app.documents.galleries import Gallery, GalleryChange, Generation
+from app.documents.events import Detail
+from app.documents.galleries import Gallery, Generation
 from app.documents.identities import Identity
 from app.documents.sealed import gallery_key
 from app.domain.policy import thresholds_for
@@ -28,7 +30,7 @@ from app.domain.publication import Reason, Standing, kind_for, reason_to_publish
 from app.errors import Conflict, NotFound, NotReady
 from app.leases import Held, LeaseLost, held
 from app.runtime import Runtime
-from app.vectors import Turning, changes_of
+from app.vectors import Turning, changes_of, removals_of
 from storage import calibration, rows
 from storage.calibration import Calibration
 from storage.generations import BadGeneration, Manifest, MeasuredRecall
@@ -38,6 +40,8 @@ from storage.vectors import Halves, Ids
 log = structlog.get_logger(__name__)
 
 LEASE_SECONDS: Final = 15
+#: A deadline that no publication has met is met by force when this share of the time is left: hosts look every minute.
+WITHDRAWN_SHARE: Final = 0.05
 #: Of a former generation at a time, while its living rows are carried over.
 ROWS_AT_ONCE: Final = 50_000
 PLANTED_PAIRS: Final = 6000
@@ -104,6 +108,63 @@ async def publish(
     return generation
 
 
+async def keep_promises(runtime: Runtime) -> None:
+    """See to it that no files stay that should not: a dead publisher's, and those of erased people whose time is over.
+
+    A gallery whose deadline passes while no publication succeeds goes without an index until one does.
+    """
+    store = runtime.search.store
+    on_share = set(await asyncio.to_thread(store.galleries))
+    living = {gallery.id: gallery async for gallery in Gallery.find_all()}
+    for gone in on_share - living.keys():
+        await asyncio.to_thread(store.drop_gallery, gone)
+    margin = timedelta(hours=runtime.settings.index_purge_hours) * WITHDRAWN_SHARE
+    for gallery in living.values():
+        is_late = gallery.purge_by is not None and now() >= gallery.purge_by - margin
+        has_leftovers = gallery.id in on_share and await asyncio.to_thread(store.has_others, gallery.id, gallery.files)
+        if is_late or has_leftovers:
+            await _put_right(runtime, gallery, is_late=is_late)
+
+
+async def _put_right(runtime: Runtime, gallery: Gallery, *, is_late: bool) -> None:
+    try:
+        async with held(gallery.publishing, f"sweep:{new_id()}", LEASE_SECONDS) as lease:
+            if lease is None:
+                return  # its publisher is at work, and sweeps himself
+            head = await Gallery.get(gallery.id)
+            if head is not None and is_late and head.purge_by == gallery.purge_by:
+                await runtime.transaction(partial(_withdraw, head, lease))
+                head = await Gallery.get(gallery.id)
+            if head is not None:
+                await _sweep(runtime, head, lease)
+    except LeaseLost:
+        log.warning("index_sweep_given_up", gallery=gallery.name)
+
+
+async def _withdraw(gallery: Gallery, lease: Held, session: AsyncClientSession) -> None:
+    """Take the published generations back: every search reads the documents, until the next publication."""
+    await lease.require(session)
+    await Gallery.get_pymongo_collection().update_one(
+        {"_id": gallery.id, "purge_by": gallery.purge_by},
+        {"$set": {"published": None, "previous": None, "fault": None, "purge_by": None}},
+        session=session,
+    )
+    detail: Detail = {"reason": "the deadline of an erasure", "generation": None}
+    if gallery.published is not None:
+        detail["generation"] = gallery.published.number
+    await record(
+        session, by_system("index.withdraw"), subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
+        outcome="failure", detail=detail,
+    )  # fmt: skip
+    log.error("index_withdrawn", gallery=gallery.name)
+
+
+async def _sweep(runtime: Runtime, gallery: Gallery, lease: Held) -> None:
+    """Delete what the head does not name. Under the lease: nobody else is writing, so all of lower numbers is left over."""
+    keep = gallery.files | {(gallery.epoch, lease.fence)}
+    await asyncio.to_thread(runtime.search.store.drop, gallery.id, keep)
+
+
 @dataclass(slots=True)
 class _Publication:
     runtime: Runtime
@@ -117,9 +178,9 @@ class _Publication:
     async def run(self) -> Generation:
         store, gallery = self.runtime.search.store, self.gallery
         former = None if self.rebuild or gallery.fault is not None else gallery.published
-        key = gallery_key(self.runtime.keys, gallery)
-        name = new_id() if self.rebuild else gallery.epoch if former is None else former.rotation
-        turning = Turning.of(key, name, gallery.dimension)
+        name = new_id() if self.rebuild else gallery.rotation
+        turning = Turning.of(gallery_key(self.runtime.keys, gallery), name, gallery.dimension)
+        await _sweep(self.runtime, gallery, self.lease)  # first: what a dead publisher left may fill the disk
         staged = await asyncio.to_thread(store.stage, gallery.id, gallery.epoch, self.lease.fence)
         count = await self._write_rows(staged, former, turning)
         kind = kind_for(count)
@@ -138,15 +199,18 @@ class _Publication:
         await self._say("writing", 0, 1)
         digest = await asyncio.to_thread(store.commit_files, staged, manifest)
         await self._say("checking", 0, 1)
-        # Read back as a reader would: what cannot be read must not become the head's.
-        await asyncio.to_thread(store.fetch, gallery.id, gallery.epoch, manifest.number, digest)
+        # Read back: what cannot be read must not become the head's.
+        await asyncio.to_thread(store.verify, gallery.id, gallery.epoch, manifest.number, digest)
         recall, bound = _poorest(measured)
         generation = Generation(
             number=manifest.number, digest=digest, kind=kind, rotation=turning.name, watermark=gallery.seq, count=count,
             removed=gallery.removed, recall=recall, recall_bound=bound, built_at=manifest.built_at,
         )  # fmt: skip
-        kept = await self.runtime.transaction(lambda session: self._commit(session, generation))
-        await asyncio.to_thread(store.drop, gallery.id, kept)
+        await self.runtime.transaction(lambda session: self._commit(session, generation))
+        head = await Gallery.get(gallery.id)
+        if head is not None:
+            await _sweep(self.runtime, head, self.lease)
+            await asyncio.to_thread(store.drop_copies, head.id, head.files)
         return generation
 
     async def _write_rows(self, staged: Path, former: Generation | None, turning: Turning) -> int:
@@ -159,7 +223,7 @@ class _Publication:
         start = 0 if base is None or former is None else former.watermark
         with rows.RowsWriter(staged) as writer:
             if base is not None:
-                gone = np.array(await GalleryChange.removals(gallery.id, start, gallery.seq), np.int64)
+                gone = await removals_of(gallery, after=start, upto=gallery.seq)
                 await asyncio.to_thread(_carry_over, writer, *base, gone)
             async for changes in changes_of(
                 gallery, gallery_key(self.runtime.keys, gallery), turning, after=start, upto=gallery.seq,
@@ -210,8 +274,8 @@ class _Publication:
         limits = thresholds_for(self.gallery.policy, self.runtime.engine.card, self.gallery.samples)
         return min(limits.identify, limits.dedup)
 
-    async def _commit(self, session: AsyncClientSession, generation: Generation) -> set[tuple[str, int]]:
-        """Compare and set the head under the lease; returns the generations whose files stay."""
+    async def _commit(self, session: AsyncClientSession, generation: Generation) -> None:
+        """Compare and set the head under the lease."""
         gallery = self.gallery
         await self.lease.require(session)
         head = await Gallery.get(gallery.id, session=session)
@@ -242,7 +306,6 @@ class _Publication:
                 "watermark": generation.watermark, "recall": round(generation.recall, 4), "rebuilt": self.rebuild,
             },
         )  # fmt: skip
-        return {(gallery.epoch, g.number) for g in (generation, previous) if g is not None}
 
     async def _say(self, stage: Stage, done: int, total: int) -> None:
         self.lease.report(stage, done, total)

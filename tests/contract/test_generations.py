@@ -258,7 +258,7 @@ def test_a_manifest_of_an_unknown_form_is_refused_even_when_it_is_the_published_
     text = (original / MANIFEST).read_bytes().replace(b'"format": 1', edit)
     rewrite(original / MANIFEST, text)
     problem = refusal(store, hashlib.sha256(text).hexdigest())
-    assert (problem.fault, word in problem.reason) == ("foreign", True)
+    assert (problem.fault, word in problem.reason) == ("unreadable", True)
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "", "a\n", "x" * 65])

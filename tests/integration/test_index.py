@@ -1,6 +1,7 @@
 """Generations of the index: published under a lease, committed on the head, opened by every process, healed when bad."""
 
 import asyncio
+import errno
 import shutil
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from app import search
+from app import vectors as vectors_of
 from app.audit import by_system
 from app.documents.base import now
 from app.documents.events import AuditEvent
-from app.documents.galleries import Gallery, Generation
+from app.documents.galleries import Gallery, GalleryChange, Generation
+from app.documents.identities import Identity
 from app.documents.leases import Lease
 from app.domain import publication
 from app.errors import Conflict, GalleryTooLarge, NotReady
@@ -21,7 +24,8 @@ from app.leases import Held
 from app.runtime import Runtime
 from app.search import Limits
 from app.use_cases import examine
-from app.use_cases.publish import due, publish
+from app.use_cases.publish import due, keep_promises, publish
+from storage.generations import GenerationStore, GenerationStoreUnavailable
 from storage.vectors import Hits
 from tests.builders import active, another_process, default_gallery, enrolled, erased, identified, known, screened
 from tests.fakes import DIMENSION
@@ -262,7 +266,7 @@ async def test_a_corrupt_generation_is_refused_told_of_and_replaced(runtime: Run
     first = await _published(runtime)
     await populate(runtime, gallery.id, strangers(10, DIMENSION, seed=6))
     second = await _published(runtime)
-    shutil.rmtree(runtime.settings.index_cache_path)
+    shutil.rmtree(runtime.settings.index_cache_path, ignore_errors=True)
     for file in _files(runtime, gallery.id, second.number):
         if file.name != "MANIFEST.json":
             data = bytearray(file.read_bytes())
@@ -292,7 +296,7 @@ async def test_with_no_good_generation_left_the_documents_are_read(runtime: Runt
     generation = await _published(runtime)
     gallery = await default_gallery()
     shutil.rmtree(runtime.settings.vector_db_path / gallery.id)
-    shutil.rmtree(runtime.settings.index_cache_path)
+    shutil.rmtree(runtime.settings.index_cache_path, ignore_errors=True)
     async with another_process(runtime) as late:
         assert [c.identity_id for c in (await identified(late, "ann")).candidates] == [ann.id]
         state = late.search.state(gallery.id)
@@ -368,3 +372,166 @@ async def test_screening_meets_look_alikes_in_a_generation(runtime: Runtime) -> 
     newcomer = await screened(runtime, await enrolled(runtime, "ann", capture=1))
     assert newcomer.status == "suspected_duplicate"
     assert [c.identity_id for c in newcomer.screenings[0].candidates] == [ann.id]
+
+
+def _on_share(runtime: Runtime, gallery_id: str) -> list[str]:
+    return sorted(path.name for path in (runtime.settings.vector_db_path / gallery_id).iterdir())
+
+
+def _full(*_: object) -> str:
+    raise GenerationStoreUnavailable(errno.ENOSPC, "the disk is full")
+
+
+async def test_a_publisher_killed_right_after_its_commit_leaves_no_files_of_the_erased(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await active(runtime, "ann")
+    await active(runtime, "bob")
+    await _published(runtime)
+    await erased(runtime, ann)
+    swept = 0
+    drop = runtime.search.store.drop
+
+    def dies_after_the_commit(*args: object) -> object:
+        nonlocal swept
+        swept += 1
+        return drop(*args) if swept == 1 else _full()  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.search.store, "drop", dies_after_the_commit)
+        with pytest.raises(GenerationStoreUnavailable):
+            await _published(runtime)
+    gallery = await default_gallery()
+    assert gallery.published is not None
+    assert len(_on_share(runtime, gallery.id)) == 2
+    await keep_promises(runtime)
+    assert _on_share(runtime, gallery.id) == [f"{gallery.epoch}-{gallery.published.number}"]
+
+
+async def test_what_a_failed_publication_wrote_goes_with_the_next_sweep(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await active(runtime, "ann")
+    gallery = await default_gallery()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.search.store, "commit_files", _full)
+        for _ in range(3):
+            with pytest.raises(GenerationStoreUnavailable):
+                await _published(runtime)
+    assert len(_on_share(runtime, gallery.id)) == 1  # each try clears away what the one before it left
+    await keep_promises(runtime)
+    assert _on_share(runtime, gallery.id) == []
+
+
+async def test_a_folder_whose_publisher_died_before_its_commit_goes(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await active(runtime, "ann")
+    first = await _published(runtime)
+
+    async def dies(*_: object, **__: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "transaction", dies)
+        with pytest.raises(RuntimeError):
+            await _published(runtime)
+    gallery = await default_gallery()
+    assert len(_on_share(runtime, gallery.id)) == 2
+    await erased(runtime, ann)
+    await keep_promises(runtime)
+    assert _on_share(runtime, gallery.id) == [f"{gallery.epoch}-{first.number}"]
+
+
+async def test_a_deadline_that_no_publication_meets_is_met_without_an_index(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+    generation = await _published(runtime)
+    await _in_use(runtime, generation.number)
+    await erased(runtime, ann)
+    gallery = await default_gallery()
+    await keep_promises(runtime)
+    assert _on_share(runtime, gallery.id) == [f"{gallery.epoch}-{generation.number}"]
+    await Gallery.get_pymongo_collection().update_one({"_id": gallery.id}, {"$set": {"purge_by": now()}})
+    await keep_promises(runtime)
+    gallery = await default_gallery()
+    assert (gallery.published, gallery.purge_by) == (None, None)
+    assert _on_share(runtime, gallery.id) == []
+    async with another_process(runtime) as late:
+        assert [c.identity_id for c in (await identified(late, "bob")).candidates] == [bob.id]
+    assert (await _published(runtime)).count == 1
+
+
+async def test_copies_of_former_generations_do_not_stay_on_a_host(runtime: Runtime) -> None:
+    """Neither those that only a publisher has read, nor those of a gallery that was let go of."""
+    gallery = await default_gallery()
+    for name in ("ann", "bob", "cid"):
+        await active(runtime, name)
+        await _published(runtime)
+    assert len(_copies(runtime, gallery.id)) <= 1
+    await runtime.search.warm(await default_gallery())
+    runtime.search._copies.clear()
+    await erased(runtime, (await Identity.find_all().to_list())[0])
+    async with another_process(runtime) as publisher:
+        publisher.search.store = GenerationStore(runtime.settings.vector_db_path, runtime.settings.storage_path)
+        last = await publish(publisher, by_system("index.publish"), gallery.id, holder="elsewhere")
+    async with runtime.search.kept_up(), asyncio.timeout(10):
+        while _copies(runtime, gallery.id) != [f"{gallery.epoch}-{last.number}"]:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_rebuilt_index_keeps_its_new_rotation_when_it_has_to_be_mended(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    await _published(runtime)
+    rebuilt = await _published(runtime, rebuild=True)
+    await (await default_gallery()).report(rebuilt.number, "bad")
+    assert (await _published(runtime)).rotation == rebuilt.rotation != (await default_gallery()).epoch
+
+
+async def test_a_hosts_own_trouble_is_not_told_as_the_generations_fault(
+    runtime: Runtime, other: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await active(runtime, "ann")
+    await _published(runtime)
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(search, "_opened", out_of_memory)
+    assert [c.identity_id for c in (await identified(other, "ann")).candidates] == [ann.id]
+    assert (await default_gallery()).fault is None
+
+
+async def test_a_removal_that_cannot_be_read_stops_the_publication(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the erased person would be carried over, and never asked for again."""
+    ann = await active(runtime, "ann")
+    await _published(runtime)
+    await erased(runtime, ann)
+    monkeypatch.setattr(vectors_of, "HOLE_RETRIES", 2)
+    await GalleryChange.get_pymongo_collection().delete_one({"kind": "remove"})
+    with pytest.raises(NotReady):
+        await _published(runtime)
+
+
+async def test_one_gallerys_trouble_does_not_end_the_following_of_the_others(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await active(runtime, "ann")
+    first = await _published(runtime)
+    rounds = 0
+
+    def refuses(*_: object) -> None:
+        nonlocal rounds
+        rounds += 1
+        raise GenerationStoreUnavailable(errno.EACCES, "the cache is closed")
+
+    monkeypatch.setattr(search, "KEEP_UP_SECONDS", 0.01)
+    monkeypatch.setattr(search, "TIDY_SECONDS", 0.0)
+    monkeypatch.setattr(runtime.search.store, "drop_copies", refuses)
+    async with runtime.search.kept_up(), asyncio.timeout(10):
+        while rounds < 3:
+            await asyncio.sleep(0.01)
+        await _in_use(runtime, first.number)

@@ -169,8 +169,7 @@ async def test_a_vectors_row_tells_whose_it_is_until_it_is_blank(store: None) ->
                 gallery_id=gallery, seq=seq, kind=kind, identity_id=who[0], sample_id=who[1], removes=removes
             ).insert()
     assert await GalleryChange.owners(HERE, [1, 2, 3, 4]) == {1: ("i1", "s1")}
-    assert await GalleryChange.removals(HERE, 0, 3) == [2]
-    assert await GalleryChange.removals(HERE, 0, 2) == await GalleryChange.removals(HERE, 3, 9) == []
+    assert [row.removes for row in await GalleryChange.after(HERE, 0, 3, 10)] == [None, None, 2]
 
 
 async def test_open_cases_are_found_from_either_side(store: None) -> None:
