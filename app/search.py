@@ -404,6 +404,7 @@ class Search:
                 is_first = False
                 if time.monotonic() - tidied_at >= TIDY_SECONDS:
                     tidied_at = time.monotonic()
+                    self._refused = {key: until for key, until in self._refused.items() if until > tidied_at}
                     published = {gallery.id for gallery in galleries if gallery.published is not None}
                     await self._run_aside(self.store.drop_other_copies, published)
                     await self._tidy(galleries)
@@ -453,7 +454,7 @@ def _give_way() -> None:
 
 
 def _mib(copy: _Copy) -> float:
-    return len(copy.index) * rows.bytes_per_vector(copy.index.dimension) / MIB
+    return copy.index.bytes / MIB
 
 
 def _told(task: "asyncio.Task[None]") -> None:

@@ -51,7 +51,7 @@ def first_gpu(dimension: int) -> Any:  # noqa: ANN401 - faiss-cpu has no such cl
 class GpuIndex:
     """See VectorIndex. A query with more hits than a card can find at once is answered by the host, exactly.
 
-    Memory: 2 d bytes a vector on the card, 4 d on the host. Searches of the card take turns.
+    Memory: 2 d bytes a vector on the card, an ExactIndex's on the host. Searches of the card take turns.
     """
 
     def __init__(self, dimension: int, *, device: Device = first_gpu) -> None:
@@ -66,6 +66,11 @@ class GpuIndex:
     def dimension(self) -> int:
         """See VectorIndex."""
         return self._host.dimension
+
+    @property
+    def bytes(self) -> int:
+        """See VectorIndex."""
+        return self._host.bytes + self._on_device.nbytes
 
     def __len__(self) -> int:
         """See VectorIndex."""

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from storage.onebit import DEFAULT_MARGIN, Margin, OneBitIndex
 from storage.vectors import (
+    BYTES_PER_KEY,
     ExactIndex,
     Halves,
     Hits,
@@ -18,6 +19,7 @@ from storage.vectors import (
     best_first,
     check_ids,
     check_new,
+    gathered,
 )
 
 #: Rows above which the tail is scanned by its sign bits; exact comparison of more would take over a millisecond.
@@ -56,6 +58,11 @@ class LayeredIndex:
         return self._base.dimension
 
     @property
+    def bytes(self) -> int:
+        """See VectorIndex."""
+        return self._base.bytes + self._tail.bytes + len(self._removed) * BYTES_PER_KEY
+
+    @property
     def tail_size(self) -> int:
         """Vectors above the base."""
         return len(self._tail)
@@ -67,8 +74,7 @@ class LayeredIndex:
 
     def __len__(self) -> int:
         """See VectorIndex."""
-        with self._lock.reading():
-            return len(self._base) + len(self._tail)
+        return len(self._base) + len(self._tail)
 
     def add(self, ids: Ids, vectors: Halves) -> None:
         """See VectorIndex. What the base holds stays as it is, and what was removed stays away."""
@@ -109,8 +115,10 @@ class LayeredIndex:
 
     def exact_range(self, query: Vectors, threshold: float) -> Hits:
         """See VectorIndex."""
-        with self._lock.reading():
-            return _merged(self._base.exact_range(query, threshold), self._tail.exact_range(query, threshold))
+        # Without this index's lock: no vector goes from one layer to the other, and a tail that is followed by another
+        # keeps all it had.
+        layers = self._base, self._tail
+        return gathered(self, [layer.exact_range(query, threshold) for layer in layers])
 
     def within(self, first: int, last: int) -> tuple[Ids, Halves]:
         """See VectorIndex."""

@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from storage.rows import IDS_FILE, VECTORS_FILE, read_rows
+from storage.rows import IDS_FILE, VECTORS_FILE, bytes_per_vector, read_rows
 from storage.vectors import (
     Halves,
     Hits,
@@ -34,6 +34,7 @@ from storage.vectors import (
     check_threshold,
     checked_queries,
     cosines,
+    gathered,
     scan_floor,
     widened,
 )
@@ -50,7 +51,8 @@ FEWEST_SIGNS: Final = 64
 QUERY_BITS: Final = 4
 #: Beyond this cosine the noise is not taken to shrink further: signs of numbers near zero flip in the rounding.
 _STEEPEST_COSINE: Final = 0.9
-#: Rows that are encoded, written or compared at once: bounds the memory besides the index.
+#: Rows that are encoded, written or compared at once: bounds the memory besides the index, and how long an exact scan
+#: keeps a change waiting.
 _BLOCK: Final = 4_096
 #: Estimates beyond twice those asked for, so that the k-th best among them is a good floor for the search proper.
 _SPARE_NEIGHBOURS: Final = 256
@@ -132,6 +134,7 @@ class OneBitIndex:
             raise ValueError(message)
         self._is_mapped = _mapped is not None
         rows = _mapped or _Mapped(_empty_codes(dimension), np.empty(0, np.int64), np.empty((0, dimension), np.float16))
+        self._dimension = dimension
         self._codes = rows.codes  # of row i under the label i
         self._ids = np.asarray(rows.ids)  # of each row, rising
         self._vectors = np.asarray(rows.vectors)
@@ -196,7 +199,12 @@ class OneBitIndex:
     @property
     def dimension(self) -> int:
         """See VectorIndex."""
-        return int(self._codes.d)
+        return self._dimension
+
+    @property
+    def bytes(self) -> int:
+        """See VectorIndex."""
+        return len(self._ids) * bytes_per_vector(self._dimension)
 
     @property
     def uses_compiled(self) -> bool:
@@ -253,15 +261,23 @@ class OneBitIndex:
         check_threshold(threshold)
         queries = checked_queries(queries, self.dimension)
         with self._lock.reading():
-            return [self._above(query, threshold) for query in queries]
+            candidates = self._candidates(queries, threshold)
+            return [self._scored(*one, at_least=threshold) for one in zip(queries, candidates, strict=True)]
 
     def exact_range(self, query: Vectors, threshold: float) -> Hits:
         """See VectorIndex."""
         check_threshold(threshold)
         check_single(query)
         (only,) = checked_queries(query, self.dimension)
-        with self._lock.reading():
-            return self._scored(only, self._all_reaching(only, threshold), at_least=threshold)
+        found = []
+        # No row is ever taken out, and newcomers only move the others on: none of those ahead is passed over.
+        end = 0
+        while end < len(self._ids):
+            with self._lock.reading():
+                begin, end = end, min(end + _BLOCK, len(self._ids))
+                rows = self._all_reaching(only, threshold, begin, end)
+                found.append(self._scored(only, rows, at_least=threshold))
+        return gathered(self, found)
 
     def within(self, first: int, last: int) -> tuple[Ids, Halves]:
         """See VectorIndex."""
@@ -309,40 +325,42 @@ class OneBitIndex:
         self._living += len(ids)
         self._scanner = self._new_scanner()
 
-    def _new_scanner(self) -> "Scanner | None":
-        """The compiled scan of the codes as they lie now."""
+    def _new_scanner(self, rows: slice = slice(None)) -> "Scanner | None":
+        """The compiled scan of the codes as they lie now, or of some that follow each other."""
         compiled = _compiled_scan() if self._may_compile else None
         if compiled is None or self._codes.nlist != 1 or self.dimension < FEWEST_SIGNS:
             return None
         if not _is_layout_known(self.dimension):
             return None
-        return compiled(_codes_of(self._codes), self.dimension)
+        return compiled(_codes_of(self._codes)[rows], self.dimension)
 
-    def _above(self, query: npt.NDArray[np.float32], threshold: float) -> Hits:
-        return self._scored(query, self._candidates(query, threshold), at_least=threshold)
-
-    def _candidates(self, query: npt.NDArray[np.float32], threshold: float) -> Ids:
-        """Living rows that may reach the threshold, all but a rounding error under it sorted out."""
+    def _candidates(self, queries: Vectors, threshold: float) -> list[Ids]:
+        """Living rows that may reach the threshold, all but a rounding error under it sorted out, for each query."""
         if self.dimension < FEWEST_SIGNS or not len(self._ids):
-            return self._all_reaching(query, threshold)
-        if self._scanner is not None:
-            noise = estimate_noise(threshold, self.dimension)
-            radius = differing_signs(threshold, self.dimension) + self._margin.compiled * sign_noise(
-                threshold, self.dimension
-            )
-            floor = threshold - self._margin.compiled * noise
-            return self._scanner.reaching(
+            return [self._rows_reaching(query, threshold, np.arange(len(self._ids))) for query in queries]
+        noise = estimate_noise(threshold, self.dimension)
+        if self._scanner is None:
+            faiss.omp_set_num_threads(1)  # holds for the calling thread only, so it is said here
+            floor = threshold - self._margin.faiss * noise
+            limits, _, rows = self._codes.range_search(queries, floor, params=self._parameters)
+            found = np.split(rows, limits[1:-1].astype(np.int64)) if len(queries) else []
+            return [
+                self._rows_reaching(query, threshold, np.sort(one)) for query, one in zip(queries, found, strict=True)
+            ]
+        radius = differing_signs(threshold, self.dimension) + self._margin.compiled * sign_noise(
+            threshold, self.dimension
+        )
+        return [
+            self._scanner.reaching(
                 self._vectors,
                 self._is_gone,
                 query,
                 min(self.dimension, math.ceil(radius)),
-                floor,
+                threshold - self._margin.compiled * noise,
                 scan_floor(threshold),
             )
-        faiss.omp_set_num_threads(1)  # holds for the calling thread only, so it is said here
-        floor = threshold - self._margin.faiss * estimate_noise(threshold, self.dimension)
-        _, _, rows = self._codes.range_search(query[np.newaxis], floor, params=self._parameters)
-        return self._rows_reaching(query, threshold, np.sort(rows))
+            for query in queries
+        ]
 
     def _nearest(self, query: npt.NDArray[np.float32], k: int) -> Hits:
         """Whatever reaches the k-th score among the best estimates."""
@@ -357,13 +375,17 @@ class OneBitIndex:
                 rows = labels[0][labels[0] >= 0]
             best = self._scored(query, rows[~self._is_gone[rows]], limit=k)
             if len(best.ids) == k:
-                return self._scored(query, self._candidates(query, float(best.scores[-1])), limit=k)
+                (rows,) = self._candidates(query[np.newaxis], float(best.scores[-1]))
+                return self._scored(query, rows, limit=k)
         return self._scored(query, np.flatnonzero(~self._is_gone), limit=k)
 
-    def _all_reaching(self, query: npt.NDArray[np.float32], threshold: float) -> Ids:
-        if self._scanner is not None:
-            return self._scanner.all_reaching(self._vectors, self._is_gone, query, scan_floor(threshold))
-        return self._rows_reaching(query, threshold, np.arange(len(self._ids)))
+    def _all_reaching(self, query: npt.NDArray[np.float32], threshold: float, begin: int, end: int) -> Ids:
+        """Of the rows in [begin, end)."""
+        some = slice(begin, end)
+        scanner = self._new_scanner(some)
+        if scanner is None:
+            return self._rows_reaching(query, threshold, np.arange(begin, end))
+        return begin + scanner.all_reaching(self._vectors[some], self._is_gone[some], query, scan_floor(threshold))
 
     def _rows_reaching(self, query: npt.NDArray[np.float32], threshold: float, rows: Ids) -> Ids:
         """Those of the rows, which rise, that live and reach the threshold but for a rounding error."""

@@ -16,8 +16,11 @@ VECTORS_FILE: Final = "vectors.f16"
 
 
 def bytes_per_vector(dimension: int) -> int:
-    """What a vector takes in an index: its float16 row, one bit a dimension with two factors, and its id."""
-    return 2 * dimension + (dimension + 7) // 8 + 8 + 8
+    """What a vector takes in a one-bit index: its float16 row, one bit a dimension with two factors, its id twice, a flag.
+
+    Small galleries, and those on a graphics card, are held exactly, in twice as much: see VectorIndex.bytes.
+    """
+    return 2 * dimension + (dimension + 7) // 8 + 8 + 2 * 8 + 1
 
 
 def read_rows(folder: Path, dimension: int) -> tuple[Ids, Halves]:

@@ -4,8 +4,9 @@ An index holds float16 vectors and is asked with float32 ones. A score is the co
 given as float32, by one function for all kinds: the same bits in each of them, so a threshold cuts the same way.
 """
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -28,8 +29,11 @@ LENGTH_TOLERANCE: Final = 1e-3
 #: Scans sum in float32, in an order that depends on the batch. Bound of that error for unit vectors of up to 1,024
 #: dimensions in four lanes: 1,024 / 4 * 2**-24 = 1.5e-5 (for the 512 of today's models a half of that).
 SUM_ERROR: Final = 2e-5
-#: Rows that are scored at once: bounds the memory of an answer that holds a whole gallery.
-_SCORED_AT_ONCE: Final = 4_096
+#: Rows that are compared, or scored, at once: bounds the memory of an answer that holds a whole gallery, and how long an
+#: exact scan keeps a change waiting (two milliseconds).
+_ROWS_AT_ONCE: Final = 4_096
+#: What Python takes for one id in a dictionary of rows, and in a set: the numbers and their share of the table.
+BYTES_PER_KEY: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,17 @@ class Hits:
 class VectorIndex(Protocol):
     """Unit vectors under ids. Safe from several threads: searches run side by side, changes exclude them.
 
-    Every method raises ValueError for arrays of another dtype or shape, not finite, or not of unit length.
+    Every method raises ValueError for arrays of another dtype or shape, not finite, or not of unit length. `len`, `bytes` and
+    `dimension` wait for nobody; beside a change they tell of before, after or amid it.
     """
 
     @property
     def dimension(self) -> int:
         """d: how many numbers a vector has."""
+
+    @property
+    def bytes(self) -> int:
+        """Of this host's memory, mapped files with the rest; to within a tenth."""
 
     def add(self, ids: Ids, vectors: Halves) -> None:
         """Put `vectors` (n, d) under `ids` (n,).
@@ -66,7 +75,11 @@ class VectorIndex(Protocol):
         """All whose float32 cosine is at least float32(`threshold`), for each query."""
 
     def exact_range(self, query: Vectors, threshold: float) -> Hits:
-        """What `range` answers to one query (1, d), found without any short cut: every vector is compared."""
+        """What `range` answers to one query (1, d), found without any short cut: every vector is compared.
+
+        Changes go on between its steps. It finds all that was there the whole time, and nothing that is gone at the end; of
+        what came or was replaced meanwhile it may know or not.
+        """
 
     def within(self, first: int, last: int) -> tuple[Ids, Halves]:
         """The vectors with first <= id <= last, (n,) and (n, d), by rising id."""
@@ -99,11 +112,11 @@ def cosines(vectors: Halves | Vectors, query: npt.NDArray[np.float32]) -> Scores
     """
     scores = np.empty(len(vectors), np.float32)
     wide = query.astype(np.float64)
-    for start in range(0, len(vectors), _SCORED_AT_ONCE):
+    for start in range(0, len(vectors), _ROWS_AT_ONCE):
         # einsum without BLAS sums each row by itself, in one order; cast beforehand, as its own casts cut rows up.
-        rows = vectors[start : start + _SCORED_AT_ONCE]
+        rows = vectors[start : start + _ROWS_AT_ONCE]
         sums = np.einsum("nd,d->n", rows.astype(np.float64, order="C"), wide, optimize=False)
-        scores[start : start + _SCORED_AT_ONCE] = np.clip(sums, -1, 1)
+        scores[start : start + _ROWS_AT_ONCE] = np.minimum(np.maximum(sums, -1), 1)
     return scores
 
 
@@ -123,10 +136,19 @@ def best_first(ids: Ids, scores: Scores, *, at_least: float = -np.inf, limit: in
     return Hits(ids[order], scores[order])
 
 
+def gathered(index: VectorIndex, parts: Sequence[Hits]) -> Hits:
+    """What a query found in parts while the index could change, as one answer: each id once, and none that is gone."""
+    ids = np.concatenate([np.empty(0, np.int64), *(part.ids for part in parts)])
+    scores = np.concatenate([np.empty(0, np.float32), *(part.scores for part in parts)])
+    ids, first = np.unique(ids, return_index=True)
+    held = index.holds(ids)
+    return best_first(ids[held], scores[first[held]])
+
+
 class ExactIndex:
     """Every vector is compared, in float32, by FAISS; the scores that leave are those of `cosines`.
 
-    One thread a search: callers bring their own. Memory: 4 d bytes a vector.
+    One thread a search: callers bring their own. Memory: 4 d + 108 bytes a vector.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -144,9 +166,14 @@ class ExactIndex:
         """See VectorIndex."""
         return int(self._flat.d)
 
+    @property
+    def bytes(self) -> int:
+        """See VectorIndex."""
+        return len(self._ids) * (4 * self.dimension + self._ids.itemsize + BYTES_PER_KEY)
+
     def __len__(self) -> int:
         """See VectorIndex."""
-        return len(self._rows)
+        return len(self._ids)
 
     def add(self, ids: Ids, vectors: Halves) -> None:
         """See VectorIndex."""
@@ -206,8 +233,20 @@ class ExactIndex:
 
     def exact_range(self, query: Vectors, threshold: float) -> Hits:
         """See VectorIndex."""
+        check_threshold(threshold)
         check_single(query)
-        return self.range(query, threshold)[0]
+        (only,) = checked_queries(query, self.dimension)
+        found = []
+        # From the last row to the first: a removal moves the rows behind it up, so none of those ahead is passed over.
+        end = sys.maxsize
+        while end:
+            with self._lock.reading():
+                end = min(end, len(self._ids))
+                start = max(0, end - _ROWS_AT_ONCE)
+                rows = start + np.flatnonzero(self._matrix()[start:end] @ only >= scan_floor(threshold))
+                found.append(self._scored(only, rows, at_least=threshold))
+                end = start
+        return gathered(self, found)
 
     def among(self, query: npt.NDArray[np.float32], ids: Ids, *, at_least: float, limit: int | None = None) -> Hits:
         """What `range` answers for a query (d,), were these ids the only ones. Unknown ones are left out."""

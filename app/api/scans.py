@@ -16,9 +16,9 @@ from app.audit import Action
 from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.documents.scans import Scan, ScanPair, ScanState, decisions_on
+from app.documents.scans import ClusterSummary, Scan, ScanPair, ScanState, decisions_on
 from app.domain.callers import Role
-from app.domain.clusters import Cluster, Link
+from app.domain.clusters import Link
 from app.domain.policy import Decision, Status
 from app.errors import (
     Conflict,
@@ -26,6 +26,7 @@ from app.errors import (
     IdempotencyKeyReused,
     ModelMismatch,
     NotFound,
+    NotReady,
 )
 from app.runtime import Runtime
 from app.use_cases import open_cases, scan
@@ -58,7 +59,7 @@ class ScanView(BaseModel):
     """A scan as a job.
 
     since_seq: what came up to here was compared by an earlier scan; upto_seq: what came later is not in it; pairs: pairs of
-    identities found; rate: pairs of vectors compared in a second; reason: why it failed.
+    identities found, as of a few seconds ago while it works; rate: pairs of vectors compared in a second; reason: why it failed.
     """
 
     id: str
@@ -103,11 +104,21 @@ class WeakLinkView(BaseModel):
 
 
 class ClusterView(BaseModel):
-    """Identities that hang together by pairs that nobody called distinct. links: how many such pairs there are."""
+    """Identities that hang together by pairs that nobody called distinct.
+
+    identities: the first 200 of them; size: how many there are; links: how many such pairs there are.
+    """
 
     identities: list[PersonView]
+    size: int
     links: int
     weak_links: list[WeakLinkView]
+
+
+class ClustersView(Paged[ClusterView]):
+    """Clusters. as_of: later pairs and decisions are not in them; some minutes ago where the scan has many pairs."""
+
+    as_of: Moment
 
 
 class OpenedView(BaseModel):
@@ -119,7 +130,7 @@ class OpenedView(BaseModel):
 
 
 async def view(gallery: Gallery, known: Scan) -> ScanView:
-    """The scan as a job, with its pairs counted."""
+    """The scan as a job."""
     return ScanView(
         id=known.id,
         gallery=gallery.name,
@@ -128,7 +139,7 @@ async def view(gallery: Gallery, known: Scan) -> ScanView:
         threshold=known.threshold,
         since_seq=known.since_seq,
         upto_seq=known.upto_seq,
-        pairs=await ScanPair.count_of(known, MOST_COUNTED),
+        pairs=await known.counted(MOST_COUNTED),
         rate=None if known.rate is None else round(known.rate),
         seconds_left=None if known.seconds_left is None else round(known.seconds_left, 1),
         reason=known.reason,
@@ -200,29 +211,36 @@ async def list_pairs(
     return Paged(items=views, next_cursor=cursor)
 
 
-@router.get("/{scan_id}/clusters", responses=problems(NotFound))
+@router.get("/{scan_id}/clusters", responses=problems(NotFound, Conflict, NotReady))
 async def list_clusters(
     runtime: CurrentRuntime, request: Request, scan_id: str, action: Reading, page: Annotated[Page, Depends()]
-) -> Paged[ClusterView]:
-    """Who hangs together, the largest cluster first, with the links to doubt."""
+) -> ClustersView:
+    """Who hangs together, the largest cluster first, with the links to doubt.
+
+    Of a scan with more than 20,000 pairs they are made by a worker: 409 before it has ended, 503 until they are there, and
+    decisions show in them some minutes later.
+    """
     gallery, known = await _found(action, scan_id)
-    found = await scan.clusters_of(runtime, known)
-    after = position_of(runtime.keys, request, page, float)
-    if after is not None:
-        found = [one for one in found if (-len(one.members), one.members[0]) > (-after[0], after[1])]
-    items = found[: page.limit]
-    people = await _people(runtime, gallery, (id_ for cluster in items for id_ in cluster.members))
-    views = [_cluster(cluster, {id_: person for id_, (_, person) in people.items()}) for cluster in items]
-    is_more = len(found) > page.limit
-    cursor = cursor_behind(runtime.keys, request, len(items[-1].members), items[-1].members[0]) if is_more else None
-    return Paged(items=views, next_cursor=cursor)
+    found = await scan.clusters_behind(runtime, known, position_of(runtime.keys, request, page, int), page.limit)
+    ids = {id_ for one in found.items for id_ in (*one.members, *(end for link in one.weak for end in link[:2]))}
+    people = {id_: person for id_, (_, person) in (await _people(runtime, gallery, ids)).items()}
+    views = [_cluster(cluster, people) for cluster in found.items]
+    cursor = cursor_behind(runtime.keys, request, *found.items[-1].place) if found.is_more else None
+    # Whoever was erased since they were made is not shown, nor whom that leaves alone.
+    return ClustersView(items=[one for one in views if one.size > 1], next_cursor=cursor, as_of=found.as_of)
 
 
-def _cluster(cluster: Cluster, people: dict[str, PersonView]) -> ClusterView:
+def _cluster(cluster: ClusterSummary, people: dict[str, PersonView]) -> ClusterView:
+    gone = sum(id_ not in people for id_ in cluster.members)
     return ClusterView(
         identities=[people[id_] for id_ in cluster.members if id_ in people],
+        size=cluster.size - gone,
         links=cluster.links,
-        weak_links=[WeakLinkView(identity_ids=link[:2], score=link.score) for link in cluster.weak],
+        weak_links=[
+            WeakLinkView(identity_ids=link[:2], score=link.score)
+            for link in cluster.weak
+            if link.low in people and link.high in people
+        ],
     )
 
 

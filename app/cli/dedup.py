@@ -14,7 +14,7 @@ from app.audit import by_system
 from app.cli.stores import DataDirOption, settings_of
 from app.config import Settings
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
-from app.documents.scans import Scan, ScanPair
+from app.documents.scans import Scan
 from app.errors import NotFound, Problem
 from app.logs import configure_logging
 from app.runtime import open_runtime
@@ -85,7 +85,7 @@ async def _scan(
             ended = await scanning.carry_out(
                 runtime, by_system("dedup.scan"), gallery, threshold, lambda known: _show(bar, task, known)
             )
-            pairs = await ScanPair.count_of(ended, scanning.MOST_PAIRS + 1)
+            pairs = await ended.counted(scanning.MOST_PAIRS + 1)
             groups = await scanning.clusters_of(runtime, ended) if ended.state == "done" else []
     return {
         "id": ended.id, "gallery": name, "state": ended.state, "reason": ended.reason, "threshold": ended.threshold,

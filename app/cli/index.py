@@ -111,25 +111,32 @@ def _publish(name: str | None, data_dir: Path | None, *, rebuild: bool, as_json:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
 
-        async def every(runtime: Runtime) -> dict[str, Generation]:
-            done = {}
+        async def every(runtime: Runtime) -> tuple[dict[str, Generation], dict[str, Problem]]:
+            done, failed = {}, {}
             for gallery in await examine.chosen(runtime, name):
-                done[gallery.name] = await _one(runtime, gallery, bar, rebuild=rebuild)
-            return done
+                try:
+                    done[gallery.name] = await _one(runtime, gallery, bar, rebuild=rebuild)
+                except Problem as problem:  # one that is being published already is no reason to leave out the rest
+                    failed[gallery.name] = problem
+            return done, failed
 
-        published = _run(data_dir, every)
+        published, failed = _run(data_dir, every)
+    for gallery_name, problem in failed.items():
+        typer.echo(f"{gallery_name}: {problem.detail}", err=True)
     if as_json:
         typer.echo(json.dumps({n: g.model_dump(mode="json") for n, g in published.items()}))
-        return
-    for gallery_name, generation in published.items():
-        console.print(
-            f"{gallery_name}: generation {generation.number} ({generation.kind}), {generation.count} vectors up to change "
-            f"{generation.watermark}, recall {generation.recall:.4f} (at least {generation.recall_bound:.4f})"
-        )
+    else:
+        for gallery_name, generation in published.items():
+            console.print(
+                f"{gallery_name}: generation {generation.number} ({generation.kind}), {generation.count} vectors up to change "
+                f"{generation.watermark}, recall {generation.recall:.4f} (at least {generation.recall_bound:.4f})"
+            )
+    if failed:
+        raise typer.Exit(1)
 
 
 async def _one(runtime: Runtime, gallery: Gallery, bar: Progress, *, rebuild: bool) -> Generation:
-    tasks = {stage: bar.add_task(f"{gallery.name}: {stage}", total=None) for stage in ("reading",)}
+    tasks = {"reading": bar.add_task(f"{gallery.name}: reading", total=None)}
 
     async def tell(stage: Stage, done: int, total: int) -> None:
         if stage not in tasks:

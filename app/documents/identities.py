@@ -67,6 +67,10 @@ class Attempts(Value):
     last_failure: datetime | None = None
 
 
+#: Few among many: found by an index of their own, not by looking at everybody.
+_WITH_SEVERAL_SAMPLES = {"samples.1.seq": {"$exists": True}}
+
+
 @dataclass(frozen=True, slots=True)
 class SealedTemplates:
     """An identity's data key, wrapped, and the sealed template and model contract of each sample, by the sample's id."""
@@ -114,6 +118,7 @@ class Identity(Stored):
             IndexModel([("gallery_id", 1), ("status", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("created_at", -1), ("_id", -1)]),
             IndexModel("screenings.job_id"),
+            IndexModel([("gallery_id", 1), ("samples.1.seq", 1)], partialFilterExpression=_WITH_SEVERAL_SAMPLES),
             IndexModel("outbox_at", partialFilterExpression={"outbox_at": {"$type": "date"}}),
         ]
 
@@ -169,7 +174,7 @@ class Identity(Stored):
     async def seqs_of_several(cls, gallery_id: str, limit: int) -> AsyncIterator[list[int]]:
         """The seqs of each identity's samples, for at most `limit` identities that have several."""
         rows = cls.get_pymongo_collection().find(
-            {"gallery_id": gallery_id, "status": {"$ne": "erased"}, "samples.1": {"$exists": True}}, {"samples.seq": 1}
+            {"gallery_id": gallery_id, "status": {"$ne": "erased"}, **_WITH_SEVERAL_SAMPLES}, {"samples.seq": 1}
         )
         async for row in rows.limit(limit):
             yield sorted(sample["seq"] for sample in row["samples"])

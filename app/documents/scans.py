@@ -1,4 +1,4 @@
-"""Whole-gallery scans: how far each has come, and the look-alikes that they found."""
+"""Whole-gallery scans: how far each has come, the look-alikes that they found, and who hangs together by them."""
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -11,10 +11,10 @@ from beanie import SortDirection
 from pymongo import ASCENDING, DESCENDING, IndexModel, ReturnDocument, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, now
+from app.documents.base import Stored, Value, now
 from app.documents.cases import Pair
 from app.documents.galleries import Gallery
-from app.domain.clusters import Link
+from app.domain.clusters import Cluster, Link
 from app.domain.policy import Decision
 
 ScanState = Literal["queued", "running", "paused", "done", "failed", "cancelled"]
@@ -23,6 +23,13 @@ UNFINISHED: Final[tuple[ScanState, ...]] = ("queued", "running", "paused")
 SILENCE: Final = timedelta(seconds=15)
 LINKS_AT_ONCE: Final = 20_000
 HASH_LENGTH: Final = 32
+#: Of a cluster that is larger, so many members and weak links are shown: it is no one person, and a page has an end.
+MEMBERS_SHOWN, WEAK_LINKS_SHOWN = 200, 50
+#: Kept clusters are a copy, which MongoDB deletes after this time, and with it what it says of the erased.
+CLUSTERS_KEPT: Final = timedelta(hours=1)
+#: Members and ends of weak links in one document: some 100 KiB.
+NAMES_A_RUN: Final = 2000
+RUNS_AT_ONCE: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +48,22 @@ def series_of(gallery: Gallery) -> str:
     return hashlib.sha256(named.encode()).hexdigest()[:HASH_LENGTH]
 
 
+class Grouping(Value):
+    """A scan's clusters as they were made once. as_of: later pairs and decisions are not in it."""
+
+    id: str
+    as_of: datetime
+
+
 class Scan(Stored):
     """Everything in (0, upto_seq] against everything, of which `done` of `total` tiles are behind it.
 
     since_seq: what came up to here was compared by an earlier scan of the series, at this threshold or a lower one.
     block: seqs along a tile's side, kept here because tiles are counted by it.
     runner: who is at it, as long as `heartbeat_at` is fresh. compared: pairs of vectors, which took `seconds` of work.
-    failures: tries in a row that came to nothing.
+    failures: tries in a row that came to nothing. pairs: as of the last slice of work; None when somebody has to count them.
+    erasures: raised with every erasure that took pairs away, so that no older count is kept.
+    grouping: the clusters that are kept, where they are too many to be made anew for everybody who asks.
     """
 
     gallery_id: str
@@ -65,6 +81,10 @@ class Scan(Stored):
     heartbeat_at: datetime
     failures: int = 0
     reason: str | None = None
+    pairs: int | None = None
+    erasures: int = 0
+    grouping: Grouping | None = None
+    is_grouping_wanted: bool = False
     created_at: datetime
     created_by: str
     started_at: datetime | None = None
@@ -154,7 +174,9 @@ class Scan(Stored):
         if by_runner:
             here["runner"] = self.runner
         moment = now()
-        fields = {"state": state, "reason": reason, "runner": None, "heartbeat_at": moment, "failures": 0}
+        fields = {
+            "state": state, "reason": reason, "runner": None, "heartbeat_at": moment, "failures": 0, "pairs": None,
+        }  # fmt: skip
         if state not in UNFINISHED:
             fields["finished_at"] = moment
         result = await self.get_pymongo_collection().update_one(here, {"$set": fields}, session=session)
@@ -166,6 +188,49 @@ class Scan(Stored):
             {"_id": self.id}, {"$inc": {"failures": 1}}, return_document=ReturnDocument.AFTER
         )
         return 0 if row is None else int(row["failures"])
+
+    async def keep_count(self, pairs: int) -> None:
+        """Keep what its runner has counted, unless somebody of these pairs was erased since the scan was read."""
+        here = {"_id": self.id, "erasures": self.erasures}
+        await self.get_pymongo_collection().update_one(here, {"$set": {"pairs": pairs}})
+
+    async def counted(self, limit: int) -> int:
+        """How many pairs it has, as of the last slice of work; counted now, up to the limit, where nobody has."""
+        if self.pairs is not None:
+            return self.pairs
+        pairs = await ScanPair.count_of(self, limit)
+        here = {"_id": self.id, "erasures": self.erasures, "state": self.state, "pairs": None}
+        await self.get_pymongo_collection().update_one(here, {"$set": {"pairs": pairs}})
+        return pairs
+
+    async def want_grouping(self) -> None:
+        """Leave word for the workers that somebody asks for its clusters."""
+        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"is_grouping_wanted": True}})
+
+    @classmethod
+    async def to_group(cls, scan_id: str) -> Self | None:
+        """The scan, when it has ended and somebody asks for its clusters."""
+        return await cls.find_one({"_id": scan_id, "state": {"$nin": list(UNFINISHED)}, "is_grouping_wanted": True})
+
+    async def keep_grouping(self, grouping: Grouping) -> None:
+        """Show these clusters from now on. The ones before stay for whoever is reading them; older ones go."""
+        fields = {"grouping": grouping.model_dump(), "is_grouping_wanted": False}
+        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": fields})
+        kept = [grouping.id] if self.grouping is None else [grouping.id, self.grouping.id]
+        older = {"scan_id": self.id, "grouping": {"$nin": kept}}
+        await ClusterRun.get_pymongo_collection().delete_many(older)
+
+    @classmethod
+    async def forget_all_of(cls, gallery_id: str, session: AsyncClientSession) -> None:
+        """Delete a gallery's scans with everything that they found."""
+        mine = {"gallery_id": gallery_id}
+        rows = cls.get_pymongo_collection().find(mine, {"series": 1}, session=session)
+        known = [(row["_id"], row["series"]) async for row in rows]
+        series = {"series": {"$in": sorted({name for _, name in known})}}
+        await ScanPair.get_pymongo_collection().delete_many(series, session=session)
+        runs = {"scan_id": {"$in": [id_ for id_, _ in known]}}
+        await ClusterRun.get_pymongo_collection().delete_many(runs, session=session)
+        await cls.get_pymongo_collection().delete_many(mine, session=session)
 
 
 class ScanPair(Stored):
@@ -253,9 +318,104 @@ class ScanPair(Stored):
 
     @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> None:
-        """Erase every pair with the identity."""
+        """Erase every pair with the identity; whoever asks next counts the rest."""
         sides = {"$or": [{"low": identity_id}, {"high": identity_id}]}
+        series = await cls.get_pymongo_collection().distinct("series", sides, session=session)
+        if not series:
+            return
         await cls.get_pymongo_collection().delete_many(sides, session=session)
+        await Scan.get_pymongo_collection().update_many(
+            {"series": {"$in": series}}, {"$inc": {"erasures": 1}, "$set": {"pairs": None}}, session=session
+        )
+
+
+class ClusterSummary(Value):
+    """A cluster as it is shown: its size, its first members, and the weak links that lie lowest."""
+
+    size: int
+    members: tuple[str, ...]
+    links: int
+    weak: tuple[Link, ...]
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Self:
+        """What is shown of the cluster."""
+        lowest_first = sorted(cluster.weak, key=lambda link: (link.score, link))
+        return cls(
+            size=len(cluster.members), members=cluster.members[:MEMBERS_SHOWN], links=cluster.links,
+            weak=tuple(lowest_first[:WEAK_LINKS_SHOWN]),
+        )  # fmt: skip
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it stands among the others: the largest is first."""
+        return -self.size, self.members[0]
+
+
+class ClusterRun(Stored):
+    """Clusters of one grouping that follow each other; size, first: of its last one, by which a page finds its run."""
+
+    scan_id: str
+    grouping: str
+    number: int
+    size: int
+    first: str
+    clusters: list[ClusterSummary]
+    made_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "scan_clusters"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("scan_id", ASCENDING), ("grouping", ASCENDING), ("number", ASCENDING)]),
+            IndexModel("made_at", expireAfterSeconds=int(CLUSTERS_KEPT.total_seconds())),
+        ]
+
+    @classmethod
+    def runs_of(cls, scan_id: str, grouping: Grouping, clusters: Iterable[Cluster]) -> list[Self]:
+        """The clusters, in their order, in documents of bounded size."""
+        runs: list[list[ClusterSummary]] = []
+        names = NAMES_A_RUN
+        for cluster in clusters:
+            shown = ClusterSummary.of(cluster)
+            if names >= NAMES_A_RUN:
+                runs.append([])
+                names = 0
+            runs[-1].append(shown)
+            names += len(shown.members) + 2 * len(shown.weak)
+        return [
+            cls(
+                scan_id=scan_id, grouping=grouping.id, number=number, size=run[-1].size, first=run[-1].members[0],
+                clusters=run, made_at=grouping.as_of,
+            )
+            for number, run in enumerate(runs)
+        ]  # fmt: skip
+
+    @classmethod
+    async def keep(cls, runs: Sequence[Self]) -> None:
+        """Insert the runs; they are shown when the scan names their grouping."""
+        for first in range(0, len(runs), RUNS_AT_ONCE):
+            await cls.insert_many(list(runs[first : first + RUNS_AT_ONCE]))
+
+    @classmethod
+    async def behind(
+        cls, scan_id: str, grouping: Grouping, place: tuple[int, str] | None, limit: int
+    ) -> list[ClusterSummary]:
+        """The clusters behind this place: more than the limit, or all that are left."""
+        query: dict[str, Any] = {"scan_id": scan_id, "grouping": grouping.id}
+        if place is not None:
+            size, first = -place[0], place[1]
+            query["$or"] = [{"size": {"$lt": size}}, {"size": size, "first": {"$gt": first}}]
+        found: list[ClusterSummary] = []
+        # Two are enough as a rule: the place may be the last but one of the first.
+        async with cls.get_pymongo_collection().find(query).sort("number").batch_size(2) as rows:
+            async for row in rows:
+                run = cls.model_validate(row)
+                found += [cluster for cluster in run.clusters if place is None or cluster.place > place]
+                if len(found) > limit:
+                    break
+        return found
 
 
 async def decisions_on(links: Sequence[Link]) -> dict[tuple[str, str], Decision]:
@@ -267,4 +427,4 @@ async def decisions_on(links: Sequence[Link]) -> dict[tuple[str, str], Decision]
     return {(row["low"], row["high"]): row["decision"] async for row in rows}
 
 
-SCAN_DOCUMENTS: Final = (Scan, ScanPair)
+SCAN_DOCUMENTS: Final = (Scan, ScanPair, ClusterRun)

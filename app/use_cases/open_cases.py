@@ -55,13 +55,14 @@ async def open_cases(runtime: Runtime, action: Action, gallery: Gallery, scan: S
     """
     sightings, decided = await _sightings(scan)
     newcomers = sorted(sightings)
-    opened = existing = 0
+    opened, existing = 0, set[str]()
     for first in range(0, len(newcomers), CASES_A_TRANSACTION):
         some = {newcomer: sightings[newcomer] for newcomer in newcomers[first : first + CASES_A_TRANSACTION]}
         batch = _Batch(replace(action, claim=None), gallery, scan, some)
         made, known = await runtime.transaction(batch.open, seconds=TRANSACTION_SECONDS)
-        opened, existing = opened + made, existing + known
-    result = Opened(opened, existing, decided)
+        opened += made
+        existing |= known
+    result = Opened(opened, len(existing), decided)
 
     async def conclude(session: AsyncClientSession) -> None:
         await record(
@@ -108,8 +109,8 @@ class _Batch:
     scan: Scan
     sightings: Mapping[str, Sequence[_Sighting]]
 
-    async def open(self, session: AsyncClientSession) -> tuple[int, int]:
-        """Returns how many cases were made, and how many were there."""
+    async def open(self, session: AsyncClientSession) -> tuple[int, set[str]]:
+        """Returns how many cases were made, and which were there: one may be about people of several batches."""
         ids = sorted({*self.sightings, *(seen.identity_id for some in self.sightings.values() for seen in some)})
         statuses = await Identity.statuses(ids, session)
         living = [id_ for id_ in ids if statuses.get(id_, "erased") != "erased"]
@@ -137,7 +138,7 @@ class _Batch:
                 session, self.action, subject_kind="scan", subject_id=self.scan.id, gallery=self.gallery.name,
                 detail={"step": "batch", "opened": len(cases)},
             )  # fmt: skip
-        return len(cases), len(existing)
+        return len(cases), existing
 
     async def _record(self, newcomer: str, seen: Sequence[_Sighting], session: AsyncClientSession) -> Case:
         """The newcomer's case, its pairs recorded: from now on the decision stands between these people."""

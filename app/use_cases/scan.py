@@ -8,9 +8,11 @@ whoever is killed loses the tile in hand. The queue is a hint: what nobody works
 import asyncio
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -24,12 +26,27 @@ from app.documents.base import new_id, now
 from app.documents.events import Detail, Outcome
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity
-from app.documents.scans import SILENCE, FoundPair, Scan, ScanPair, ScanState, decisions_on, series_of
+from app.documents.scans import (
+    CLUSTERS_KEPT,
+    LINKS_AT_ONCE,
+    SILENCE,
+    UNFINISHED,
+    ClusterRun,
+    ClusterSummary,
+    FoundPair,
+    Grouping,
+    Scan,
+    ScanPair,
+    ScanState,
+    decisions_on,
+    series_of,
+)
 from app.domain.clusters import Cluster, Link, clusters
 from app.domain.policy import thresholds_for
 from app.domain.tiles import SEQS_A_BLOCK, Tile, tile, tile_count
-from app.errors import Conflict, DependencyUnavailable, ModelMismatch, NotFound, NotReady
+from app.errors import Conflict, DependencyUnavailable, ModelMismatch, NotFound, NotReady, Problem
 from app.runtime import Runtime
+from app.search import Block
 from storage.join import Joined, pairs_above
 from storage.vectors import Halves, Ids, Scores
 
@@ -48,10 +65,27 @@ TRANSACTION_SECONDS: Final = 10.0
 TRIES: Final = 5
 #: How soon a scan of this process is tried again when the gallery or a store was not ready, or somebody else is at it.
 RETRY_SECONDS: Final = 0.5
+#: Clusters of so many pairs are made for everybody who asks: a second. Those of more are made by a worker, and kept.
+PAIRS_GROUPED_AT_ONCE: Final = LINKS_AT_ONCE
+#: Clusters that were kept for so long are made anew when somebody asks: until then decisions do not show in them.
+GROUPED_ANEW: Final = timedelta(minutes=5)
+#: MongoDB deletes kept clusters at any moment after their time: no page should begin with them shortly before.
+LAST_READ: Final = CLUSTERS_KEPT - timedelta(minutes=2)
+#: A page of clusters ends before it has more people than this, each of whom is read.
+PEOPLE_A_PAGE: Final = 500
 #: What passes: a store that is away, a gallery that is being opened, a worker of another model.
 PASSING: Final = (NotReady, DependencyUnavailable, ModelMismatch, ConnectionFailure, OSError, TimeoutError)
 
 Tell = Callable[[Scan], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Some of a scan's clusters, and whether there are more. as_of: later pairs and decisions are not in them."""
+
+    items: list[ClusterSummary]
+    as_of: datetime
+    is_more: bool
 
 
 class _Stopped(Exception):
@@ -129,13 +163,19 @@ async def run(
 ) -> bool:
     """Work on a scan for a while; nothing when it has ended, is paused, or somebody else is at it. Safe to run twice.
 
-    runner: who works, when not a worker, who has the queue asked for the next slice. tell: hears of every tile. Returns
-    whether it was this runner's turn. Raises NotReady and what stores raise; the queue tries again.
+    Of one that has ended it makes the clusters that somebody asks for. runner: who works, when not a worker, who has the
+    queue asked for the next slice. tell: hears of every tile. Returns whether it was this runner's turn. Raises NotReady and
+    what stores raise; the queue tries again.
     """
     scan = await Scan.claim(scan_id, runner or new_id())
     if scan is None:
+        ended = await Scan.to_group(scan_id)
+        if ended is not None:
+            await _group(runtime, ended)
         return False
-    beating = asyncio.create_task(_beat(scan))
+    # Ended by an event: a cancellation may come out of MongoDB's driver as an error of its own.
+    stop = asyncio.Event()
+    beating = asyncio.create_task(_beat(scan, stop))
     try:
         gallery = await Gallery.get(scan.gallery_id)
         if gallery is None or series_of(gallery) != scan.series:
@@ -154,10 +194,11 @@ async def run(
         if _passes(error) or await scan.count_failure() < TRIES:
             raise
         log.exception("scan_failed", scan=scan_id)
-        await _end(runtime, scan, gallery, "failed", type(error).__name__)
+        await _end(runtime, scan, gallery, "failed", str(error) if isinstance(error, Problem) else type(error).__name__)
         return True
     finally:
-        beating.cancel()
+        stop.set()
+        await asyncio.gather(beating, return_exceptions=True)
         await scan.release()
     if not is_over and runner is None:
         await runtime.queue.enqueue_scan(scan_id, again=f":{time.time_ns()}")
@@ -178,10 +219,14 @@ async def carry_out(runtime: Runtime, action: Action, gallery: Gallery, threshol
         scan = await resume(runtime, action, gallery, scan.id, queue=False)
     try:
         return await _to_the_end(runtime, scan.id, runner, tell)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, PyMongoError) as error:
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            raise
         with suppress(Conflict):  # it has just ended
             await pause(runtime, action, gallery, scan.id)
-        raise
+        # MongoDB's driver may turn a cancellation into an error of its own.
+        raise asyncio.CancelledError from error
 
 
 async def _to_the_end(runtime: Runtime, scan_id: str, runner: str, tell: Tell) -> Scan:
@@ -211,8 +256,57 @@ async def sweep(runtime: Runtime) -> int:
     return len(overdue)
 
 
+async def clusters_behind(runtime: Runtime, scan: Scan, place: tuple[int, str] | None, limit: int) -> Clusters:
+    """The next clusters after this place, the largest first; fewer than the limit where they are of many people.
+
+    Up to PAIRS_GROUPED_AT_ONCE pairs they are as of now. Of more, a worker makes them when somebody asks, and they are shown
+    until they are older than GROUPED_ANEW and made anew. Raises NotReady while they are made for the first time, Conflict when
+    there are that many pairs and the scan has not ended, or has too many.
+    """
+    pairs = await scan.counted(MOST_PAIRS + 1)
+    if pairs <= PAIRS_GROUPED_AT_ONCE:
+        moment, found = now(), await clusters_of(runtime, scan)
+        places = [(-len(one.members), one.members[0]) for one in found]
+        first = 0 if place is None else bisect_right(places, place)
+        return _page([ClusterSummary.of(one) for one in found[first : first + limit + 1]], moment, limit)
+    if pairs > MOST_PAIRS:
+        raise Conflict(f"There are no clusters of more than {MOST_PAIRS:,} pairs.")
+    if scan.state in UNFINISHED:
+        raise Conflict(f"Clusters of more than {PAIRS_GROUPED_AT_ONCE:,} pairs are shown when the scan has ended.")
+    age = timedelta.max if scan.grouping is None else now() - scan.grouping.as_of
+    if age > GROUPED_ANEW:
+        await scan.want_grouping()
+        await runtime.queue.enqueue_scan(scan.id, again=":clusters")
+    if scan.grouping is None or age > LAST_READ:
+        raise NotReady(f"A worker groups {pairs:,} pairs; please ask again.", retry_after_seconds=5)
+    return _page(await ClusterRun.behind(scan.id, scan.grouping, place, limit), scan.grouping.as_of, limit)
+
+
+def _page(found: Sequence[ClusterSummary], as_of: datetime, limit: int) -> Clusters:
+    people = 0
+    for number, cluster in enumerate(found):
+        people += len(cluster.members)
+        if number == limit or (number and people > PEOPLE_A_PAGE):
+            return Clusters(list(found[:number]), as_of, is_more=True)
+    return Clusters(list(found), as_of, is_more=False)
+
+
+async def _group(runtime: Runtime, scan: Scan) -> None:
+    """Make the scan's clusters and keep them."""
+    grouping = Grouping(id=new_id(), as_of=now())
+    found = await clusters_of(runtime, scan)
+    await ClusterRun.keep(await runtime.compute(ClusterRun.runs_of, scan.id, grouping, found))
+    await scan.keep_grouping(grouping)
+    log.info(
+        "scan_grouped", scan=scan.id, clusters=len(found), seconds=round((now() - grouping.as_of).total_seconds(), 1)
+    )
+
+
 async def clusters_of(runtime: Runtime, scan: Scan) -> list[Cluster]:
-    """Who hangs together by a scan's pairs so far, largest first; a pair that a person called distinct is no link."""
+    """Who hangs together by a scan's pairs so far, largest first; a pair that a person called distinct is no link.
+
+    Takes half a minute for a million pairs.
+    """
     links: list[Link] = []
     async for some in ScanPair.links_of(scan):
         decisions = await decisions_on(some)
@@ -220,10 +314,13 @@ async def clusters_of(runtime: Runtime, scan: Scan) -> list[Cluster]:
     return await runtime.compute(clusters, links, scan.threshold)
 
 
-async def _beat(scan: Scan) -> None:
+async def _beat(scan: Scan, stop: asyncio.Event) -> None:
     """Speak up between tiles too: the first one waits for its gallery, and for what is compiled at its first use."""
     while True:
-        await asyncio.sleep(SILENCE.total_seconds() / 3)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), SILENCE.total_seconds() / 3)
+        if stop.is_set():
+            return
         with suppress(PyMongoError):  # the work itself will meet it
             await scan.beat()
 
@@ -245,15 +342,11 @@ class _Piece(NamedTuple):
     same: bool
 
 
-_Block = tuple[Ids, Halves]
-
-
 class _Column(NamedTuple):
-    """The right block, which all tiles of a column share, and the generation that it was read from."""
+    """The right block, which all tiles of a column share."""
 
     seqs: tuple[int, int]
-    generation: tuple[int | None] | None
-    block: _Block
+    block: Block
 
 
 @dataclass(slots=True)
@@ -280,7 +373,9 @@ class _Slice:
                 self.tell(scan)
             if time.monotonic() > self.until:
                 break
-        if await ScanPair.count_of(scan, MOST_PAIRS + 1) > MOST_PAIRS:
+        count = await ScanPair.count_of(scan, MOST_PAIRS + 1)
+        await scan.keep_count(count)
+        if count > MOST_PAIRS:
             raise _TooMany
         is_over = scan.done == scan.total
         if is_over:
@@ -289,31 +384,34 @@ class _Slice:
 
     async def _compare(self, where: Tile, threshold: float) -> tuple[int, list[FoundPair]]:
         """How many pairs of vectors the tile has, and the identities that look alike in it."""
-        (left_ids, left), (right_ids, right) = await self._blocks(where)
-        compared = len(left) * (len(left) - 1) // 2 if where.same else len(left) * len(right)
-        found = await self._joined(left, right, threshold, same=where.same)
+        left, right = await self._blocks(where)
+        compared = len(left.ids) * (len(left.ids) - 1) // 2 if where.same else len(left.ids) * len(right.ids)
+        found = await self._joined(left.vectors, right.vectors, threshold, same=where.same)
         if not found:
             return compared, []
-        ones = left_ids[np.concatenate([rows.rows_left + piece.first_left for piece, rows in found])]
-        others = right_ids[np.concatenate([rows.rows_right + piece.first_right for piece, rows in found])]
+        ones = left.ids[np.concatenate([rows.rows_left + piece.first_left for piece, rows in found])]
+        others = right.ids[np.concatenate([rows.rows_right + piece.first_right for piece, rows in found])]
         scores = np.concatenate([rows.scores for _, rows in found])
         owners = await GalleryChange.owners(self.gallery.id, np.union1d(ones, others).tolist())
         return compared, await self.runtime.compute(_pairs, ones, others, scores, owners)
 
-    async def _blocks(self, where: Tile) -> tuple[_Block, _Block]:
+    async def _blocks(self, where: Tile) -> tuple[Block, Block]:
         """The tile's vectors, left and right, turned by one rotation: another generation may bring another one."""
-        search, id_ = self.runtime.search, self.gallery.id
+        block = partial(self.runtime.search.block, self.gallery)
         while True:
-            state = search.state(id_)
-            generation = None if state is None else (state.generation,)
+            left = None if where.same else await block(*where.left)
             column = self.column
-            if column is None or (column.seqs, column.generation) != (where.right, generation):
-                block = await search.block(self.gallery, *where.right)
-                column = self.column = _Column(where.right, generation, block)
-            left = column.block if where.same else await search.block(self.gallery, *where.left)
-            state = search.state(id_)
-            if state is not None and generation == (state.generation,):
-                return left, column.block
+            if (
+                column is None
+                or column.seqs != where.right
+                or (left is not None and left.rotation != column.block.rotation)
+            ):
+                column = self.column = _Column(where.right, await block(*where.right))
+            right = column.block
+            if left is None:
+                return right, right
+            if left.rotation == right.rotation:
+                return left, right
 
     async def _joined(
         self, left: Halves, right: Halves, threshold: float, *, same: bool
@@ -400,6 +498,7 @@ async def _end(runtime: Runtime, scan: Scan, gallery: Gallery | None, state: Sca
         return True
 
     if await runtime.transaction(conclude):
+        await scan.keep_count(pairs)
         log.info("scan_ended", scan=scan.id, state=state, pairs=pairs, reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import storage.onebit
+import storage.vectors
 from storage.gpu import GpuIndex, can_use_gpu
 from storage.layered import LayeredIndex
 from storage.onebit import OneBitIndex
 from storage.vectors import ExactIndex, Halves, Hits, Ids, VectorIndex, Vectors, halved
+from storage.vectors import cosines as exact_scores
 
 MakeIndex = Callable[[int], VectorIndex]
 #: Reported scores are float32, and each index may round once.
@@ -466,3 +470,76 @@ def test_threads_that_add_remove_and_search_never_see_half_a_change(make_revivin
             is_done.set()
         assert all(looker.result(timeout=60) for looker in lookers)
     assert len(index) == 400
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """An exact scan takes 20 rows at a time, and some milliseconds for them; set when the first of them are done."""
+    has_begun = threading.Event()
+
+    def slowly(vectors: Halves | Vectors, query: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scores = exact_scores(vectors, query)
+        has_begun.set()
+        time.sleep(0.005)
+        return scores
+
+    for module in (storage.vectors, storage.onebit):
+        monkeypatch.setattr(module, "cosines", slowly)
+    monkeypatch.setattr(storage.vectors, "_ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(storage.onebit, "_BLOCK", 20)
+    return has_begun
+
+
+def test_a_removal_and_a_search_do_not_wait_for_the_end_of_an_exact_range(
+    make_index: MakeIndex, slow_steps: threading.Event
+) -> None:
+    index, vectors = make_index(64), random_vectors(1_000, 64, seed=24)
+    index.add(np.arange(1_000), halved(vectors))
+    with ThreadPoolExecutor(1) as pool:
+        exact = pool.submit(index.exact_range, vectors[:1], -1.0)
+        assert slow_steps.wait(timeout=10)
+        assert index.remove(ids_of(1)) == 1
+        assert index.range(vectors[:1], 0.9)[0].ids.tolist() == [0]
+        assert not exact.done()
+        assert exact.result(timeout=30).ids.tolist() != []
+
+
+def test_an_exact_range_finds_all_that_stays_and_nothing_that_is_gone_at_its_end(
+    make_index: MakeIndex, slow_steps: threading.Event
+) -> None:
+    """Rows go from among those that it has seen and those that it has not, and others come between them."""
+    index, vectors = make_index(64), random_vectors(1_200, 64, seed=25)
+    index.add(np.arange(0, 2_000, 2), halved(vectors[:1_000]))
+    gone = set[int]()
+    with ThreadPoolExecutor(1) as pool:
+        exact = pool.submit(index.exact_range, vectors[:1], -1.0)
+        assert slow_steps.wait(timeout=10)
+        for step in range(8):
+            ids = np.array([2 * step, 1_000 + 2 * step, 1_998 - 2 * step])
+            assert index.remove(ids) == 3
+            gone.update(ids.tolist())
+            index.add(ids_of(20 * step + 1, 1_999 - 20 * step), halved(vectors[1_000 + 2 * step : 1_002 + 2 * step]))
+        assert not exact.done()
+        found = exact.result(timeout=30).ids.tolist()
+    assert len(found) == len(set(found))
+    assert set(range(0, 2_000, 2)) - gone <= set(found)
+    assert not gone & set(found)
+
+
+def test_an_index_tells_its_memory_which_grows_with_it(make_index: MakeIndex) -> None:
+    index, vectors = make_index(512), random_halves(3_000, 512, seed=26)
+    assert index.bytes == 0
+    index.add(np.arange(1_000), vectors[:1_000])
+    before = index.bytes
+    index.add(np.arange(1_000, 3_000), vectors[1_000:])
+    assert index.bytes > 2 * before
+    assert 3_000 * 2 * 512 < index.bytes < 3_000 * 5 * 512
+
+
+def test_an_index_tells_its_size_while_it_is_being_changed(make_index: MakeIndex) -> None:
+    """An event loop asks for it, and must not stand still."""
+    index = make_index(64)
+    index.add(np.arange(10), random_halves(10, 64, seed=27))
+    with ThreadPoolExecutor(1) as pool, index._lock.writing():  # type: ignore[attr-defined]
+        told = pool.submit(lambda: (len(index), index.dimension, index.bytes > 0))
+        assert told.result(timeout=10) == (10, 64, True)

@@ -91,7 +91,7 @@ def test_a_scan_finds_who_is_in_twice_and_puts_it_before_a_person(service: Servi
     assert pair["decision"] is None
     (cluster,) = read(service, f"/v1/dedup/scans/{scan['id']}/clusters")["items"]
     assert {person["identity_id"] for person in cluster["identities"]} == {first["id"], second["id"]}
-    assert cluster["links"] == 1
+    assert (cluster["size"], cluster["links"]) == (2, 1)
     assert len(cluster["weak_links"]) == (pair["score"] < SEEING + 0.05)
 
     cases = f"/v1/dedup/scans/{scan['id']}/cases"
@@ -114,7 +114,9 @@ def test_a_scan_uses_the_gallery_s_own_threshold_where_none_is_named(service: Se
     gallery, _, _ = unnoticed_twins(service)
     scan = scanned(service, gallery, None)
     assert (scan["threshold"], scan["pairs"]) == (BLIND, 0)
-    assert read(service, f"/v1/dedup/scans/{scan['id']}/clusters") == {"items": [], "next_cursor": None}
+    clusters = read(service, f"/v1/dedup/scans/{scan['id']}/clusters")
+    assert (clusters["items"], clusters["next_cursor"]) == ([], None)
+    assert clusters["as_of"] >= scan["finished_at"]
 
 
 def test_a_scan_is_also_found_among_the_jobs(service: Service, gallery: str) -> None:
@@ -156,6 +158,7 @@ def test_whoever_is_erased_is_in_no_pair_any_more(service: Service) -> None:
     scan = scanned(service, gallery)
     assert service.officer.delete(f"/v1/identities/{first['id']}").status_code == 200
     assert read(service, f"/v1/dedup/scans/{scan['id']}/pairs")["items"] == []
+    assert read(service, f"/v1/dedup/scans/{scan['id']}/clusters")["items"] == []
     assert read(service, f"/v1/dedup/scans/{scan['id']}")["pairs"] == 0
 
 

@@ -336,7 +336,7 @@ async def test_the_gallery_that_was_searched_longest_ago_makes_room(runtime: Run
         galleries.append(await runtime.create_gallery(name, galleries[0].policy))
     for gallery in galleries:
         await populate(runtime, gallery.id, strangers(1500, DIMENSION, seed=9))
-    runtime.search._limits = Limits(memory_mib=2, shadow_every=0)  # 0.8 MiB each
+    runtime.search._limits = Limits(memory_mib=4, shadow_every=0)  # 1.6 MiB each
     for gallery in [*galleries, galleries[1]]:
         head = await Gallery.get(gallery.id)
         assert head is not None

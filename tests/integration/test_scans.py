@@ -9,17 +9,21 @@ from itertools import combinations
 import numpy as np
 import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import AutoReconnect
 
 from app.audit import Action
+from app.documents import scans as scan_documents
 from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity
-from app.documents.scans import Scan, ScanPair
+from app.documents.scans import ClusterRun, Scan, ScanPair
 from app.domain.policy import Status
-from app.errors import Conflict, ModelMismatch, NotReady
+from app.errors import Conflict, GalleryTooLarge, ModelMismatch, NotReady
 from app.runtime import Runtime
+from app.search import Block
+from app.use_cases import open_cases as opening_cases
 from app.use_cases import scan as scanning
 from app.use_cases.open_cases import Opened, open_cases
 from tests.builders import (
@@ -227,6 +231,37 @@ async def test_a_worker_that_is_long_at_one_tile_is_not_taken_for_dead(
     monkeypatch.setattr(runtime.search, "block", long)
     await scanning.run(runtime, scan.id, seconds=0)
     assert (await now_of(scan)).done == 1
+
+
+async def test_nobody_speaks_up_for_a_scan_that_its_worker_has_left(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the driver has made an error of the cancellation."""
+    monkeypatch.setattr(scanning, "SILENCE", timedelta(milliseconds=30))
+    await crowd(runtime)
+    scan = await started(runtime)
+    await opened(runtime)
+    beats, block = 0, runtime.search.block
+
+    async def swallowing(_: Scan) -> None:
+        nonlocal beats
+        beats += 1
+        try:
+            await asyncio.sleep(0.03)
+        except asyncio.CancelledError:
+            raise AutoReconnect from None
+
+    async def slow(gallery: Gallery, first: int, last: int) -> Block:
+        await asyncio.sleep(0.1)
+        return await block(gallery, first, last)
+
+    monkeypatch.setattr(Scan, "beat", swallowing)
+    monkeypatch.setattr(runtime.search, "block", slow)
+    await scanning.run(runtime, scan.id, seconds=0)
+    before = beats
+    assert before > 0
+    await asyncio.sleep(0.2)
+    assert beats == before
 
 
 async def test_a_scan_goes_on_by_the_blocks_that_it_began_with(
@@ -453,6 +488,22 @@ async def test_a_scan_that_fails_again_and_again_is_given_up(runtime: Runtime, m
     assert (scan.state, scan.reason) == ("failed", "RuntimeError")
 
 
+async def test_a_scan_that_is_given_up_says_what_is_to_be_done(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await crowd(runtime)
+    scan = await started(runtime)
+    monkeypatch.setattr(scanning, "TRIES", 1)
+
+    async def too_large(*args: object) -> None:
+        raise GalleryTooLarge("raise INDEX_MEMORY_MIB, or divide the gallery")
+
+    monkeypatch.setattr(runtime.search, "block", too_large)
+    assert await scanning.run(runtime, scan.id)
+    scan = await now_of(scan)
+    assert (scan.state, scan.reason) == ("failed", "raise INDEX_MEMORY_MIB, or divide the gallery")
+
+
 async def test_a_gallery_that_is_being_opened_is_waited_for_and_counts_as_no_failure(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,31 +522,28 @@ async def test_a_gallery_that_is_being_opened_is_waited_for_and_counts_as_no_fai
     assert (await done(runtime, scan)).state == "done"
 
 
-async def test_blocks_that_different_generations_turned_are_never_compared(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
+async def test_blocks_that_were_turned_differently_are_never_compared(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, blocks: int
 ) -> None:
+    """Another rotation with every so many-th block; at every single one nothing could be compared at all."""
     await crowd(runtime)
     scan = await started(runtime)
     await opened(runtime)
-    block, state = runtime.search.block, runtime.search.state
-    turned: list[int] = []
+    block = runtime.search.block
+    turned = 0
 
-    def generation(gallery_id: str) -> object:
-        held = state(gallery_id)
-        return (
-            None
-            if held is None
-            else held.__class__(*(len(turned) // 4, *(getattr(held, n) for n in held.__slots__[1:])))
-        )
+    async def turning(gallery: Gallery, first: int, last: int) -> Block:
+        nonlocal turned
+        known = await block(gallery, first, last)
+        rotation = 0 if blocks == 1 and turned > 2 else turned // blocks
+        turned += 1
+        return Block(known.ids, np.roll(known.vectors, rotation, axis=1), f"turned {rotation} times")
 
-    async def turning(gallery: Gallery, first: int, last: int) -> object:
-        ids, vectors = await block(gallery, first, last)
-        turned.append(first)
-        return ids, np.roll(vectors, (len(turned) - 1) // 4, axis=1)
-
-    monkeypatch.setattr(runtime.search, "state", generation)
     monkeypatch.setattr(runtime.search, "block", turning)
-    assert len(await pairs_of(await done(runtime, scan))) == 4
+    scan = await done(runtime, scan)
+    assert len(await pairs_of(scan)) == 4
+    assert scan.compared == 12 * 11 // 2
 
 
 async def test_each_step_of_a_scan_is_an_event(runtime: Runtime) -> None:
@@ -542,6 +590,201 @@ async def test_a_pair_that_somebody_called_distinct_is_no_link(runtime: Runtime)
     assert await scanning.clusters_of(runtime, scan) == []
 
 
+async def pages_of(
+    runtime: Runtime, scan: Scan, limit: int, process: Runtime | None = None
+) -> list[list[tuple[str, ...]]]:
+    """The members of the scan's clusters, page by page."""
+    pages: list[list[tuple[str, ...]]] = []
+    place = None
+    while True:
+        found = await scanning.clusters_behind(process or runtime, await now_of(scan), place, limit)
+        pages.append([cluster.members for cluster in found.items])
+        if not found.is_more:
+            return pages
+        place = found.items[-1].place
+
+
+async def grouped(runtime: Runtime, scan: Scan) -> None:
+    """Somebody asks for the clusters of many pairs, and a worker makes them."""
+    with pytest.raises(NotReady):
+        await scanning.clusters_behind(runtime, await now_of(scan), None, 50)
+    assert not await scanning.run(runtime, scan.id)
+
+
+@pytest.fixture
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pairs are many, and five names fill a document."""
+    monkeypatch.setattr(scanning, "PAIRS_GROUPED_AT_ONCE", 3)
+    monkeypatch.setattr(scan_documents, "NAMES_A_RUN", 5)
+    monkeypatch.setattr(scan_documents, "RUNS_AT_ONCE", 2)
+
+
+async def several(runtime: Runtime) -> list[tuple[str, ...]]:
+    """Seven people who are in twice, and one who is in three times: their ids as clusters should show them."""
+    groups: dict[str, list[str]] = {}
+    for name in [*"abcdefgh", *"abcdefgh", "c"]:
+        groups.setdefault(name, []).append((await missed(runtime, name, capture=len(groups.get(name, [])))).id)
+    return sorted((tuple(sorted(ids)) for ids in groups.values()), key=lambda ids: (-len(ids), ids))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 50])
+async def test_clusters_of_few_pairs_come_at_once_and_in_pages(runtime: Runtime, limit: int) -> None:
+    groups = await several(runtime)
+    pages = await pages_of(runtime, await scanned(runtime), limit)
+    assert [ids for page in pages for ids in page] == groups
+    assert max(len(page) for page in pages) <= limit
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_clusters_of_many_pairs_are_made_by_a_worker_and_come_in_the_same_pages(
+    runtime: Runtime, other: Runtime
+) -> None:
+    groups = await several(runtime)
+    scan = await scanned(runtime)
+    await grouped(other, scan)
+    assert await ClusterRun.find_all().count() > 1
+    for limit in (1, 2, 3, 50):
+        pages = await pages_of(runtime, scan, limit)
+        assert [ids for page in pages for ids in page] == groups
+        assert max(len(page) for page in pages) <= limit
+    assert not await scanning.run(other, scan.id)
+    assert (await now_of(scan)).grouping is not None
+    assert not (await now_of(scan)).is_grouping_wanted
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_clusters_of_many_pairs_are_shown_when_the_scan_has_ended(runtime: Runtime) -> None:
+    await several(runtime)
+    scan = await started(runtime)
+    while await ScanPair.count_of(scan, 100) <= 3:
+        await one_tile(runtime, scan)
+    with pytest.raises(Conflict, match="has ended"):
+        await scanning.clusters_behind(runtime, await now_of(scan), None, 50)
+    await scanning.cancel(runtime, by_scanner(), await default_gallery(), scan.id)
+    await grouped(runtime, scan)
+    assert await pages_of(runtime, scan, 50) != [[]]
+
+
+async def test_of_too_many_pairs_there_are_no_clusters(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    await crowd(runtime)
+    scan = await scanned(runtime)
+    monkeypatch.setattr(scanning, "PAIRS_GROUPED_AT_ONCE", 2)
+    monkeypatch.setattr(scanning, "MOST_PAIRS", 3)
+    with pytest.raises(Conflict, match="more than 3"):
+        await scanning.clusters_behind(runtime, scan, None, 50)
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_kept_clusters_are_made_anew_after_some_minutes_and_read_until_then(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = await several(runtime)
+    scan = await scanned(runtime)
+    await grouped(runtime, scan)
+    await cases_of(runtime, scan)
+    await decided(runtime, await case_about(await known_by(groups[-1][-1])), "distinct")
+    assert await pages_of(runtime, scan, 50) == [groups]
+    assert not await scanning.run(runtime, scan.id)
+    assert await pages_of(runtime, scan, 50) == [groups], "they are new enough"
+    monkeypatch.setattr(scanning, "GROUPED_ANEW", timedelta(0))
+    assert await pages_of(runtime, scan, 50) == [groups], "a worker has been asked"
+    first = (await now_of(scan)).grouping
+    assert not await scanning.run(runtime, scan.id)
+    assert await pages_of(runtime, scan, 50) == [groups[:-1]]
+    assert not await scanning.run(runtime, scan.id)
+    assert first is not None
+    assert await ClusterRun.find({"grouping": first.id}).count() == 0
+    monkeypatch.setattr(scanning, "LAST_READ", timedelta(0))
+    with pytest.raises(NotReady):
+        await scanning.clusters_behind(runtime, await now_of(scan), None, 50)
+
+
+async def known_by(identity_id: str) -> Identity:
+    found = await Identity.living(identity_id)
+    assert found is not None
+    return found
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_kept_clusters_are_deleted_by_the_store_itself(runtime: Runtime) -> None:
+    """So whatever they say of the erased goes, and whatever a killed worker left."""
+    indexes = await ClusterRun.get_pymongo_collection().index_information()
+    assert runtime
+    assert [index["expireAfterSeconds"] for index in indexes.values() if "expireAfterSeconds" in index] == [3600]
+
+
+async def test_of_a_large_cluster_the_first_members_are_shown(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_documents, "MEMBERS_SHOWN", 2)
+    people = await crowd(runtime)
+    found = await scanning.clusters_behind(runtime, await scanned(runtime), None, 50)
+    trio = sorted(people[name].id for name in ("ann", "ann-2", "ann-3"))
+    assert (found.items[0].size, found.items[0].members) == (3, tuple(trio[:2]))
+    assert found.items[1].size == 2
+
+
+async def test_a_page_of_large_clusters_ends_early(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scanning, "PEOPLE_A_PAGE", 4)
+    groups = await several(runtime)
+    pages = await pages_of(runtime, await scanned(runtime), 50)
+    assert [ids for page in pages for ids in page] == groups
+    assert [len(page) for page in pages] == [1, 2, 2, 2, 1]
+
+
+async def test_pairs_are_counted_by_whoever_works_and_read_by_everybody_else(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = await crowd(runtime)
+    scan = await started(runtime)
+    assert await (await now_of(scan)).counted(100) == 0
+    scan = await done(runtime, scan)
+    await erased(runtime, people["cid"])
+    count_of, counts = ScanPair.count_of, 0
+
+    async def counting(scan: Scan, limit: int) -> int:
+        nonlocal counts
+        counts += 1
+        return await count_of(scan, limit)
+
+    monkeypatch.setattr(ScanPair, "count_of", counting)
+    assert [await (await now_of(scan)).counted(100) for _ in range(3)] == [4, 4, 4]
+    assert counts == 0, "cid was in no pair"
+    await erased(runtime, people["ann"])
+    assert [await (await now_of(scan)).counted(100) for _ in range(3)] == [2, 2, 2]
+    assert counts == 1
+
+
+async def test_a_count_from_before_an_erasure_is_not_kept(runtime: Runtime) -> None:
+    people = await crowd(runtime)
+    scan = await scanned(runtime)
+    await erased(runtime, people["ann"])
+    await scan.keep_count(4)
+    assert await (await now_of(scan)).counted(100) == 2
+
+
+async def test_a_gallery_s_scans_go_with_everything_that_they_found(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await crowd(runtime)
+    scan = await scanned(runtime)
+    monkeypatch.setattr(scanning, "PAIRS_GROUPED_AT_ONCE", 3)
+    await grouped(runtime, scan)
+
+    async def forget(session: AsyncClientSession) -> None:
+        await Scan.forget_all_of("another gallery", session)
+
+    await runtime.transaction(forget)
+    kinds = (Scan, ScanPair, ClusterRun)
+    assert [await kind.find_all().count() for kind in kinds] == [1, 4, 1]
+
+    async def forget_all(session: AsyncClientSession) -> None:
+        await Scan.forget_all_of(scan.gallery_id, session)
+
+    await runtime.transaction(forget_all)
+    assert [await kind.find_all().count() for kind in kinds] == [0, 0, 0]
+
+
 async def cases_of(runtime: Runtime, scan: Scan) -> Opened:
     return await open_cases(runtime, by_scanner(), await default_gallery(), scan)
 
@@ -566,6 +809,29 @@ async def test_cases_asked_for_twice_or_at_once_are_opened_once(runtime: Runtime
     assert sum(result.opened for result in both) == 3
     assert await cases_of(runtime, scan) == Opened(opened=0, existing=3, decided=0)
     assert await Case.find_all().count() == 3
+
+
+async def test_a_case_about_people_of_several_batches_is_counted_once(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspect's case names two who were enrolled earlier; a third, in between, has a case of its own."""
+    await crowd(runtime)
+    scan = await scanned(runtime)
+    await cases_of(runtime, scan)
+    # As a later sample's screening leaves it: the newcomer was enrolled before those whom it looks like.
+    case = (await Case.find({"candidates.1": {"$exists": True}}).to_list())[0]
+    await Case.find(
+        {"_id": {"$ne": case.id}, "newcomer_id": {"$in": [c.identity_id for c in case.candidates]}}
+    ).delete()
+    first, second, third = sorted([case.newcomer_id, *(c.identity_id for c in case.candidates)])
+    turned = [
+        c.model_copy(update={"identity_id": id_}) for c, id_ in zip(case.candidates, (second, third), strict=True)
+    ]
+    await Case.get_pymongo_collection().update_one(
+        {"_id": case.id}, {"$set": {"newcomer_id": first, "candidates": [c.model_dump() for c in turned]}}
+    )
+    monkeypatch.setattr(opening_cases, "CASES_A_TRANSACTION", 1)
+    assert (await cases_of(runtime, scan)).existing == 2, "this one, and the one about bob"
 
 
 async def test_of_a_scan_s_duplicates_the_younger_one_goes(runtime: Runtime) -> None:

@@ -270,3 +270,13 @@ async def test_a_cursor_serves_its_own_list_and_key_only(store: None) -> None:
     for request, keys, given in foreign:
         with pytest.raises(Validation):
             await page_of(Identity, {}, Page(1, given), request, keys)
+
+
+async def test_those_with_several_samples_are_found_among_many(store: None) -> None:
+    ann, bob, cid = await _identity(seq=1), await _identity(seq=2), await _identity(seq=3, status="erased")
+    await _identity(gallery_id=ELSEWHERE, seq=4)
+    for person in (bob, cid):
+        second = person.samples[0].model_copy(update={"id": new_id(), "seq": 9})
+        await person.set({"samples": [second.model_dump(), person.samples[0].model_dump()]})
+    assert len(ann.samples) == 1
+    assert [seqs async for seqs in Identity.seqs_of_several(HERE, 10)] == [[2, 9]]
