@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.test-setup-stamp
 # Certificates of the system, as pip does: a company's own authority is known there.
 export UV_SYSTEM_CERTS ?= true
 FACES ?= ../shared/faces
-SOAK ?= .data/soak.jsonl
+SOAK ?= docs/soak.jsonl
 # Real weights, where a checkout of them lies beside this one; dlib's come with the dependencies.
 ifneq ($(wildcard ../shared/models/.),)
 check test e2e bench: export MODEL_DIR ?= ../shared/models

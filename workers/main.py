@@ -15,8 +15,8 @@ from workers import jobs
 
 #: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
 JOB_TIMEOUT_SECONDS = 10
-#: One slice of a scan is a few seconds long.
-SCAN_TIMEOUT_SECONDS = 60
+#: One slice of a scan is a few seconds long; the clusters of a million pairs take half a minute.
+SCAN_TIMEOUT_SECONDS = 300
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600
 #: arq looks for work every half second by default: too slow for an officer who waits.

@@ -78,7 +78,7 @@ async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
         mine = {"gallery_id": gallery.id}
         await GalleryChange.get_pymongo_collection().delete_many(mine, session=session)
         await Identity.get_pymongo_collection().delete_many({**mine, "status": "erased"}, session=session)
-        await Scan.get_pymongo_collection().delete_many(mine, session=session)
+        await Scan.forget_all_of(gallery.id, session=session)
         await record(session, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name)
 
     await runtime.transaction(commit)

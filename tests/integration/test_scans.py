@@ -241,26 +241,27 @@ async def test_nobody_speaks_up_for_a_scan_that_its_worker_has_left(
     await crowd(runtime)
     scan = await started(runtime)
     await opened(runtime)
-    beats, block = 0, runtime.search.block
+    beats, block, is_speaking = 0, runtime.search.block, asyncio.Event()
 
     async def swallowing(_: Scan) -> None:
         nonlocal beats
         beats += 1
+        is_speaking.set()
         try:
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.5)
         except asyncio.CancelledError:
             raise AutoReconnect from None
 
     async def slow(gallery: Gallery, first: int, last: int) -> Block:
-        await asyncio.sleep(0.1)
+        await is_speaking.wait()
         return await block(gallery, first, last)
 
     monkeypatch.setattr(Scan, "beat", swallowing)
     monkeypatch.setattr(runtime.search, "block", slow)
-    await scanning.run(runtime, scan.id, seconds=0)
+    async with asyncio.timeout(10):
+        await scanning.run(runtime, scan.id, seconds=0)
     before = beats
-    assert before > 0
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     assert beats == before
 
 
