@@ -177,6 +177,7 @@ class Runtime:
                 {"$set": {
                     "pack": card.pack, "dimension": card.dimension, "contract": card.contract, "licence": card.licence,
                     "policy": self.starting_policy().model_dump(), "epoch": new_id(),
+                    "published": None, "previous": None, "fault": None, "purge_by": None,
                 }},
             )  # fmt: skip
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from app import search
 from app import vectors as vectors_of
 from app.audit import by_system
+from app.config import Settings
 from app.documents.base import now
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange, Generation
@@ -21,14 +23,14 @@ from app.documents.leases import Lease
 from app.domain import publication
 from app.errors import Conflict, GalleryTooLarge, NotReady
 from app.leases import Held
-from app.runtime import Runtime
+from app.runtime import Runtime, open_runtime
 from app.search import Limits
 from app.use_cases import examine
 from app.use_cases.publish import due, keep_promises, publish
 from storage.generations import GenerationStore, GenerationStoreUnavailable
 from storage.vectors import Hits
 from tests.builders import active, another_process, default_gallery, enrolled, erased, identified, known, screened
-from tests.fakes import DIMENSION
+from tests.fakes import CARD, DIMENSION, FakeEngine
 from tests.support.population import alike, populate, strangers
 
 THRESHOLD = 0.5
@@ -535,3 +537,17 @@ async def test_one_gallerys_trouble_does_not_end_the_following_of_the_others(
         while rounds < 3:
             await asyncio.sleep(0.01)
         await _in_use(runtime, first.number)
+
+
+async def test_an_unused_gallery_that_follows_a_change_of_model_leaves_its_generation_behind(
+    runtime: Runtime, settings: Settings
+) -> None:
+    await _published(runtime)
+    newer = FakeEngine(replace(CARD, contract="sha256:newer"))
+    async with open_runtime(settings, newer) as reopened:
+        gallery = await default_gallery()
+        assert (gallery.contract, gallery.published) == ("sha256:newer", None)
+        await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
+        ann = await active(reopened, "ann")
+        assert (await _published(reopened)).count == 1
+        assert [c.identity_id for c in (await identified(reopened, "ann")).candidates] == [ann.id]
