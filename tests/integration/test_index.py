@@ -551,3 +551,14 @@ async def test_an_unused_gallery_that_follows_a_change_of_model_leaves_its_gener
         ann = await active(reopened, "ann")
         assert (await _published(reopened)).count == 1
         assert [c.identity_id for c in (await identified(reopened, "ann")).candidates] == [ann.id]
+
+
+async def test_a_recall_below_the_gallerys_target_is_told_as_trouble(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    await _published(runtime)
+    (state,) = await examine.heads()
+    assert (state.recall, state.trouble) == (1.0, None)
+    await Gallery.get_pymongo_collection().update_one({}, {"$set": {"published.recall_bound": 0.9994}})
+    (state,) = await examine.heads()
+    assert state.trouble is not None
+    assert "0.9995" in state.trouble
