@@ -109,7 +109,7 @@ def test_the_margin_found_misses_no_fresh_pair(tmp_path: Path) -> None:
     assert set(found.recall) == ({"faiss", "compiled"} if can_compile() else {"faiss"})
     assert all(recall == Recall(count, 0) and recall.lower_bound >= 0.998 for recall in found.recall.values())
     assert (found.lists, found.probes) == (1, None)
-    assert 4.0 == SMALLEST_MARGIN + SPARE_MARGIN <= found.margin.faiss <= LARGEST_MARGIN
+    assert 5.0 == SMALLEST_MARGIN + SPARE_MARGIN <= found.margin.faiss <= LARGEST_MARGIN
     assert told[-1] == (count, count)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     fresh = planted_pairs(vectors, 0.5, 300, np.random.default_rng(8))
