@@ -289,7 +289,8 @@ class Search:
                 if head is not None and head.published not in (gallery.published, None) and head.epoch == gallery.epoch:
                     return await self._from_generations(head, known)  # its files had to go: a newer one has come
                 await self._refuse(gallery, generation, error)
-        return None if known is not None else await self._run_aside(self._copy_of, gallery, None, None, None)
+        # Not aside: whoever asks waits for this one, and there they may stand behind a slow share, and be nicer than all others.
+        return None if known is not None else await self._compute(self._copy_of, gallery, None, None, None)
 
     async def _built_upon(self, gallery: Gallery, generation: Generation) -> _Copy:
         folder, manifest = await self._run_aside(

@@ -1,6 +1,7 @@
 """Search by processes that each keep a copy of the vectors: what one answered, every other one sees."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from app.documents.base import new_id
 from app.documents.galleries import Change, Gallery, GalleryChange
 from app.errors import ModelMismatch, NotReady
 from app.runtime import Runtime
+from app.search import OPENED_AT_ONCE
 from app.use_cases import screen
 from tests.builders import (
     active,
@@ -82,6 +84,17 @@ async def test_a_process_that_starts_late_knows_everybody(runtime: Runtime) -> N
 async def test_many_searches_at_once_on_a_cold_process_agree(runtime: Runtime, other: Runtime) -> None:
     people = {(await enrolled(runtime, f"person-{i}")).id for i in range(5)}
     assert await asyncio.gather(*(_everybody(other) for _ in range(8))) == [people] * 8
+
+
+async def test_a_gallery_without_files_is_searched_while_those_of_others_come_slowly(runtime: Runtime) -> None:
+    has_come = threading.Event()
+    for _ in range(OPENED_AT_ONCE):
+        runtime.search._aside.submit(has_come.wait)
+    try:
+        ann = await active(runtime, "ann")
+        assert [c.identity_id for c in (await identified(runtime, "ann")).candidates] == [ann.id]
+    finally:
+        has_come.set()
 
 
 async def _take_away_the_middle_row() -> GalleryChange:
