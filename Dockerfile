@@ -41,7 +41,8 @@ FROM python:3.12.15-slim-bookworm AS runtime
 RUN groupadd --gid 10001 idem \
     && useradd --uid 10001 --gid idem --no-create-home --home-dir /var/lib/idem --shell /usr/sbin/nologin idem \
     && install --directory --owner=idem --group=idem --mode=0700 \
-        /var/lib/idem /var/lib/idem/photos /var/lib/idem/index /var/lib/idem/index-copies /var/lib/idem/models
+        /var/lib/idem /var/lib/idem/photos /var/lib/idem/index /var/lib/idem/index-copies /var/lib/idem/models \
+        /var/lib/idem/evidence
 ENV PATH=/opt/idem/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -51,6 +52,7 @@ ENV PATH=/opt/idem/bin:$PATH \
     STORAGE_PATH=/var/lib/idem/photos \
     VECTOR_DB_PATH=/var/lib/idem/index \
     INDEX_CACHE_PATH=/var/lib/idem/index-copies \
+    EVIDENCE_PATH=/var/lib/idem/evidence \
     NUMBA_CACHE_DIR=/tmp/numba \
     MODEL_DIR=/var/lib/idem/models
 WORKDIR /var/lib/idem

@@ -1,28 +1,38 @@
-"""The append-only log: an event for every action, in the action's own transaction, and for every refusal."""
+"""The append-only log: an event for every action, in the action's own transaction, and for every refusal.
+
+Events get their place in the Merkle tree a moment later (`app/use_cases/sequence.py`). What of an event is somebody's stands in
+it hashed under a salt, and in the clear beside it, where it can be forgotten.
+"""
 
 import hashlib
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Final
 
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import OperationFailure
 
 from app.documents.base import now
 from app.documents.claims import IdempotencyClaim, Once
-from app.documents.events import ActorRef, AuditEvent, Detail, Outcome, Personal, Subject
+from app.documents.events import ActorRef, AuditEvent, Detail, Outcome, Personal, StrangerCount, Subject
+from app.documents.tree import AuditKey
 from app.domain.callers import Caller
-from app.errors import IdempotencyInProgress, Problem, Unauthenticated
+from app.domain.log_export import canonical, personal_hash
+from app.errors import AuditRefused, IdempotencyInProgress, Problem, Unauthenticated
+from app.keys import KeyRing
 
 SALT_BYTES = 16
-STRANGER_PERIOD = timedelta(minutes=2)
+STRANGER_PERIOD: Final = timedelta(minutes=2)
 
 
 @dataclass(slots=True)
 class Action:
     """Who does what, from where, under which idempotency key.
 
-    name: dotted, "identity.enrol". subject and gallery: filled in as they become known, so that a refusal's event names them.
-    is_read: it is no action of its own; only refusals of access to it become events.
+    name: dotted, "identity.enrol". has_own_request_id: the caller gave the request id, so it is theirs, not ours. subject and
+    gallery: filled in as they become known, so that a refusal's event names them. is_read: it is no action of its own; only
+    refusals of access to it become events.
     """
 
     name: str
@@ -30,6 +40,7 @@ class Action:
     request_id: str | None
     ip: str | None
     is_read: bool = False
+    has_own_request_id: bool = False
     claim: IdempotencyClaim | None = None
     subject: Subject = field(default_factory=lambda: Subject(kind="none", id=None))
     gallery: str | None = None
@@ -46,20 +57,30 @@ def by_system(name: str) -> Action:
 
 
 def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | None, detail: Detail) -> AuditEvent:
+    """Raises ValueError for a detail that has no canonical JSON: it could never enter the tree."""
     caller = action.caller
     anonymous = ActorRef(kind="system" if action.ip is None else "anonymous", id=None)
-    name = None if caller is None else caller.name
-    personal = Personal(salt=os.urandom(SALT_BYTES), actor_name=name, actor_ip=action.ip, request_id=action.request_id)
-    return AuditEvent(
+    actor = anonymous if caller is None else ActorRef(kind=caller.kind, id=caller.id)
+    personal = Personal(
+        salt=os.urandom(SALT_BYTES),
+        actor_name=None if caller is None else caller.name,
+        actor_ip=action.ip or None,
+        request_id=action.request_id if action.has_own_request_id else None,
+    )
+    hashed = {name: personal_hash(personal.salt, value) for name, value in personal.clear.items()}
+    event = AuditEvent(
         time=now(),
-        actor=anonymous if caller is None else ActorRef(kind=caller.kind, id=caller.id),
-        personal=personal,
+        actor=actor.model_copy(update={"name": hashed.get("actor.name"), "ip": hashed.get("actor.ip")}),
         action=action.name,
         subject=subject,
         outcome=outcome,
         gallery=gallery,
+        request_id=hashed.get("request_id", action.request_id),
         detail=detail,
+        personal=personal if hashed else None,
     )
+    canonical(event.leaf(0))
+    return event
 
 
 async def record(  # noqa: PLR0913 - an event is that wide
@@ -77,11 +98,17 @@ async def record(  # noqa: PLR0913 - an event is that wide
     """Insert the action's event in its transaction, and settle the action's idempotency key with it.
 
     session: None for what only reads and answers. status_code and score: what an idempotent repetition must answer and
-    the event does not hold. If the event cannot be written, the action does not happen. Raises IdempotencyInProgress when
-    another request took over the key.
+    the event does not hold. If the event cannot be written, the action does not happen: raises AuditRefused when the store
+    answers and does not take it. Raises IdempotencyInProgress when another request took over the key.
     """
     event = _event(action, Subject(kind=subject_kind, id=subject_id), outcome, gallery, detail or {})
-    await event.insert(session=session)
+    try:
+        await event.insert(session=session)
+    except OperationFailure as error:
+        # A conflict or an election is the transaction's to try again, and a time limit is the caller's.
+        if error.timeout or error.has_error_label("TransientTransactionError"):
+            raise
+        raise AuditRefused from error
     if action.claim is not None:
         settled = session is not None and await action.claim.settle(session, event.id, status_code or 200, score)
         if not settled:
@@ -90,16 +117,47 @@ async def record(  # noqa: PLR0913 - an event is that wide
 
 
 async def is_first_of_stranger(action: Action) -> bool:
-    """Whether nobody unknown was refused the same from the same address in this minute."""
-    minute = now().strftime("%Y-%m-%dT%H:%M")
-    digest = hashlib.sha256(f"{action.name}|{action.ip}|{minute}".encode()).hexdigest()
+    """Count a refusal of somebody unknown; whether it is the first from that address in this minute, and so an event by itself.
+
+    What comes after it in the minute is told by one event more (`tell_of_strangers`).
+    """
+    minute = now().replace(second=0, microsecond=0)
+    address = action.ip or ""
+    digest = hashlib.sha256(f"{address}|{minute:%Y-%m-%dT%H:%M}".encode()).hexdigest()
+    counted = {"$inc": {"refused": 1}, "$setOnInsert": {"minute": minute, "ip": address, "action": action.name}}
+    await StrangerCount.get_pymongo_collection().update_one({"_id": f"{digest}|{action.name}"}, counted, upsert=True)
     return await Once.is_first(f"stranger:{digest}", STRANGER_PERIOD)
+
+
+async def tell_of_strangers(session: AsyncClientSession) -> bool:
+    """One event for an address's refusals in a minute that is over, where there was more than the first; False when none is left.
+
+    In one transaction: what was counted is told once.
+    """
+    over = now() - STRANGER_PERIOD
+    oldest = await StrangerCount.find({"minute": {"$lt": over}}, session=session).sort("+minute").first_or_none()
+    if oldest is None:
+        return False
+    of_it = {"minute": oldest.minute, "ip": oldest.ip}
+    rows = await StrangerCount.find(of_it, session=session).sort("+action").to_list()
+    total = sum(row.refused for row in rows)
+    if total > 1:
+        action = Action(name="auth.strangers", caller=None, request_id=None, ip=oldest.ip)
+        detail: Detail = {
+            "refused": total,
+            "minute": f"{oldest.minute:%Y-%m-%dT%H:%MZ}",
+            "actions": ", ".join(f"{row.action} {row.refused}" for row in rows),
+        }
+        await record(session, action, subject_kind="none", subject_id=None, outcome="denied", detail=detail)
+    await StrangerCount.get_pymongo_collection().delete_many(of_it, session=session)
+    return True
 
 
 async def refuse(action: Action, problem: Problem) -> None:
     """Record that the action was refused: denied for 401 and 403, a failure otherwise.
 
-    Strangers without a valid token get one event per address and minute, so that they cannot fill the log.
+    Strangers without a valid token get one event per address and minute at once, so that they cannot fill the log; the others
+    are counted.
     """
     outcome: Outcome = "denied" if problem.status in (401, 403) else "failure"
     if action.is_read and outcome != "denied":
@@ -108,3 +166,17 @@ async def refuse(action: Action, problem: Problem) -> None:
         return
     detail: Detail = {"problem": problem.slug(), "status": problem.status}
     await _event(action, action.subject, outcome, action.gallery, detail).insert()
+
+
+async def rotate_key(session: AsyncClientSession, keys: KeyRing, action: Action, reason: str) -> AuditKey:
+    """A new key for tree heads in place of the one in use, which signs nothing any more; recorded in the same transaction.
+
+    reason: what an auditor is to read, 200 characters at most. Heads of the former key stay good.
+    """
+    former, fresh = await AuditKey.active(session), AuditKey.fresh(keys)
+    retired = {"is_active": False, "retired_at": now(), "sealed_private": None}
+    await AuditKey.get_pymongo_collection().update_one({"_id": former.id}, {"$set": retired}, session=session)
+    await fresh.insert(session=session)
+    detail: Detail = {"former": former.id, "reason": reason[:200]}
+    await record(session, action, subject_kind="audit_key", subject_id=fresh.id, detail=detail)
+    return fresh

@@ -1,5 +1,6 @@
 """Settings, from the environment or `.env`; nothing else in the product reads the environment."""
 
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,6 +14,9 @@ DISTINCT_CHARACTERS = 8
 WEAK_SECRETS = frozenset(
     {"changeme", "change-me", "secret", "password", "admin", "minioadmin", "idem", "test", "default"}
 )
+
+
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?")
 
 
 class UnsafeProduction(ValueError):
@@ -30,7 +34,23 @@ def _expanded(path: Path) -> Path:
     return path.expanduser()
 
 
+def _is_origins(text: str) -> str:
+    for origin in text.replace(",", " ").split():
+        if _ORIGIN.fullmatch(origin) is None:
+            message = f"{origin} is no origin: write https://host or https://host:port; there is no wildcard"
+            raise ValueError(message)
+    return text
+
+
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
+#: Requests of one kind that are counted together: logins, what looks at faces, other changes, other reads.
+RateClass = Literal["login", "face", "write", "read"]
+Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}/(second|minute|hour)$")]
+#: Per caller, or per address where there is none yet. In development nobody should meet them but a test that means to.
+PRODUCTION_RATES: dict[RateClass, str] = {
+    "login": "60/minute", "face": "600/minute", "write": "600/minute", "read": "3000/minute",
+}  # fmt: skip
+DEVELOPMENT_RATE = "6000/minute"
 
 
 class Settings(BaseSettings):
@@ -49,9 +69,11 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     public_url: str = ""  # issuer of tokens where it is not the address that callers use
     docs_enabled: bool | None = None  # None: on in development, off in production
-    forwarded_allow_ips: str = "127.0.0.1"
+    forwarded_allow_ips: str = ""  # nobody's
+    cors_origins: Annotated[str, AfterValidator(_is_origins)] = ""
+    body_timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10
     shutdown_grace_seconds: Annotated[int, Field(ge=1, le=300)] = 8
-    metrics_enabled: bool = True
+    metrics_enabled: bool | None = None  # None: on in development, off in production
 
     # MongoDB: the only truth
     mongodb_uri: str = ""
@@ -67,6 +89,11 @@ class Settings(BaseSettings):
     queue_timeout_seconds: Annotated[float, Field(gt=0, le=5)] = 0.5
     worker_max_jobs: Annotated[int, Field(ge=1, le=256)] = 8
     sweep_interval_seconds: Annotated[int, Field(ge=1, le=60)] = 5
+
+    # Dependencies that are away
+    boundary_failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    boundary_pause_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    photo_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
 
     # Photos
     photo_store: Literal["local", "minio"] = "local"
@@ -87,6 +114,15 @@ class Settings(BaseSettings):
     index_shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 1000  # 0: never
     index_purge_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
 
+    # Evidence: an append-only place outside the database
+    evidence_path: LocalPath = Path(".data/evidence")
+    evidence_bucket: str = ""  # of the S3 server of the photos; instead of the folder
+    evidence_retention_days: Annotated[int, Field(ge=0, le=36_500)] = 3650  # 0: no period
+
+    # The audit log
+    audit_head_seconds: Annotated[float, Field(ge=0.05, le=3600)] = 1
+    audit_personal_days: Annotated[int, Field(ge=1, le=36_500)] = 365
+
     # Face model
     model_dir: LocalPath = Path("~/.insightface/models")
     face_model: str = "auto"
@@ -100,16 +136,35 @@ class Settings(BaseSettings):
     max_json_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024
     max_samples: Annotated[int, Field(ge=1, le=100)] = 20
 
+    # Rates per caller; None: see PRODUCTION_RATES and DEVELOPMENT_RATE
+    rate_login: Rate | None = None
+    rate_face: Rate | None = None
+    rate_write: Rate | None = None
+    rate_read: Rate | None = None
+
     # Trust
     key_encryption_key: SecretStr = SecretStr("")
     key_encryption_key_file: LocalPath | None = None
+    key_encryption_key_previous: SecretStr = SecretStr("")  # several: separated by commas or white space
+    key_encryption_key_previous_file: LocalPath | None = None
+    erasure_sweep_minutes: Annotated[int, Field(ge=1, le=60)] = 5
     access_token_expire_minutes: Annotated[int, Field(ge=1, le=1440)] = 30
     refresh_token_sliding_hours: Annotated[int, Field(ge=1, le=720)] = 8
     refresh_token_absolute_hours: Annotated[int, Field(ge=1, le=8760)] = 24
+    login_failures_before_wait: Annotated[int, Field(ge=1, le=1000)] = 5
+    login_failures_before_wait_address: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    login_wait_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
+    login_wait_maximum_seconds: Annotated[int, Field(ge=1, le=86_400)] = 900
+    password_pool: Annotated[int, Field(ge=1, le=64)] = 2
+    password_queue: Annotated[int, Field(ge=0, le=10_000)] = 32
+    client_secret_overlap_hours: Annotated[int, Field(ge=0, le=720)] = 24
     attempts_before_wait: Annotated[int, Field(ge=1, le=50)] = 5
     attempts_wait_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     attempts_before_reset: Annotated[int, Field(ge=2, le=1000)] = 50
     replay_window_hours: Annotated[int, Field(ge=1, le=168)] = 24
+    challenge_seconds: Annotated[int, Field(ge=10, le=3600)] = 120
+    probe_identities_per_hour: Annotated[int, Field(ge=1, le=10_000)] = 100
+    non_matches_alarm_per_hour: Annotated[int, Field(ge=1, le=100_000_000)] = 1000
     idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24
 
     @property
@@ -117,16 +172,51 @@ class Settings(BaseSettings):
         """Whether unsafe defaults are refused."""
         return self.environment == "production"
 
+    def rates(self) -> dict[RateClass, str]:
+        """How often one caller may ask, by class of request: "60/minute"."""
+        given: dict[RateClass, str | None] = {
+            "login": self.rate_login, "face": self.rate_face, "write": self.rate_write, "read": self.rate_read,
+        }  # fmt: skip
+        return {
+            kind: rate or (PRODUCTION_RATES[kind] if self.is_production else DEVELOPMENT_RATE)
+            for kind, rate in given.items()
+        }
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """Origins whose pages may read answers; none unless named."""
+        return frozenset(self.cors_origins.replace(",", " ").split())
+
+    @property
+    def shows_metrics(self) -> bool:
+        """Whether /metrics is served."""
+        return not self.is_production if self.metrics_enabled is None else self.metrics_enabled
+
     @property
     def shows_docs(self) -> bool:
         """Whether /docs, /redoc and /openapi.json are served."""
         return not self.is_production if self.docs_enabled is None else self.docs_enabled
+
+    @property
+    def address_failures_before_wait(self) -> int:
+        """Failed logins from one address before there is a wait."""
+        if self.login_failures_before_wait_address is not None:
+            return self.login_failures_before_wait_address
+        # On a developer's machine everybody comes from one address, and many fail on purpose.
+        return self.login_failures_before_wait if self.is_production else 100
 
     def key_encryption_secret(self) -> str:
         """The key-encryption key's text, from its file where one is named. Raises OSError when that cannot be read."""
         if self.key_encryption_key_file is not None:
             return self.key_encryption_key_file.read_text(encoding="utf-8").strip()
         return self.key_encryption_key.get_secret_value()
+
+    def key_encryption_previous_secrets(self) -> list[str]:
+        """The texts of the keys that still open, and seal nothing any more. Raises OSError when their file cannot be read."""
+        texts = self.key_encryption_key_previous.get_secret_value()
+        if self.key_encryption_key_previous_file is not None:
+            texts = self.key_encryption_key_previous_file.read_text(encoding="utf-8")
+        return texts.replace(",", " ").split()
 
     @model_validator(mode="after")
     def _production_is_safe(self) -> Self:

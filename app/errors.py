@@ -1,9 +1,10 @@
 """Every problem a caller can meet, as RFC 9457 names them.
 
 Problem
+├── Unreadable 400, RequestTimeout 408, HeadersTooLarge 431
 ├── Unauthenticated 401, Forbidden 403, NotFound 404, MethodNotAllowed 405, PreconditionFailed 412
 ├── Conflict 409
-│   ├── ExternalRefTaken, ModelMismatch, DifferentPerson, ReplayedPhoto, UndecidedCandidates
+│   ├── ExternalRefTaken, ModelMismatch, DifferentPerson, ReplayedPhoto, NonceInvalid, UndecidedCandidates
 │   └── IdempotencyInProgress, AlreadyCreated
 ├── PhotoMissing 410, TooLarge 413, TooManyPixels 413, UnsupportedMediaType 415
 ├── Validation 422
@@ -12,7 +13,7 @@ Problem
 │       UndecodableImage, AnimatedImage, DifferentPeople
 ├── RateLimited 429, AttemptsExhausted 429
 └── Unexpected 500, NotImplementedYet 501, NotReady 503, GalleryTooLarge 503,
-    DependencyUnavailable 503, ModelUnavailable 503
+    DependencyUnavailable 503, AuditRefused 503, ModelUnavailable 503
 
 The slug in `type` is made from the class name (`LowQuality` -> `low-quality`), so a name is a promise to
 clients. Any layer may raise these; only `app.api.problems` knows how they look over HTTP.
@@ -86,6 +87,24 @@ class PreconditionFailed(Problem):
     status, title = 412, "It was changed in the meantime"
 
 
+class RequestTimeout(Problem):
+    """The body did not come in time, or not whole."""
+
+    status, title = 408, "The request did not come in time"
+
+
+class HeadersTooLarge(Problem):
+    """More or longer headers than any honest request has."""
+
+    status, title = 431, "The request's headers are too large"
+
+
+class Unreadable(Problem):
+    """Bytes that two readers could read in two ways, or that are no request at all."""
+
+    status, title = 400, "The request cannot be read"
+
+
 class Conflict(Problem):
     """The state of things does not allow it."""
 
@@ -111,9 +130,15 @@ class DifferentPerson(Conflict):
 
 
 class ReplayedPhoto(Conflict):
-    """The very same selfie was presented before."""
+    """The very same selfie was presented before; or a near copy, where the gallery refuses those."""
 
     title = "This photo was presented before"
+
+
+class NonceInvalid(Conflict):
+    """The gallery asks for a nonce and there is none; or it was used, is too old, or was given for something else."""
+
+    title = "The nonce does not hold"
 
 
 class UndecidedCandidates(Conflict):
@@ -276,6 +301,16 @@ class DependencyUnavailable(Problem):
 
     def __init__(self, detail: str = "", *, retry_after_seconds: int = 2) -> None:
         super().__init__(detail, retry_after_seconds=retry_after_seconds)
+
+
+class AuditRefused(Problem):
+    """The store answers, and does not take the action's audit event: the action did not happen."""
+
+    status, title = 503, "A part of the service is away"
+    slug_override = "dependency-unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The audit log cannot be written; nothing was done.", retry_after_seconds=5)
 
 
 class ModelUnavailable(Problem):

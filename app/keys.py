@@ -1,8 +1,13 @@
-"""Keys: one secret from the operator wraps a key per gallery, which wraps a data key per identity.
+"""Keys: one secret from the operator wraps the keys of each gallery, which wrap a data key per identity.
 
-    key-encryption key (KEY_ENCRYPTION_KEY or _FILE)
-      -> gallery key       wrapped in the gallery's document
-           -> data key     wrapped in the identity's document; destroying it erases the person everywhere
+    key-encryption key (KEY_ENCRYPTION_KEY or _FILE; former ones in KEY_ENCRYPTION_KEY_PREVIOUS)
+      -> root secret          one for the store: what keyed hashes come from
+      -> gallery's root       what its lookups and the turning of its vectors come from; never changes
+      -> gallery's key        in generations, of which the newest wraps; the older ones go when nothing needs them
+           -> data key        wrapped in the identity's document; destroying it erases the person everywhere
+
+Whatever can be rotated names, in what it wrapped, which key that was: so several are in use at once, and nothing stands
+still meanwhile. What hashes are made of is wrapped like the rest, and not derived from what rotates.
 
 Sealing is AES-256-GCM with a fresh 96-bit nonce; `bound` names whose data it is, of what kind, so that a sealed
 value moved to another place does not open. Values that are looked up by are kept as HMAC-SHA256.
@@ -13,8 +18,9 @@ import binascii
 import hashlib
 import hmac
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +30,42 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pydantic import BaseModel, ConfigDict
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
-SEALED_VERSION = b"\x01"
+#: First bytes of a sealed value, of one that names its key-encryption key, and of a data key that names its generation.
+SEALED_VERSION, MASTER_VERSION, WRAPPED_VERSION = b"\x01", b"\x02", b"\x03"
+KEY_ID_BYTES = 8
+GENERATION_BYTES = 4
+#: Bytes of a tag. Four are enough to be few false ones, which the caller sorts out; more would only fill the index.
+TAG_BYTES = 4
 
 
 class SealBroken(Exception):
     """A sealed value does not open: another key, another place, or changed bytes."""
+
+
+class UnknownKey(SealBroken):
+    """It names a key that is not known here: destroyed, or made since the gallery was read."""
+
+
+class WrappedKeys(BaseModel):
+    """A gallery's keys as its document holds them, under the key-encryption key.
+
+    generations: by number, as text because they are names of fields. sealing: the generation that wraps new data keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64")
+
+    root: bytes
+    generations: dict[str, bytes]
+    sealing: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """The generations that there are, rising."""
+        return sorted(map(int, self.generations))
 
 
 def _seal(key: bytes, plain: bytes, bound: bytes) -> bytes:
@@ -72,6 +106,11 @@ class DataKey:
 
     key: bytes
 
+    @classmethod
+    def fresh(cls) -> "DataKey":
+        """A new one, to be wrapped before anything that it sealed is stored."""
+        return cls(os.urandom(KEY_BYTES))
+
     def seal(self, plain: bytes, bound: bytes) -> bytes:
         """Encrypt and authenticate `plain`, tied to `bound`."""
         return _seal(self.key, plain, bound)
@@ -83,23 +122,45 @@ class DataKey:
 
 @dataclass(frozen=True, slots=True)
 class GalleryKey:
-    """One gallery's key: wraps its identities' data keys, and hashes what is looked up by."""
+    """One gallery's keys, opened: wraps its identities' data keys, and hashes what is looked up by.
+
+    generations: by number, shared by all of this process, and more come in as documents are read. sealing: the one that
+    wraps. learn: bring in what a gallery's document holds by now.
+    """
 
     gallery_id: str
-    key: bytes
+    root: bytes
+    generations: Mapping[int, bytes]
+    sealing: int
+    learn: Callable[[WrappedKeys], "GalleryKey"]
 
     def new_data_key(self, identity_id: str) -> tuple[DataKey, bytes]:
         """A fresh data key, and its wrapped form to be stored with the identity."""
-        data_key = DataKey(os.urandom(KEY_BYTES))
-        return data_key, _seal(self.key, data_key.key, self._bound(identity_id))
+        data_key = DataKey.fresh()
+        return data_key, self.wrap(data_key, identity_id)
+
+    def wrap(self, data_key: DataKey, identity_id: str) -> bytes:
+        """A data key in the form that is stored with its identity."""
+        sealed = _seal(self.generations[self.sealing], data_key.key, self._bound(identity_id))
+        return WRAPPED_VERSION + self.sealing.to_bytes(GENERATION_BYTES, "big") + sealed
 
     def unwrap(self, wrapped: bytes, identity_id: str) -> DataKey:
-        """The data key of an identity. Raises SealBroken."""
-        return DataKey(_open(self.key, wrapped, self._bound(identity_id)))
+        """The data key of an identity. Raises SealBroken; UnknownKey when its generation is not known here."""
+        number = generation_of(wrapped)
+        key = self.generations.get(number)
+        if key is None:
+            message = f"the gallery's key has no generation {number} here"
+            raise UnknownKey(message)
+        return DataKey(_open(key, wrapped[1 + GENERATION_BYTES :], self._bound(identity_id)))
 
     def lookup_hash(self, field: str, value: str) -> bytes:
         """What stands for a value in an index: equal for equal values of one gallery, telling nothing without the key."""
-        return hmac.digest(_derive(self.key, f"lookup/{field}"), value.encode(), "sha256")
+        return hmac.digest(_derive(self.root, f"lookup/{field}"), value.encode(), "sha256")
+
+    def lookup_tags(self, field: str, values: Iterable[str]) -> list[bytes]:
+        """What stands for each of several values, cut to TAG_BYTES, each once; sorted, so that no order tells of the values."""
+        key = _derive(self.root, f"lookup/{field}")
+        return sorted({hmac.digest(key, value.encode(), "sha256")[:TAG_BYTES] for value in values})
 
     def rotation(self, name: str, dimension: int) -> npt.NDArray[np.float64]:
         """The secret orthogonal matrix (d, d) of that name: `vectors @ matrix` keeps cosines, and hides the vectors.
@@ -107,10 +168,18 @@ class GalleryKey:
         The same for the same key, name and dimension, on every host. It is not encryption: who knows about as many pairs of
         turned and unturned vectors as there are dimensions can work it out.
         """
-        return _rotation(_derive(self.key, f"rotation/{name}"), dimension)
+        return _rotation(_derive(self.root, f"rotation/{name}"), dimension)
 
     def _bound(self, identity_id: str) -> bytes:
         return f"idem/1|data-key|{self.gallery_id}|{identity_id}".encode()
+
+
+def generation_of(wrapped: bytes) -> int:
+    """Which generation of its gallery's key wrapped a data key. Raises SealBroken."""
+    if wrapped[:1] != WRAPPED_VERSION:
+        message = "a wrapped key of an unknown version"
+        raise SealBroken(message)
+    return int.from_bytes(wrapped[1 : 1 + GENERATION_BYTES], "big")
 
 
 @lru_cache(maxsize=16)
@@ -129,44 +198,98 @@ def _rotation(seed: bytes, dimension: int) -> npt.NDArray[np.float64]:
 
 
 class KeyRing:
-    """The operator's key-encryption key and what is done with it; unwrapped gallery keys are kept in memory."""
+    """The operator's key-encryption keys and what is done with them; opened gallery keys are kept in memory."""
 
-    def __init__(self, secret: str) -> None:
-        """secret: KEY_ENCRYPTION_KEY's text. Raises ValueError when it is empty."""
+    def __init__(self, secret: str, previous: Sequence[str] = ()) -> None:
+        """secret: KEY_ENCRYPTION_KEY's text; previous: of those that opened before it. Raises ValueError without a secret.
+
+        Keyed hashes are there once `adopt_root` has been called.
+        """
         if not secret:
             message = "KEY_ENCRYPTION_KEY (or KEY_ENCRYPTION_KEY_FILE) is not set"
             raise ValueError(message)
-        root = _bytes_of(secret)
-        self._wrapping = _derive(root, "wrap")
-        self._hashing = _derive(root, "hash")
-        #: Names the key in what it wrapped, and tells nothing else of it.
-        self.key_id = hashlib.sha256(_derive(root, "id")).hexdigest()[:16]
-        self._galleries: dict[str, GalleryKey] = {}
+        self._wrapping: dict[str, bytes] = {}
+        for text in (secret, *previous):
+            root = _bytes_of(text)
+            name = hashlib.sha256(_derive(root, "id")).hexdigest()[: 2 * KEY_ID_BYTES]
+            self._wrapping[name] = _derive(root, "wrap")
+        #: Names the newest key in what it wrapped, and tells nothing else of it.
+        self.key_id = next(iter(self._wrapping))
+        self._root: bytes | None = None
+        self._roots: dict[str, bytes] = {}
+        self._generations: dict[str, dict[int, bytes]] = {}
 
-    def new_gallery_key(self, gallery_id: str) -> bytes:
-        """A fresh gallery key in its wrapped form, to be stored with the gallery."""
-        return self.seal_with_master(os.urandom(KEY_BYTES), self._gallery_bound(gallery_id))
+    @property
+    def key_ids(self) -> list[str]:
+        """The names of all keys that open here, the newest first."""
+        return list(self._wrapping)
 
-    def gallery_key(self, gallery_id: str, wrapped: bytes) -> GalleryKey:
-        """The gallery's key. Raises SealBroken when the key-encryption key is another one."""
-        known = self._galleries.get(gallery_id)
-        if known is None:
-            key = self.open_with_master(wrapped, self._gallery_bound(gallery_id))
-            known = self._galleries[gallery_id] = GalleryKey(gallery_id, key)
-        return known
+    def adopt_root(self, root: bytes) -> None:
+        """Make keyed hashes from the store's root secret from now on. root: 32 bytes."""
+        self._root = root
+
+    def new_gallery_keys(self, gallery_id: str) -> WrappedKeys:
+        """A new gallery's keys, to be stored with it."""
+        root = self.seal_with_master(os.urandom(KEY_BYTES), gallery_root_bound(gallery_id))
+        return WrappedKeys(root=root, generations={"1": self.new_generation(gallery_id)}, sealing=1)
+
+    def new_generation(self, gallery_id: str) -> bytes:
+        """One more generation of a gallery's key, to be stored with it."""
+        return self.seal_with_master(os.urandom(KEY_BYTES), gallery_key_bound(gallery_id))
+
+    def gallery_key(self, gallery_id: str, wrapped: WrappedKeys) -> GalleryKey:
+        """The gallery's keys. Raises SealBroken when they were sealed under none of the key-encryption keys.
+
+        Generations that are older than all in the document were destroyed, and are forgotten here too.
+        """
+        generations = self._generations.setdefault(gallery_id, {})
+        for number, sealed in wrapped.generations.items():
+            if int(number) not in generations:
+                generations[int(number)] = self.open_with_master(sealed, gallery_key_bound(gallery_id))
+        for gone in [known for known in list(generations) if known < wrapped.numbers[0]]:
+            generations.pop(gone, None)  # several threads may be here at once
+        root = self._roots.get(gallery_id)
+        if root is None:
+            root = self._roots[gallery_id] = self.open_with_master(wrapped.root, gallery_root_bound(gallery_id))
+        return GalleryKey(gallery_id, root, generations, wrapped.sealing, partial(self.gallery_key, gallery_id))
 
     def seal_with_master(self, plain: bytes, bound: bytes) -> bytes:
-        """Seal under the key-encryption key itself: gallery keys, private signing keys."""
-        return _seal(self._wrapping, plain, bound)
+        """Seal under the newest key-encryption key itself: gallery keys, private signing keys.
+
+        Where the sealed value is stored belongs into `app.documents.master_sealed`, or it is lost at the next rotation.
+        """
+        return MASTER_VERSION + bytes.fromhex(self.key_id) + _seal(self._wrapping[self.key_id], plain, bound)
 
     def open_with_master(self, sealed: bytes, bound: bytes) -> bytes:
-        """Open what `seal_with_master` sealed. Raises SealBroken."""
-        return _open(self._wrapping, sealed, bound)
+        """Open what `seal_with_master` sealed, here or in another process. Raises SealBroken."""
+        name = master_key_of(sealed)
+        key = self._wrapping.get(name)
+        if key is None:
+            message = f"sealed under the key-encryption key {name}, which is not known here"
+            raise UnknownKey(message)
+        return _open(key, sealed[1 + KEY_ID_BYTES :], bound)
 
     def keyed_hash(self, label: str, value: bytes) -> bytes:
-        """HMAC-SHA256 under a key of its own for each label; 32 bytes."""
-        return hmac.digest(_derive(self._hashing, label), value, "sha256")
+        """HMAC-SHA256 under a key of its own for each label, the same for the life of the store; 32 bytes."""
+        if self._root is None:
+            message = "the store's root secret is not open yet"
+            raise RuntimeError(message)
+        return hmac.digest(_derive(self._root, label), value, "sha256")
 
-    @staticmethod
-    def _gallery_bound(gallery_id: str) -> bytes:
-        return f"idem/1|gallery-key|{gallery_id}".encode()
+
+def master_key_of(sealed: bytes) -> str:
+    """The name of the key-encryption key that sealed a value. Raises SealBroken."""
+    if sealed[:1] != MASTER_VERSION:
+        message = "a value that no key-encryption key has sealed"
+        raise SealBroken(message)
+    return sealed[1 : 1 + KEY_ID_BYTES].hex()
+
+
+def gallery_key_bound(gallery_id: str) -> bytes:
+    """What a gallery's wrapped key is bound to."""
+    return f"idem/1|gallery-key|{gallery_id}".encode()
+
+
+def gallery_root_bound(gallery_id: str) -> bytes:
+    """What a gallery's wrapped root is bound to."""
+    return f"idem/1|gallery-root|{gallery_id}".encode()

@@ -8,6 +8,8 @@ import structlog
 
 #: A field longer than this says nothing more.
 FIELD_CHARACTERS = 256
+#: A traceback is long by nature; what an error says of a caller's words is at its end, and may be as long as they are.
+TRACEBACK_CHARACTERS = 16_384
 
 
 def _cut(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -15,6 +17,9 @@ def _cut(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typ
     for name, value in event.items():
         if isinstance(value, str) and len(value) > FIELD_CHARACTERS and name != "exception":
             event[name] = value[:FIELD_CHARACTERS] + "…"
+    traceback = event.get("exception")
+    if isinstance(traceback, str) and len(traceback) > TRACEBACK_CHARACTERS:
+        event["exception"] = traceback[:TRACEBACK_CHARACTERS] + "…"
     return event
 
 

@@ -8,9 +8,11 @@ import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from app.api import accounts, audit, dedup, faces, galleries, identities, operations, problems
+from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, users
+from app.api.draining import Drain, Draining
 from app.api.envelope import Envelope
 from app.config import Settings
+from app.errors import HeadersTooLarge, RateLimited, RequestTimeout, Unreadable
 from app.logs import configure_logging
 from app.runtime import open_runtime
 
@@ -24,24 +26,38 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service; its Runtime is opened when it starts and closed when it stops."""
     known = settings or Settings()
     configure_logging(known.log_level)
+    drain = Drain(known.shutdown_grace_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_runtime(known, warm=True, keep_up=True) as runtime:
             app.state.runtime = runtime
             log.info("service_opened", pack=runtime.engine.card.pack, reason=runtime.engine_reason)
-            yield
+            with drain.on_signals():
+                yield
 
     # FastAPI's own pages load their scripts from a CDN; these bring them along.
     make = FastAPIOffline if known.shows_docs else partial(FastAPI, openapi_url=None, docs_url=None, redoc_url=None)
     app: FastAPI = make(
-        title="Idem", version=operations.VERSION, description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+        title="Idem",
+        version=operations.VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # What any route may answer before it is asked.
+        responses=problems.problems(Unreadable, RequestTimeout, RateLimited, HeadersTooLarge),
     )
     problems.install(app)
-    for door in (accounts, galleries, identities, faces, dedup, audit, operations):
+    for door in (auth, users, clients, galleries, identities, faces, dedup, audit, operations):
         app.include_router(door.router)
     app.include_router(identities.imports)
-    app.add_middleware(Envelope, body_limit=known.max_json_bytes)
+    app.add_middleware(Draining, drain=drain)
+    app.add_middleware(
+        Envelope,
+        body_limit=known.max_json_bytes,
+        body_seconds=known.body_timeout_seconds,
+        allowed_origins=known.allowed_origins,
+    )
     return app
 
 

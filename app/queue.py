@@ -1,26 +1,21 @@
 """Names and arguments of background jobs. Putting one in the queue is a hint: MongoDB knows what is due."""
 
-import asyncio
 import json
-import time
+from functools import partial
 from typing import Final
 
-import structlog
 from arq.connections import ArqRedis, RedisSettings
 from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from app.boundary import Boundary
 from app.config import Settings
-
-log = structlog.get_logger(__name__)
 
 SCREEN: Final = "screen"
 PUBLISH: Final = "publish"
 SCAN: Final = "scan"
-#: After a failed call Redis is left alone for so long: an enrolment should not wait for it again and again.
-PAUSE_SECONDS = 1.0
 CONNECT_SECONDS = 1
 
 
@@ -45,10 +40,10 @@ def redis_settings(settings: Settings) -> RedisSettings:
 class Queue:
     """Puts jobs where the workers look. Job arguments are ids."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, boundary: Boundary) -> None:
         self._settings = settings
+        self._boundary = boundary
         self._redis: ArqRedis | None = None
-        self._paused_until = 0.0
 
     async def enqueue_screening(self, identity_id: str, job_id: str, *, again: str = "") -> bool:
         """Ask a worker to screen. False when Redis is away: the sweep will find the identity in MongoDB.
@@ -66,23 +61,18 @@ class Queue:
         return await self._enqueue(SCAN, scan_id, queue_id=f"{scan_id}{again}")
 
     async def _enqueue(self, job: str, *ids: str, queue_id: str) -> bool:
-        if time.monotonic() < self._paused_until:
-            return False
+        redis = self._connection()
+        put = partial(redis.enqueue_job, job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name)
         try:
-            async with asyncio.timeout(self._settings.queue_timeout_seconds):
-                redis = self._connection()
-                await redis.enqueue_job(job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            log.warning("queue_unavailable", error=type(error).__name__)
+            await self._boundary.call(put, "enqueue")
+        except (RedisError, OSError):
             return False
         return True
 
     async def depth(self) -> int:
-        """Jobs that wait. Raises RedisError, OSError or TimeoutError when Redis is away."""
-        async with asyncio.timeout(self._settings.queue_timeout_seconds):
-            redis = self._connection()
-            return int(await redis.zcard(self._settings.queue_name))
+        """Jobs that wait. Raises RedisError or OSError when Redis is away."""
+        redis = self._connection()
+        return int(await self._boundary.call(partial(redis.zcard, self._settings.queue_name), "depth"))
 
     async def close(self) -> None:
         """Let go of the connections."""

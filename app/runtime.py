@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import cv2
 import faiss
 import pymongo
-from beanie import init_beanie
+from beanie import Document, init_beanie
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
@@ -21,18 +22,41 @@ from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from app.access import Access, open_access
+from app.access.backoff import Backoff
+from app.access.callers import Access, open_access
+from app.access.passwords import PasswordPool
+from app.boundary import Boundaries, BoundedEvidence, BoundedMongoClient, BoundedPhotos
 from app.config import Settings, UnsafeProduction
-from app.documents import accounts, cases, claims, events, galleries, identities, leases, scans
+from app.documents import (
+    accounts,
+    budgets,
+    cases,
+    challenges,
+    claims,
+    deletions,
+    events,
+    failed_logins,
+    galleries,
+    identities,
+    leases,
+    probes,
+    restores,
+    scans,
+    tree,
+)
 from app.documents.base import new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.root_secret import RootSecret, open_root
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
 from app.keys import KeyRing, SealBroken
+from app.limits import RateLimits
 from app.queue import Queue
+from app.restoring import admitted, application_name, leaving_for_a_restore
 from app.search import Limits, Search
+from storage.evidence import BucketEvidence, EvidenceStore, FolderEvidence
 from storage.generations import GenerationStore
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
 
@@ -42,17 +66,27 @@ T = TypeVar("T")
 COMPUTE_NICENESS = 5
 LAST_CHANCE_SECONDS = 0.25
 
-DOCUMENTS = [
+DOCUMENTS: list[type[Document]] = [
+    RootSecret,
     *accounts.ACCOUNT_DOCUMENTS,
     galleries.Gallery,
     galleries.GalleryChange,
     identities.Identity,
+    deletions.Deletion,
     cases.Case,
     cases.Pair,
     events.AuditEvent,
+    events.StrangerCount,
+    *tree.TREE_DOCUMENTS,
     claims.IdempotencyClaim,
     claims.Once,
+    challenges.Challenge,
+    probes.Probe,
+    budgets.FaceBudget,
+    budgets.NonMatches,
+    failed_logins.FailedLogins,
     leases.Lease,
+    restores.Restore,
     *scans.SCAN_DOCUMENTS,
 ]
 
@@ -66,17 +100,26 @@ class Runtime:
     engine: FaceEngine
     engine_reason: str
     photos: PhotoStore
+    evidence: EvidenceStore
     keys: KeyRing
     queue: Queue
     access: Access
+    boundaries: Boundaries
+    passwords: PasswordPool = field(init=False)
+    backoff: Backoff = field(init=False)
+    limits: RateLimits = field(init=False)
     search: Search = field(init=False)
     _executor: ThreadPoolExecutor = field(init=False)
     _waiting: int = 0
-    _gallery_locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    # A line goes away with the last one in it.
+    _lines: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         threads = self.settings.compute_threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute", initializer=_in_the_background)
+        self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
+        self.backoff = Backoff(self.settings, self.keys)
+        self.limits = RateLimits(self.settings, self.keys)
         self.search = Search(
             self.keys,
             self.compute,
@@ -105,6 +148,7 @@ class Runtime:
         The body may run more than once. seconds: another limit than the setting's. Raises PyMongoError when the store is
         away or the limit is over.
         """
+        self.boundaries.mongo.require_open()
         with pymongo.timeout(self.settings.mongodb_timeout_seconds if seconds is None else seconds):
             async with self.mongo.start_session() as session:
                 return await session.with_transaction(
@@ -114,14 +158,15 @@ class Runtime:
                     read_preference=ReadPreference.PRIMARY,
                 )
 
-    async def in_line(self, gallery_id: str, body: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-        """A transaction that takes a `seq` of the gallery: one at a time in this process, waiting included in the limit.
+    async def in_line(self, about: str, body: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
+        """A transaction that writes to what many write to: one at a time in this process, waiting included in the limit.
 
-        Racing on one document costs far more than waiting in line (measured: 48/s with a p99 of 7.7 s racing at 100 in
-        flight, 235/s one at a time). Raises DependencyUnavailable when the turn does not come in time.
+        about: the gallery whose `seq` it takes, the identity whose attempts it counts. Racing on one document costs far more than
+        waiting in line (measured: 48/s with a p99 of 7.7 s racing at 100 in flight, 235/s one at a time). Raises
+        DependencyUnavailable when the turn does not come in time.
         """
         limit = self.settings.mongodb_timeout_seconds
-        lock, began = self._gallery_locks.setdefault(gallery_id, asyncio.Lock()), time.monotonic()
+        lock, began = self._lines.setdefault(about, asyncio.Lock()), time.monotonic()
         try:
             async with asyncio.timeout(limit):
                 await lock.acquire()
@@ -156,9 +201,7 @@ class Runtime:
     ) -> Gallery:
         """Insert an empty gallery bound to the running model. Raises DuplicateKeyError when the name is taken."""
         id_ = new_id()
-        gallery = Gallery.fresh(
-            name, self.engine.card, policy, id_=id_, wrapped_key=self.keys.new_gallery_key(id_), key_id=self.keys.key_id
-        )
+        gallery = Gallery.fresh(name, self.engine.card, policy, id_=id_, wrapped_keys=self.keys.new_gallery_keys(id_))
         await gallery.insert(session=session)
         return gallery
 
@@ -185,7 +228,10 @@ class Runtime:
         """Let go of everything, in the order of use."""
         await self.search.close()
         await self.queue.close()
+        await self.limits.close()
         await self.photos.close()
+        await self.evidence.close()
+        self.passwords.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         await self.mongo.close()
@@ -204,6 +250,7 @@ def _in_the_background() -> None:
 
 async def _open_access(settings: Settings, keys: KeyRing) -> Access:
     try:
+        await open_root(keys)
         return await open_access(settings, keys)
     except SealBroken as error:
         message = "KEY_ENCRYPTION_KEY is not the key that this store was sealed with"
@@ -223,30 +270,53 @@ def _open_photos(settings: Settings) -> PhotoStore:
     )
 
 
+def _open_evidence(settings: Settings) -> EvidenceStore:
+    if not settings.evidence_bucket:
+        return FolderEvidence(settings.evidence_path)
+    return BucketEvidence(
+        endpoint=settings.minio_endpoint,
+        access_key=settings.minio_access_key,
+        secret_key=settings.minio_secret_key.get_secret_value(),
+        bucket=settings.evidence_bucket,
+        region=settings.minio_region,
+        secure=settings.minio_secure,
+        retention_days=settings.evidence_retention_days,
+    )
+
+
 @asynccontextmanager
 async def open_runtime(
-    settings: Settings, engine: FaceEngine | None = None, *, warm: bool = False, keep_up: bool = False
+    settings: Settings,
+    engine: FaceEngine | None = None,
+    *,
+    warm: bool = False,
+    keep_up: bool = False,
+    restoring: bool = False,
 ) -> AsyncIterator[Runtime]:
     """Open everything a process owns, with indexes and the default gallery in place; close it at the end.
 
     engine: one that was opened already, instead of the one that the settings name; closed with the rest. warm: load the
     model's weights as well, while MongoDB is being asked. keep_up: follow the index's generations in the background, as a
-    process does that serves for long. Raises ModelUnavailable, ValueError (no key-encryption key, or not the
-    store's), UnsafeProduction or PyMongoError when it cannot start.
+    process does that serves for long, and that leaves when a backup is put in place. restoring: for whoever does just
+    that; others are not admitted meanwhile. Raises NotReady in that case, ModelUnavailable, ValueError (no key-encryption
+    key, or not the store's), UnsafeProduction or PyMongoError when it cannot start.
     """
     reason = "it was given"
     if engine is None:
         opened = open_engine(settings, device=settings.face_device)
         engine, reason = opened.engine, opened.reason
     warming = asyncio.create_task(asyncio.to_thread(engine.warm)) if warm else None
-    keys = KeyRing(settings.key_encryption_secret())
-    mongo: AsyncMongoClient[dict[str, object]] = AsyncMongoClient(
+    keys = KeyRing(settings.key_encryption_secret(), settings.key_encryption_previous_secrets())
+    boundaries = Boundaries.of(settings)
+    mongo = BoundedMongoClient(
+        boundaries.mongo,
         settings.mongodb_uri,
         w="majority",
         journal=True,
         readConcernLevel="majority",
         maxPoolSize=settings.mongodb_max_pool_size,
         minPoolSize=settings.mongodb_min_pool_size,
+        appname=application_name(settings.mongodb_database, restoring=restoring),
         serverSelectionTimeoutMS=2000,
         connectTimeoutMS=1000,
         # Each call outside of a transaction is bounded by this; a transaction as a whole by pymongo.timeout.
@@ -255,20 +325,27 @@ async def open_runtime(
     )
     runtime = None
     try:
+        if not restoring:
+            await admitted(mongo[settings.mongodb_database], waits=keep_up)
         with pymongo.timeout(30):  # building indexes on a large store may take its time
             await init_beanie(database=mongo[settings.mongodb_database], document_models=DOCUMENTS)
         runtime = Runtime(
-            settings=settings, mongo=mongo, engine=engine, engine_reason=reason, photos=_open_photos(settings),
-            keys=keys, queue=Queue(settings), access=await _open_access(settings, keys),
+            settings=settings, mongo=mongo, engine=engine, engine_reason=reason,
+            photos=BoundedPhotos(_open_photos(settings), boundaries.photos),
+            evidence=BoundedEvidence(_open_evidence(settings), boundaries.evidence),
+            keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys), boundaries=boundaries,
         )  # fmt: skip
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
             raise UnsafeProduction(message)
         await runtime._ensure_default_gallery()  # noqa: SLF001 - its own module
+        await tree.AuditTree.ensure()
+        await tree.AuditKey.ensure(keys)
         if warming is not None:
             await warming
         async with AsyncExitStack() as background:
             if keep_up:
+                await background.enter_async_context(leaving_for_a_restore(mongo[settings.mongodb_database]))
                 await background.enter_async_context(runtime.search.kept_up())
             yield runtime
     finally:

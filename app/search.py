@@ -27,11 +27,11 @@ from app.documents.galleries import Gallery, GalleryChange, Generation
 from app.documents.sealed import gallery_key
 from app.domain.faces import Embedding
 from app.errors import GalleryTooLarge, NotReady
-from app.keys import KeyRing
+from app.keys import KeyRing, SealBroken
 from app.vectors import Compute, Turning, changes_of
 from storage import rows
-from storage.generations import BadGeneration, GenerationStore, Manifest
-from storage.gpu import GpuIndex, can_use_gpu
+from storage.generations import BadGeneration, GenerationName, GenerationStore, Manifest
+from storage.gpu import DeviceLost, GpuIndex, can_use_gpu
 from storage.layered import LayeredIndex
 from storage.onebit import Margin, OneBitIndex
 from storage.vectors import ExactIndex, Halves, Ids, VectorIndex, Vectors
@@ -48,6 +48,8 @@ PATIENCE_SECONDS = 2.0
 KEEP_UP_SECONDS: Final = 1.0
 #: How often this host's copies are compared with the heads.
 TIDY_SECONDS: Final = 60.0
+#: How long a look at the share may take before it counts as gone.
+SHARE_SECONDS: Final = 0.5
 #: Generations that are copied, hashed and opened side by side.
 OPENED_AT_ONCE: Final = 2
 NICENESS: Final = 10
@@ -62,6 +64,10 @@ RECALL = Gauge("idem_index_recall", "Share of measured pairs that the generation
 RECALL_BOUND = Gauge("idem_index_recall_bound", "What that share is at least, with 95% confidence", ["gallery"])
 REFUSED = Counter("idem_index_generations_refused", "Generations that this process refused to load", ["gallery"])
 SHADOWED = Counter("idem_index_shadow_searches", "Live searches that were repeated exactly", ["gallery"])
+UNREADABLE = Gauge(
+    "idem_index_unreadable", "1 while a template of the gallery does not open: it is not searched, so that nobody is missed",
+    ["gallery"],
+)  # fmt: skip
 SHADOW_MISSED = Counter("idem_index_shadow_missed", "Vectors that such a search should have found", ["gallery"])
 
 
@@ -149,6 +155,8 @@ class Search:
             )
             raise ValueError(message)
         self.store = store
+        #: Names of galleries with a template that does not open: they are not searched.
+        self.unreadable: set[str] = set()
         self._keys = keys
         self._compute = compute
         self._limits = limits
@@ -157,6 +165,7 @@ class Search:
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[tuple[str, int], float] = {}
         self._searches = 0
+        self._looking: asyncio.Task[list[GenerationName]] | None = None
         self._behind: set[asyncio.Task[None]] = set()
         self._aside = ThreadPoolExecutor(OPENED_AT_ONCE, thread_name_prefix="index", initializer=_give_way)
 
@@ -168,7 +177,13 @@ class Search:
         """
         copy = await self._caught_up(gallery)
         seen = copy.seen
-        turned, found = await self._compute(_searched, copy, probe, threshold)
+        try:
+            turned, found = await self._compute(_searched, copy, probe, threshold)
+        except DeviceLost as error:
+            # Opened anew by the next query: on the card, if it is there again, else from the documents.
+            self._copies.pop(gallery.id, None)
+            log.exception("index_device_lost", gallery=gallery.name)
+            raise NotReady("The index is being opened anew; please try again in a moment.") from error
         owners = await GalleryChange.owners(gallery.id, found.ids.tolist()) if len(found.ids) else {}
         items = [
             Hit(*owners[seq], seq=seq, score=score)
@@ -185,6 +200,20 @@ class Search:
         copy = await self._caught_up(gallery)
         ids, vectors = await self._compute(copy.index.within, first, last)
         return Block(ids, vectors, copy.turning.name)
+
+    async def shares(self, gallery: Gallery) -> bool:
+        """Whether the gallery's published files are to be seen on the share; searches go on without, and publications do not.
+
+        Also False while the share hangs: one look at a time waits for it.
+        """
+        if gallery.published is None:
+            return True
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(asyncio.to_thread(self.store.listed, gallery.id))
+        done, _ = await asyncio.wait({self._looking}, timeout=SHARE_SECONDS)
+        if not done or self._looking.exception() is not None:
+            return False
+        return (gallery.epoch, gallery.published.number) in self._looking.result()
 
     async def warm(self, gallery: Gallery) -> int:
         """Catch up without a query; returns how many vectors are in memory."""
@@ -343,13 +372,28 @@ class Search:
     async def _follow(self, copy: _Copy, gallery: Gallery) -> None:
         """Bring the changes up to the gallery's head into the copy."""
         key = gallery_key(self._keys, gallery)
-        async for changes in changes_of(
-            gallery, key, copy.turning, after=copy.seen, upto=gallery.seq, compute=self._compute
-        ):
-            await self._compute(_apply, copy.index, changes.ids, changes.vectors, changes.removed)
-            copy.seen = changes.seen
+        try:
+            async for changes in changes_of(
+                gallery, key, copy.turning, after=copy.seen, upto=gallery.seq, compute=self._compute
+            ):
+                await self._compute(_apply, copy.index, changes.ids, changes.vectors, changes.removed)
+                copy.seen = changes.seen
+        except SealBroken as error:
+            self._raise_alarm(gallery, error)
+            raise
+        self.unreadable.discard(gallery.name)
+        UNREADABLE.labels(gallery.name).set(0)
         TAIL.labels(gallery.name).set(copy.index.tail_size)
         VECTORS.labels(gallery.name).set(len(copy.index))
+
+    def _raise_alarm(self, gallery: Gallery, error: SealBroken) -> None:
+        """One template that does not open stops the searches of its gallery, by intention; somebody must know."""
+        if gallery.name in self.unreadable:
+            return
+        self.unreadable.add(gallery.name)
+        UNREADABLE.labels(gallery.name).set(1)
+        where = getattr(error, "__notes__", [])
+        log.error("template_unreadable", gallery=gallery.name, error=type(error).__name__, where=where)
 
     def _require_room(self, gallery: Gallery) -> None:
         needed = gallery.samples * rows.bytes_per_vector(gallery.dimension) / MIB

@@ -16,7 +16,7 @@ from app.documents.identities import Identity
 from app.documents.sealed import open_vectors
 from app.domain.faces import Embedding
 from app.errors import NotReady
-from app.keys import GalleryKey
+from app.keys import GalleryKey, UnknownKey
 from storage.vectors import Halves, Ids, Vectors, halved
 
 P = ParamSpec("P")
@@ -72,7 +72,14 @@ async def changes_of(
     async for rows in _runs(gallery.id, after, upto):
         added = [row for row in rows if row.kind == "add"]
         people = await Identity.sealed_templates(sorted({row.identity_id for row in added if row.identity_id}))
-        seqs, embeddings = await compute(open_vectors, key, gallery.contract, added, people, gallery.dimension)
+        try:
+            seqs, embeddings = await compute(open_vectors, key, gallery.contract, added, people, gallery.dimension)
+        except UnknownKey:  # the gallery's key was rotated since the gallery was read: a publication takes its time
+            head = await Gallery.get(gallery.id)
+            if head is None:
+                raise
+            key = key.learn(head.wrapped_keys)
+            seqs, embeddings = await compute(open_vectors, key, gallery.contract, added, people, gallery.dimension)
         vectors = await compute(lambda some: halved(turning.turned(some)), embeddings)
         yield Changes(np.array(seqs, np.int64), vectors, _removed(rows), rows[-1].seq)
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, cast
 
 import faiss
@@ -34,6 +35,10 @@ _ADDED_AT_ONCE: Final = 65_536
 Device = Callable[[int], Any]
 
 
+class DeviceLost(RuntimeError):
+    """The card failed in the middle of its work: the index answers no more, and is to be opened anew, here or elsewhere."""
+
+
 def can_use_gpu() -> bool:
     """Whether FAISS was built for graphics cards and there is one."""
     return bool(getattr(faiss, "get_num_gpus", int)())
@@ -61,6 +66,7 @@ class GpuIndex:
         self._on_device: Ids = np.empty(0, np.int64)  # the id that each row of the card had when it was sent
         self._lock = ReadersWriterLock()
         self._turn = threading.Lock()  # a card's scratch memory is for one search at a time
+        self._is_lost = False
 
     @property
     def dimension(self) -> int:
@@ -129,7 +135,7 @@ class GpuIndex:
         if not count or not len(queries):
             return [(np.empty(0, np.int64), -np.inf)] * len(queries)
         with self._turn:
-            scores, rows = self._device.search(queries, count)
+            scores, rows = self._on_card(lambda: self._device.search(queries, count))
         is_all = count == len(self._on_device)
         return [
             (self._on_device[of_one], -np.inf if is_all else float(score))
@@ -147,15 +153,28 @@ class GpuIndex:
         asked = query[np.newaxis]
         return (self._host.range(asked, at_least) if k is None else self._host.search(asked, k))[0]
 
+    def _on_card(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - faiss-cpu has no such class
+        """Do it on the card. What it holds after a failure nobody knows, so from then on it is asked for nothing."""
+        if self._is_lost:
+            message = "the graphics card failed before"
+            raise DeviceLost(message)
+        try:
+            return work()
+        except RuntimeError as error:
+            self._is_lost = True
+            message = f"the graphics card failed: {error}"
+            raise DeviceLost(message) from error
+
     def _send(self, ids: Ids, vectors: Halves) -> None:
         for start in range(0, len(ids), _ADDED_AT_ONCE):
-            self._device.add(widened(vectors[start : start + _ADDED_AT_ONCE]))
+            part = widened(vectors[start : start + _ADDED_AT_ONCE])
+            self._on_card(partial(self._device.add, part))
         self._on_device = np.concatenate([self._on_device, ids])
 
     def _tidy(self) -> None:
         """Send everything anew when too much of what the card holds is removed or replaced."""
         if len(self._on_device) - len(self._host) > max(MOST_NEIGHBOURS // 2, _STALE_SHARE * len(self._host)):
-            self._device.reset()
+            self._on_card(self._device.reset)
             self._on_device = np.empty(0, np.int64)
             every = np.iinfo(np.int64)
             self._send(*self._host.within(every.min, every.max))

@@ -3,14 +3,18 @@
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import date
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from app.audit import Action
+from app.boundary import Boundaries
 from app.documents.cases import Case
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity
+from app.documents.root_secret import open_root
 from app.domain.attributes import Attributes
 from app.domain.callers import Caller, Role
 from app.domain.policy import Decision
@@ -25,12 +29,13 @@ from storage.photos import PhotoStore
 from tests.fakes import FakeEngine, inscribed
 
 OFFICER = Caller("officer-1", "user", "Olga Officer", frozenset({Role.OFFICER}), None, "token-1", "session-1")
+SECOND_OFFICER = Caller("officer-2", "user", "Otto Officer", frozenset({Role.OFFICER}), None, "token-3", "session-2")
 APP = Caller("app-1", "client", "Bank", frozenset({Role.RELYING_APP}), None, "token-2", audiences=("app-1",))
 
 
-def by_officer(name: str) -> Action:
+def by_officer(name: str, caller: Caller = OFFICER) -> Action:
     """An officer's action."""
-    return Action(name=name, caller=OFFICER, request_id="request-1", ip="192.0.2.1")
+    return Action(name=name, caller=caller, request_id="request-1", ip="192.0.2.1")
 
 
 def by_app(name: str) -> Action:
@@ -43,6 +48,14 @@ def portrait(*people: str, capture: int = 0) -> bytes:
     text = f"{'+'.join(people)}|{capture}" if people else ""
     buffer = io.BytesIO()
     Image.fromarray(inscribed(text)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def coded_anew(photo: bytes, number: int = 0) -> bytes:
+    """The same picture in other bytes, for each number others: PNG with a note."""
+    buffer, note = io.BytesIO(), PngInfo()
+    note.add_text("number", str(number))
+    Image.open(io.BytesIO(photo)).save(buffer, "PNG", pnginfo=note)
     return buffer.getvalue()
 
 
@@ -118,11 +131,17 @@ async def with_sample(runtime: Runtime, identity: Identity, *people: str, captur
 
 
 async def decided(
-    runtime: Runtime, case: Case, decision: Decision, about: Identity | None = None, keep: Identity | None = None
+    runtime: Runtime,
+    case: Case,
+    decision: Decision,
+    about: Identity | None = None,
+    keep: Identity | None = None,
+    *,
+    by: Caller = OFFICER,
 ) -> Case:
     """The case after an officer's decision."""
     judgement = Judgement(decision, None if about is None else about.id, None if keep is None else keep.id, "looked")
-    return await adjudicate(runtime, by_officer("dedup.decide"), await default_gallery(), case.id, judgement)
+    return await adjudicate(runtime, by_officer("dedup.decide", by), await default_gallery(), case.id, judgement)
 
 
 async def revoked(runtime: Runtime, identity: Identity) -> Identity:
@@ -162,15 +181,21 @@ async def another_process(runtime: Runtime, photos: PhotoStore | None = None) ->
     Documents are bound to one client in a process, so that is shared. photos: its photo store where it is another.
     """
     settings = runtime.settings
+    keys = KeyRing(settings.key_encryption_secret(), settings.key_encryption_previous_secrets())
+    await open_root(keys)
+    # MongoDB's is shared, as its client is.
+    boundaries = replace(Boundaries.of(settings), mongo=runtime.boundaries.mongo)
     other = Runtime(
         settings=settings,
         mongo=runtime.mongo,
         engine=FakeEngine(runtime.engine.card),
         engine_reason="it was given",
         photos=photos or runtime.photos,
-        keys=KeyRing(settings.key_encryption_secret()),
-        queue=Queue(settings),
+        evidence=runtime.evidence,
+        keys=keys,
+        queue=Queue(settings, boundaries.queue),
         access=runtime.access,
+        boundaries=boundaries,
     )
     yield other
     await other.search.close()

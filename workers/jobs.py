@@ -22,7 +22,9 @@ from app.leases import release_of
 from app.runtime import Runtime
 from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
+from app.use_cases.erase import erase_expired, settle_overdue
 from app.use_cases.publish import due, keep_promises
+from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
@@ -133,6 +135,24 @@ async def sweep_scans(context: Context) -> None:
     """Queue scans whose worker died, or that the queue lost."""
     try:
         await scanning.sweep(context["runtime"])
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def sweep_erasures(context: Context) -> None:
+    """Erase those whose time is over, and do what stores that were away could not do for earlier erasures."""
+    runtime = context["runtime"]
+    try:
+        await settle_overdue(runtime)
+        await erase_expired(runtime)
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def sweep_audit_log(context: Context) -> None:
+    """Tell of strangers' refusals, and forget the names in old events."""
+    try:
+        await tend(context["runtime"])
     except (*AWAY, PyMongoError) as error:
         log.warning("sweep_waits", error=type(error).__name__)
 

@@ -11,12 +11,15 @@ from app.config import Settings
 from app.logs import configure_logging
 from app.queue import PUBLISH, SCAN, SCREEN, decode_job, encode_job, redis_settings
 from app.runtime import open_runtime
+from app.use_cases import sequence
 from workers import jobs
 
 #: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
 JOB_TIMEOUT_SECONDS = 10
 #: One slice of a scan is a few seconds long; the clusters of a million pairs take half a minute.
 SCAN_TIMEOUT_SECONDS = 300
+#: Erasures stand in line with enrolments, some twenty a second.
+ERASURES_TIMEOUT_SECONDS = 300
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600
 #: arq looks for work every half second by default: too slow for an officer who waits.
@@ -36,7 +39,9 @@ def create_worker(settings: Settings) -> Worker:
     opened = AsyncExitStack()
 
     async def start(context: dict[Any, Any]) -> None:
-        context["runtime"] = await opened.enter_async_context(open_runtime(settings, keep_up=True))
+        runtime = await opened.enter_async_context(open_runtime(settings, keep_up=True))
+        await opened.enter_async_context(sequence.kept_up(runtime))
+        context["runtime"] = runtime
 
     async def stop(context: dict[Any, Any]) -> None:
         del context
@@ -55,6 +60,14 @@ def create_worker(settings: Settings) -> Worker:
             ),
             cron(_job(jobs.sweep_index), second=every, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
             cron(_job(jobs.sweep_scans), second=every, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
+            cron(
+                _job(jobs.sweep_erasures),
+                minute=set(range(0, 60, settings.erasure_sweep_minutes)),
+                second=31,
+                timeout=ERASURES_TIMEOUT_SECONDS,
+                keep_result=0,
+            ),
+            cron(_job(jobs.sweep_audit_log), second=13, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
             cron(_job(jobs.sweep_orphan_photos), minute=17, timeout=3600, keep_result=0),
         ],
         queue_name=settings.queue_name,

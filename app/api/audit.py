@@ -1,14 +1,12 @@
-"""The audit log: listed, filtered, exported."""
+"""The audit log: listed, filtered, exported, and proved."""
 
-import csv
-import io
-import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from prometheus_client import Gauge
+from pydantic import BaseModel, Field
 
 from app.api.dependencies import CurrentRuntime, acting
 from app.api.paging import Page, Paged, page_of
@@ -16,16 +14,26 @@ from app.api.problems import problems
 from app.api.shapes import Moment
 from app.audit import Action, record
 from app.documents.events import AuditEvent, Detail, Outcome
+from app.documents.tree import AuditKey, AuditTree, TreeHead, node_hashes, proof
 from app.domain.callers import Role
-from app.errors import Forbidden, NotFound, NotImplementedYet, Unauthenticated, Validation
+from app.domain.log_export import Form, Json, Line, encoded, heading
+from app.domain.merkle import consistency_path, inclusion_path, subtrees
+from app.errors import Advice, Forbidden, NotFound, NotReady, Unauthenticated, Validation
+from app.runtime import Runtime
+from app.use_cases.sequence import head_over, sign
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"], responses=problems(Unauthenticated, Forbidden, Validation))
 
 Reading = Annotated[Action, Depends(acting("audit.read", Role.AUDITOR, Role.ADMIN, is_read=True))]
 
-EXPORT_BATCH = 500
-#: What a sheet would take for a formula when a cell begins with it.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+EVENTS = Gauge("idem_audit_events", "Events in the Merkle tree")
+UNNUMBERED = Gauge("idem_audit_events_unnumbered", "Events that are not in the Merkle tree yet (counted up to 10,000)")
+UNDELIVERED = Gauge("idem_audit_heads_undelivered", "Signed tree heads that the evidence store does not hold yet")
+COUNTED_AT_MOST: Final = 10_000
+
+EXPORT_BATCH: Final = 500
+#: Beyond this no number fits into what MongoDB counts with.
+LARGEST: Final = 2**62
 
 
 class ActorView(BaseModel):
@@ -45,7 +53,7 @@ class SubjectView(BaseModel):
 
 
 class EventView(BaseModel):
-    """One event."""
+    """One event. Names and addresses are shown while they are kept; after that their keyed hashes stand there."""
 
     id: str
     seq: int | None
@@ -60,26 +68,53 @@ class EventView(BaseModel):
     leaf_hash: str | None
 
 
+class HeadView(BaseModel):
+    """A signed tree head; hashes, and the Ed25519 signature, in hex."""
+
+    size: int
+    root_hash: str
+    time: str
+    key_id: str
+    signature: str
+
+
+class InclusionView(BaseModel):
+    """RFC 9162's proof that an event is in the tree of that size; the root comes from a signed head."""
+
+    leaf_index: int
+    size: int
+    path: list[str]
+
+
+class ConsistencyView(BaseModel):
+    """RFC 9162's proof that the smaller tree is the beginning of the larger one."""
+
+    start: Annotated[int, Field(alias="from")]
+    to: int
+    path: list[str]
+
+
+class KeyView(BaseModel):
+    """A key that signs tree heads, or did: its raw 32 bytes in hex."""
+
+    key_id: str
+    public_key: str
+    created_at: Moment
+    retired_at: Moment | None
+
+
+class KeysView(BaseModel):
+    """All of them, the newest first."""
+
+    keys: list[KeyView]
+
+
 def _view(event: AuditEvent) -> EventView:
-    personal = event.personal
-    return EventView(
-        id=event.id,
-        seq=event.seq,
-        time=event.time,
-        actor=ActorView(
-            kind=event.actor.kind,
-            id=event.actor.id,
-            name=None if personal is None else personal.actor_name,
-            ip=None if personal is None else personal.actor_ip,
-        ),
-        action=event.action,
-        subject=SubjectView(kind=event.subject.kind, id=event.subject.id),
-        outcome=event.outcome,
-        gallery=event.gallery,
-        request_id=None if personal is None else personal.request_id,
-        detail=event.detail,
-        leaf_hash=event.leaf_hash,
-    )
+    return EventView.model_validate(event.shown())
+
+
+def _head_view(head: TreeHead) -> HeadView:
+    return HeadView.model_validate(head.head, from_attributes=True)
 
 
 def _within(action: Action, after: Moment | None, before: Moment | None, gallery: str | None = None) -> dict[str, Any]:
@@ -98,7 +133,7 @@ def _within(action: Action, after: Moment | None, before: Moment | None, gallery
     return filters
 
 
-@router.get("/events")
+@router.get("/events", responses=problems(NotFound))
 async def list_events(
     runtime: CurrentRuntime,
     request: Request,
@@ -130,51 +165,135 @@ async def get_event(event: str, action: Reading) -> EventView:
     return _view(found)
 
 
-@router.get("/export", response_class=StreamingResponse)
+@router.get("/export", response_class=StreamingResponse, responses=problems(NotReady))
 async def export_events(
+    runtime: CurrentRuntime,
     action: Annotated[Action, Depends(acting("audit.export", Role.AUDITOR, Role.ADMIN))],
     after: Moment | None = None,
     before: Moment | None = None,
-    form: Annotated[Literal["ndjson", "csv"], Query(alias="format")] = "ndjson",
+    form: Annotated[Form, Query(alias="format")] = "ndjson",
 ) -> StreamingResponse:
-    """All events of a time, the oldest first, as a stream."""
+    """The events of a time as a stream, in the order of their numbers, with what proves offline that they are as they were.
+
+    It holds everything that was committed before the request, and ends with a signed tree head. Events that are left out (of
+    another time, of galleries that the caller may not see) are stood for by hashes.
+    """
     filters = _within(action, after, before)
-    await record(None, action, subject_kind="audit", subject_id=None, detail={"format": form})
+    event = await record(None, action, subject_kind="audit", subject_id=None, detail={"format": form})
+    head = await head_over(runtime, event.id)
     kind = "application/x-ndjson" if form == "ndjson" else "text/csv; charset=utf-8"
     headers = {"Content-Disposition": f'attachment; filename="audit.{form}"', "Cache-Control": "no-store"}
-    return StreamingResponse(_lines(filters, form), media_type=kind, headers=headers)
+    return StreamingResponse(_lines(filters, head, form), media_type=kind, headers=headers)
 
 
-async def _lines(filters: dict[str, Any], form: Literal["ndjson", "csv"]) -> AsyncIterator[str]:
-    """Read in batches by (time, id), so that no cursor stays open while a slow reader takes its time."""
-    if form == "csv":
-        yield _row(list(EventView.model_fields))
-    beyond: dict[str, Any] = {}
+async def _lines(filters: dict[str, Any], head: TreeHead, form: Form) -> AsyncIterator[bytes]:
+    """Read in batches by number, so that no cursor stays open while a slow reader takes its time."""
+    yield heading(form)
+    last: Line | None = None
+    async for line in _exported(filters, head.size):
+        if last is not None:
+            yield encoded(last, form)
+        last = line
+    if last is not None:
+        number = last["seq"]
+        assert isinstance(number, int)  # noqa: S101 - of an event in the tree
+        rest = list(subtrees(number + 1, head.size))
+        hashes = await node_hashes(rest)
+        end: Json = {"head": head.head.as_json(), "skipped": [hashes[node].hex() for node in rest]}
+        yield encoded(last | {"end": end}, form)
+
+
+async def _exported(filters: dict[str, Any], size: int) -> AsyncIterator[Line]:
+    beyond, stop = -1, size
+    if "time" in filters:
+        # Times are nearly in the order of numbers; without these bounds all numbers would be looked through.
+        bounds = {"$group": {"_id": None, "first": {"$min": "$seq"}, "last": {"$max": "$seq"}}}
+        rows = await (await AuditEvent.get_pymongo_collection().aggregate([{"$match": filters}, bounds])).to_list()
+        if not rows or rows[0]["first"] is None:
+            return
+        beyond, stop = rows[0]["first"] - 1, min(size, rows[0]["last"] + 1)
+    before = 0
     while True:
-        conditions = [part for part in (filters, beyond) if part]
-        query = AuditEvent.find({"$and": conditions} if conditions else {})
-        events = await query.sort("+time", "+_id").limit(EXPORT_BATCH).to_list()
-        for event in events:
-            line = _view(event).model_dump(mode="json")
-            yield json.dumps(line, ensure_ascii=False) + "\n" if form == "ndjson" else _row(list(line.values()))
+        query = AuditEvent.find({**filters, "seq": {"$gt": beyond, "$lt": stop}})
+        events = await query.sort("+seq").limit(EXPORT_BATCH).to_list()
+        numbers = [event.seq for event in events if event.seq is not None]
+        starts = [before, *(number + 1 for number in numbers)]
+        skipped = [list(subtrees(start, number)) for start, number in zip(starts, numbers, strict=False)]
+        hashes = await node_hashes([node for nodes in skipped for node in nodes])
+        for event, nodes in zip(events, skipped, strict=True):
+            yield event.exported() | {"skipped": [hashes[node].hex() for node in nodes]}
         if len(events) < EXPORT_BATCH:
             return
-        last = events[-1]
-        beyond = {"$or": [{"time": {"$gt": last.time}}, {"time": last.time, "_id": {"$gt": last.id}}]}
+        beyond, before = numbers[-1], numbers[-1] + 1
 
 
-def _row(values: list[Any]) -> str:
-    """One CSV line; cells that a sheet would run are defused with an apostrophe."""
-    cells = [json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else "" if v is None else str(v) for v in values]
-    safe = [f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell for cell in cells]
-    line = io.StringIO()
-    csv.writer(line).writerow(safe)
-    return line.getvalue()
+@router.get("/checkpoint")
+async def get_checkpoint(runtime: CurrentRuntime, action: Reading) -> HeadView:
+    """The newest signed tree head. An empty log has one too: of size 0, its root SHA-256 of nothing."""
+    return _head_view(await TreeHead.newest() or await sign(runtime))
 
 
-@router.get("/checkpoint", status_code=501, responses=problems(NotImplementedYet))
-@router.get("/proofs/inclusion", status_code=501, responses=problems(NotImplementedYet))
-@router.get("/proofs/consistency", status_code=501, responses=problems(NotImplementedYet))
-async def prove(action: Reading) -> None:
-    """Signed tree heads and proofs that nothing was changed, removed or cut off."""
-    raise NotImplementedYet("Proofs over the log are not built yet.")
+@router.get("/keys")
+async def get_keys(action: Reading) -> KeysView:
+    """The public keys of tree heads, replaced ones too. Ask for them once, and keep them where nobody here can reach them."""
+    keys = await AuditKey.find_all().sort("-created_at").to_list()
+    return KeysView(
+        keys=[
+            KeyView(key_id=k.id, public_key=k.public.hex(), created_at=k.created_at, retired_at=k.retired_at)
+            for k in keys
+        ]
+    )
+
+
+Size = Annotated[int | None, Query(ge=0, le=LARGEST)]
+
+
+@router.get("/proofs/inclusion", responses=problems(NotFound))
+async def prove_inclusion(
+    runtime: CurrentRuntime, action: Reading, seq: Annotated[int, Query(ge=0, le=LARGEST)], size: Size = None
+) -> InclusionView:
+    """That event `seq` (the first is 0) is in the tree of `size` events; by default the size of the newest signed head."""
+    tree = await AuditTree.current()
+    if seq >= tree.size:
+        raise NotFound(f"No event has the number {seq} yet.")
+    size = await _signed_size(runtime, seq + 1) if size is None else size
+    if not seq < size <= tree.size:
+        raise _unfit("size", f"With this event the tree had {seq + 1} to {tree.size} events.")
+    path = await proof(inclusion_path(seq, size))
+    return InclusionView(leaf_index=seq, size=size, path=[hash_.hex() for hash_ in path])
+
+
+@router.get("/proofs/consistency")
+async def prove_consistency(
+    runtime: CurrentRuntime,
+    action: Reading,
+    start: Annotated[int, Query(alias="from", ge=0, le=LARGEST)],
+    to: Size = None,
+) -> ConsistencyView:
+    """That the tree of `from` events is the beginning of the one of `to`; by default the size of the newest signed head."""
+    tree = await AuditTree.current()
+    if start > tree.size:
+        raise _unfit("from", f"The tree has {tree.size} events.")
+    to = await _signed_size(runtime, start) if to is None else to
+    if not start <= to <= tree.size:
+        raise _unfit("to", f"From {start} to {tree.size}, please.")
+    path = await proof(consistency_path(start, to))
+    return ConsistencyView.model_validate({"from": start, "to": to, "path": [hash_.hex() for hash_ in path]})
+
+
+async def _signed_size(runtime: Runtime, least: int) -> int:
+    """The size of the newest signed head that is over so many events."""
+    newest = await TreeHead.newest()
+    return (newest if newest is not None and newest.size >= least else await sign(runtime)).size
+
+
+async def refresh_figures() -> None:
+    """Ask the store how the log is doing; the same figures in every process."""
+    EVENTS.set((await AuditTree.current()).size)
+    waiting = {"seq": {"$type": "null"}}
+    UNNUMBERED.set(await AuditEvent.get_pymongo_collection().count_documents(waiting, limit=COUNTED_AT_MOST))
+    UNDELIVERED.set(await TreeHead.get_pymongo_collection().count_documents({"is_delivered": False}))
+
+
+def _unfit(field: str, message: str) -> Validation:
+    return Validation(message, errors=(Advice(field, "out_of_range", message),))

@@ -8,24 +8,31 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 
+from app.api.dependencies import Admission
 from app.errors import Advice, UnsupportedMediaType, Validation
 
+#: Of objects and lists in each other; metadata, the deepest that is taken, ends at five.
+DEEPEST = 16
 #: An escape that may be half of a surrogate pair.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictRoute(APIRoute):
-    """A route that takes JSON only as `parsed` does; routes with photos parse theirs themselves."""
+    """A route that lets its callers in before it looks at what they bring, and takes JSON only as `parsed` does.
+
+    Routes with photos parse theirs themselves.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's handler behind this check."""
-        handle = super().get_route_handler()
-        if self.body_field is None:
-            return handle
-        takes_json = not isinstance(self.body_field.field_info, params.Form)
+        """The route's handler behind these checks."""
+        handle, admission = super().get_route_handler(), admission_of(self)
+        takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
 
         async def handle_strictly(request: Request) -> Response:
-            refuse_encodings(request)
+            if admission is not None:
+                await admission.admit(request)
+            if self.body_field is not None:
+                refuse_encodings(request)
             data = await request.body() if takes_json else b""
             if data:
                 if not _is_json(request):
@@ -34,6 +41,18 @@ class StrictRoute(APIRoute):
             return await handle(request)
 
         return handle_strictly
+
+
+def admission_of(route: APIRoute) -> Admission | None:
+    """Whom the route lets in; None where it asks nobody."""
+    waiting = [route.dependant]
+    while waiting:
+        dependant = waiting.pop()
+        called: object = dependant.call
+        if isinstance(called, Admission):
+            return called
+        waiting += dependant.dependencies
+    return None
 
 
 def refuse_encodings(request: Request) -> None:
@@ -48,11 +67,16 @@ def _is_json(request: Request) -> bool:
 
 
 def parsed(name: str, data: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8 without repeated keys, NaN, infinities, or halves of surrogate pairs. Raises Validation."""
+    """A JSON object in UTF-8, at most DEEPEST deep, without repeated keys, NaN, infinities, or halves of surrogate pairs.
+
+    Raises Validation.
+    """
     message = "A JSON object is expected."
     try:
         text = data.decode()
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_refused)
+        if isinstance(value, dict):
+            _check_depth(value)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -80,6 +104,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         message = "a key came twice"
         raise ValueError(message)
     return named
+
+
+def _check_depth(value: dict[str, Any]) -> None:
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = (one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer))
+        level = [one for one in inner if isinstance(one, dict | list)]
+        if not level:
+            return
+    message = f"nested deeper than {DEEPEST}"
+    raise ValueError(message)
 
 
 def _refused(constant: str) -> None:

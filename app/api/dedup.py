@@ -79,8 +79,22 @@ class CandidateView(BaseModel):
     decision: Decision | None
 
 
+class ProposalView(BaseModel):
+    """What one officer would decide; it comes into force when another one decides the same. identity_id: null is all."""
+
+    decision: Decision
+    identity_id: str | None
+    keep: str | None
+    reason: str
+    by: str
+    at: Moment
+
+
 class CaseView(BaseModel):
-    """A newcomer (or a later sample) and everybody whom it looks like; the newcomer is null when it was erased."""
+    """A newcomer (or a later sample) and everybody whom it looks like; the newcomer is null when it was erased.
+
+    proposals and proposed_by: of galleries where two officers must agree.
+    """
 
     id: str
     gallery: str
@@ -91,6 +105,8 @@ class CaseView(BaseModel):
     created_at: Moment
     decided_at: Moment | None
     decided_by: str | None
+    proposed_by: str | None
+    proposals: list[ProposalView]
     reason: str | None
     version: int
 
@@ -130,6 +146,8 @@ async def _views(runtime: Runtime, galleries: dict[str, Gallery], cases: list[Ca
                 created_at=case.created_at,
                 decided_at=case.decided_at,
                 decided_by=case.decided_by,
+                proposed_by=case.proposed_by,
+                proposals=[ProposalView(**proposal.model_dump()) for proposal in case.proposals],
                 reason=case.reason,
                 version=case.version,
             )
@@ -187,7 +205,7 @@ async def _scan_job(action: Action, job_id: str) -> JobView:
     )
 
 
-@router.get("/cases")
+@router.get("/cases", responses=problems(NotFound))
 async def list_cases(
     runtime: CurrentRuntime,
     request: Request,
@@ -222,7 +240,10 @@ async def decide_case(
     action: Annotated[Action, Depends(acting("dedup.decide", Role.OFFICER))],
     key: IdempotencyKey = None,
 ) -> CaseView:
-    """Decide a case: `distinct` for all or one of the candidates, or `duplicate` of one."""
+    """Decide a case: `distinct` for all or one of the candidates, or `duplicate` of one.
+
+    In a gallery with `second_review` the first decision is a proposal, which another officer's equal one brings into force.
+    """
     gallery, case = await _found(action, case_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         judgement = adjudicate.Judgement(body.decision, body.identity_id, body.keep, body.reason)

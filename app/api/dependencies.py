@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated
 
@@ -12,10 +13,11 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.security import OAuth2PasswordBearer
 
 from app.audit import Action
+from app.config import RateClass
 from app.documents.claims import IdempotencyClaim
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
-from app.domain.callers import Role
+from app.domain.callers import Caller, Role
 from app.errors import (
     Advice,
     AlreadyCreated,
@@ -23,14 +25,18 @@ from app.errors import (
     IdempotencyInProgress,
     IdempotencyKeyReused,
     NotFound,
+    RateLimited,
     Unauthenticated,
     Validation,
 )
+from app.limits import subscriber
 from app.runtime import Runtime
 
 _bearer = OAuth2PasswordBearer(tokenUrl="/v1/auth/token", auto_error=False)
 
 IDEMPOTENCY_KEY_MAXIMUM = 255
+#: What looks at faces without being called so.
+FACE_ACTIONS = frozenset({"identity.enrol", "identity.import", "sample.add"})
 
 
 def _runtime(request: Request) -> Runtime:
@@ -46,6 +52,18 @@ def client_ip(request: Request) -> str | None:
     return request.client.host if request.client is not None else None
 
 
+def unknown_callers(request: Request, name: str, *, is_read: bool = False) -> Action:
+    """The Action of somebody who is yet to be known."""
+    return Action(
+        name=name,
+        caller=None,
+        request_id=request.state.request_id,
+        ip=client_ip(request) or "",
+        is_read=is_read,
+        has_own_request_id=request.state.has_own_request_id,
+    )
+
+
 def _refuse_unknown_parameters(request: Request) -> None:
     """A filter with a slip in its name would silently list everything. Raises Validation."""
     if not request.query_params:
@@ -58,29 +76,96 @@ def _refuse_unknown_parameters(request: Request) -> None:
         raise Validation(message, errors=tuple(Advice(name[:64], "extra_forbidden", message) for name in unknown))
 
 
-def acting(name: str, *roles: Role, is_read: bool = False) -> Callable[..., Awaitable[Action]]:
-    """A dependency that gives an authenticated caller's Action; callers without one of the roles are refused.
+class Admission:
+    """Who may come in, and how often. A route has one; it is asked before anything of the body is looked at."""
 
-    Without roles any authenticated caller may pass. is_read: only refusals of access become audit events.
+    async def admit(self, request: Request) -> Action | None:
+        """Let the request in, once. Raises the Problem that it is refused with."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Strangers(Admission):
+    """Anybody, as often as an address may."""
+
+    kind: RateClass
+
+    async def __call__(self, request: Request) -> None:
+        """As a dependency."""
+        await self.admit(request)
+
+    async def admit(self, request: Request) -> None:
+        """See Admission. Raises RateLimited, or NotReady for logins that nobody can count."""
+        if not hasattr(request.state, "allowance"):
+            await _spend(request, self.kind, subscriber(client_ip(request) or ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Acting(Admission):
+    """Authenticated callers with one of the roles (any role, where none is named), as often as a caller may.
+
+    name: the action's. is_read: only refusals of access become audit events.
     """
 
-    async def action(
-        request: Request, runtime: CurrentRuntime, token: Annotated[str | None, Depends(_bearer)]
-    ) -> Action:
-        started = Action(
-            name=name, caller=None, request_id=request.state.request_id, ip=client_ip(request) or "", is_read=is_read
-        )
+    name: str
+    roles: tuple[Role, ...]
+    is_read: bool
+
+    async def __call__(self, request: Request, _: Annotated[str | None, Depends(_bearer)]) -> Action:
+        """As a dependency; the token stands there for OpenAPI's sake."""
+        return await self.admit(request)
+
+    async def admit(self, request: Request) -> Action:
+        """See Admission. Raises Unauthenticated, RateLimited, Forbidden, or Validation for an unknown query parameter."""
+        admitted: Action | None = getattr(request.state, "admitted", None)
+        if admitted is not None:
+            return admitted
+        started = unknown_callers(request, self.name, is_read=self.is_read)
         request.state.action = started
-        if token is None:
-            raise Unauthenticated("Send an access token: `Authorization: Bearer ...`.")
-        with pymongo.timeout(runtime.settings.mongodb_timeout_seconds):
-            started.caller = await runtime.access.authenticate(token)
-        if roles and not started.caller.has(*roles):
-            raise Forbidden(f"This needs one of the roles: {', '.join(sorted(roles))}.")
+        started.caller = await self._authenticated(request)
+        await _spend(request, self.kind_of(request.method), started.caller.id)
+        if self.roles and not started.caller.has(*self.roles):
+            raise Forbidden(f"This needs one of the roles: {', '.join(sorted(self.roles))}.")
         _refuse_unknown_parameters(request)
+        request.state.admitted = started
         return started
 
-    return action
+    def kind_of(self, method: str) -> RateClass:
+        """The class of rate that this action counts for, called with this method."""
+        if method in ("GET", "HEAD"):
+            return "read"
+        if self.name.startswith("auth."):
+            return "login"
+        return "face" if self.name.startswith("face.") or self.name in FACE_ACTIONS else "write"
+
+    async def _authenticated(self, request: Request) -> Caller:
+        token, runtime = await _bearer(request), _runtime(request)
+        refusal = Unauthenticated("Send an access token: `Authorization: Bearer ...`.")
+        if token is not None:
+            try:
+                with pymongo.timeout(runtime.settings.mongodb_timeout_seconds):
+                    return await runtime.access.authenticate(token)
+            except Unauthenticated as error:
+                refusal = error
+        # Counted by address, and only now: whoever shares one with somebody who guesses is not refused for it.
+        await _spend(request, "read", subscriber(client_ip(request) or ""))
+        raise refusal
+
+
+async def _spend(request: Request, kind: RateClass, who: str) -> None:
+    limits = _runtime(request).limits
+    allowance = await limits.spend(kind, who)
+    request.state.allowance = allowance
+    if allowance.is_granted:
+        return
+    if not limits.is_news(kind, who):
+        request.state.action = None  # no event for each: they are what a log would be filled with
+    raise RateLimited("Please slow down.", retry_after_seconds=allowance.reset_seconds)
+
+
+def acting(name: str, *roles: Role, is_read: bool = False) -> Acting:
+    """A dependency that gives an authenticated caller's Action; see Acting."""
+    return Acting(name, roles, is_read)
 
 
 async def visible_gallery(runtime: Runtime, action: Action, name: str) -> Gallery:

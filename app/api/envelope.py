@@ -1,21 +1,34 @@
-"""Around every answer: the request's id, its body's limit, security headers, its figures and its log line."""
+"""Around every answer: the request's id, the limits of header and body, who may read it, its figures and its log line."""
 
+import asyncio
 import re
 import time
+from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import answer
 from app.documents.base import new_id
+from app.errors import Unreadable
+from app.limits import Allowance
 
 log = structlog.get_logger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Of a request's headers, names and values: ten times what a browser sends. nginx allows half of it.
+HEADER_BYTES, MOST_HEADERS = 32 * 1024, 100
+#: Each so many bytes of a body buy it a second more; who sends a byte now and then gets no more than the limit.
+BODY_BYTES_A_SECOND = 64 * 1024
+#: What a refused request still sends is taken in when it is no more than this; else its connection ends with the answer.
+DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
 #: Pages that bring scripts and styles of their own; everything else is data.
 PAGES = ("/", "/docs", "/redoc", "/docs/oauth2-redirect")
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
@@ -23,6 +36,19 @@ PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "worker-src blob:; frame-ancestors 'none'"
 )
+#: On every answer, whatever it is.
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+STRICT_TRANSPORT = "max-age=31536000; includeSubDomains"
+#: What a page of an allowed origin may send and read; there are no cookies that a browser would add by itself.
+CROSS_ORIGIN_METHODS = "DELETE, GET, PATCH, POST"
+CROSS_ORIGIN_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, X-Request-ID"
+EXPOSED_HEADERS = "ETag, Location, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
+PREFLIGHT_SECONDS = 600
 
 REQUESTS = Counter("idem_requests_total", "Answers, by route and status", ["method", "route", "status"])
 SECONDS = Histogram(
@@ -30,69 +56,181 @@ SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )  # fmt: skip
 IN_FLIGHT = Gauge("idem_requests_in_flight", "Requests being answered")
+#: Whoever invents methods must not invent series of figures.
+KNOWN_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+
+
+@dataclass(slots=True)
+class _Body:
+    """A request's body while it comes in."""
+
+    receive: Receive
+    headers: Headers
+    scope: Scope
+    seconds: float
+    read: int = 0
+    is_whole: bool = False
+    is_ambiguous: bool = False
+    _began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.is_whole = not self.declared and "transfer-encoding" not in self.headers
+
+    @property
+    def declared(self) -> int:
+        """Bytes, as the caller says."""
+        text = self.headers.get("content-length", "")
+        return int(text) if text.isdecimal() else 0
+
+    async def next(self) -> Message:
+        """The next piece. Raises HTTPException 413 over the limit, 408 when it takes too long."""
+        if self.is_whole:
+            return await self.receive()  # what comes now is that the caller goes away
+        patience = self.seconds + self.read / BODY_BYTES_A_SECOND - (time.monotonic() - self._began)
+        try:
+            async with asyncio.timeout(max(0.0, patience)):
+                message = await self.receive()
+        except TimeoutError as error:
+            raise HTTPException(408) from error
+        self.read += len(message.get("body", b""))
+        self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+        limit: int = self.scope["state"]["body_limit"]
+        if self.declared > limit or self.read > limit:
+            raise HTTPException(413)
+        return message
+
+    async def drain(self) -> None:
+        """Take in the little that nobody asked for, so that the connection can serve on."""
+        if self.declared > DRAINED_BYTES or "expect" in self.headers:
+            return
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                taken = 0
+                while not self.is_whole and taken <= DRAINED_BYTES:
+                    message = await self.receive()
+                    taken += len(message.get("body", b""))
+                    self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+        except TimeoutError:
+            return
 
 
 class Envelope:
     """ASGI middleware; the outermost."""
 
-    def __init__(self, app: ASGIApp, body_limit: int) -> None:
-        """body_limit: bytes of a body; a route that takes photos raises `request.state.body_limit` before it reads."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        body_limit: int,
+        *,
+        body_seconds: float = 10,
+        allowed_origins: frozenset[str] = frozenset(),
+    ) -> None:
+        """body_limit: bytes of a body; a route that takes photos raises `request.state.body_limit` before it reads.
+
+        body_seconds: for a body to come in. allowed_origins: whose pages may read answers.
+        """
         self._app = app
         self._body_limit = body_limit
+        self._body_seconds = body_seconds
+        self._allowed_origins = allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given.decode() if REQUEST_ID.fullmatch(given) else new_id()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "").encode("latin-1")
+        is_given = REQUEST_ID.fullmatch(given) is not None
+        request_id = given.decode() if is_given else new_id()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["has_own_request_id"] = is_given
         state["body_limit"] = self._body_limit
         started = time.perf_counter()
         status: int | None = None
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        read = 0
-
-        async def bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            too_long = declared.isdigit() and int(declared) > state["body_limit"]
-            if too_long or read > state["body_limit"]:
-                raise HTTPException(413)
-            return message
+        body = _Body(receive, headers, scope, self._body_seconds)
 
         async def sealed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["X-Frame-Options"] = "DENY"
-                headers["Content-Security-Policy"] = PAGE_POLICY if scope["path"] in PAGES else DATA_POLICY
+                if not body.is_whole:
+                    await body.drain()
+                is_over = body.is_ambiguous or not body.is_whole
+                self._seal(scope, MutableHeaders(scope=message), headers, is_over=is_over)
             await send(message)
 
         IN_FLIGHT.inc()
         try:
-            await self._app(scope, bounded, sealed)
+            preflight = self._preflight(scope, headers)
+            if preflight is not None:
+                await preflight(scope, body.next, sealed)
+            else:
+                _check_header(scope)
+                await self._app(scope, body.next, sealed)
         except Exception as error:
             # A fault of ours that no route foresaw; where the answer has begun, it can only be cut off.
             if status is not None:
                 raise
-            page = await answer(Request(scope, bounded), error)
-            await page(scope, bounded, sealed)
+            # Where it ends is doubtful, and so is whether what follows is a request of the same caller.
+            body.is_ambiguous = isinstance(error, Unreadable)
+            page = await answer(Request(scope, body.next), error)
+            await page(scope, body.next, sealed)
         finally:
             IN_FLIGHT.dec()
             seconds = time.perf_counter() - started
             # The route's template, not the path: paths hold ids, and there is no end of them.
             route = getattr(scope.get("route"), "path", "unmatched")
-            REQUESTS.labels(scope["method"], route, str(status)).inc()
-            SECONDS.labels(scope["method"], route).observe(seconds)
+            method = scope["method"] if scope["method"] in KNOWN_METHODS else "other"
+            REQUESTS.labels(method, route, str(status)).inc()
+            SECONDS.labels(method, route).observe(seconds)
             log.info(
-                "request_answered", request_id=request_id, method=scope["method"], route=route, status=status,
+                "request_answered", request_id=request_id, method=method, route=route, status=status,
                 milliseconds=round(seconds * 1000, 1),
             )  # fmt: skip
+
+    def _seal(self, scope: Scope, out: MutableHeaders, asked: Headers, *, is_over: bool) -> None:
+        """The headers of every answer. is_over: nothing that follows on the connection will be read."""
+        out.update(SECURITY_HEADERS)
+        out["X-Request-ID"] = scope["state"]["request_id"]
+        out["Content-Security-Policy"] = PAGE_POLICY if scope["path"] in PAGES else DATA_POLICY
+        # Nearly all answers are about people; what may be kept says so itself.
+        out.setdefault("Cache-Control", "no-store")
+        if scope.get("scheme") == "https":
+            out["Strict-Transport-Security"] = STRICT_TRANSPORT
+        if is_over:
+            out["Connection"] = "close"
+        allowance: Allowance | None = scope["state"].get("allowance")
+        if allowance is not None:
+            out["RateLimit-Limit"] = str(allowance.limit)
+            out["RateLimit-Remaining"] = str(allowance.remaining)
+            out["RateLimit-Reset"] = str(allowance.reset_seconds)
+        if self._allowed_origins:
+            out.add_vary_header("Origin")
+            if asked.get("origin") in self._allowed_origins:
+                out["Access-Control-Allow-Origin"] = asked["origin"]
+                out["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+
+    def _preflight(self, scope: Scope, headers: Headers) -> Response | None:
+        """What a browser is told that asks for a page of an allowed origin; None for any other request."""
+        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if not is_preflight or headers.get("origin") not in self._allowed_origins:
+            return None
+        return Response(status_code=204, headers={
+            "Access-Control-Allow-Methods": CROSS_ORIGIN_METHODS,
+            "Access-Control-Allow-Headers": CROSS_ORIGIN_HEADERS,
+            "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+        })  # fmt: skip
+
+
+def _check_header(scope: Scope) -> None:
+    """Raises what a request is refused with whatever it asks for."""
+    pairs = scope["headers"]
+    if len(pairs) > MOST_HEADERS or sum(len(name) + len(value) for name, value in pairs) > HEADER_BYTES:
+        raise HTTPException(431)
+    if _CONTROL.search(scope["path"]):
+        raise HTTPException(404)  # routes' patterns would overlook a line feed at the end
+    names = [name for name, _ in pairs]
+    if b"content-length" in names and b"transfer-encoding" in names:
+        raise Unreadable("The body's length is given in two ways.")

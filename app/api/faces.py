@@ -1,14 +1,15 @@
-"""Face operations: verify, identify, compare, detect, measure."""
+"""Face operations: verify, identify, compare, detect, measure; and nonces to bind selfies to."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
+from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
 from app.api.identities import PHOTO_PROBLEMS, NoFields
 from app.api.problems import problems
-from app.api.shapes import Body
+from app.api.shapes import Body, Moment
 from app.api.uploads import Upload, body_of, uploaded
 from app.audit import Action
 from app.documents.events import Subject
@@ -20,18 +21,24 @@ from app.domain.callers import Role
 from app.domain.quality import QualityReport
 from app.errors import (
     Advice,
+    AlreadyCreated,
     AttemptsExhausted,
     Forbidden,
+    IdempotencyInProgress,
+    NonceInvalid,
     NotFound,
     NotImplementedYet,
+    RateLimited,
     ReplayedPhoto,
     Unauthenticated,
     Validation,
 )
 from app.runtime import Runtime
-from app.use_cases import compare, detect, identify, verify
+from app.use_cases import challenge, compare, detect, identify, verify
 
 router = APIRouter(prefix="/v1", tags=["faces"], responses=problems(Unauthenticated, Forbidden, Validation))
+#: Without photos.
+json_router = APIRouter(route_class=StrictRoute)
 
 CALLERS = (Role.RELYING_APP, Role.OFFICER)
 
@@ -59,7 +66,10 @@ class IdentificationFields(InGallery):
 
 
 class VerificationView(BaseModel):
-    """The answer to 1:1; `assertion` is signed for the audience, null when there is no match."""
+    """The answer to 1:1; `assertion` is signed for the audience, null when there is no match.
+
+    flags: `near-copy` of an earlier selfie for the identity, `probe-equals-reference` where the selfie is an enrolment photo.
+    """
 
     match: bool
     identity_id: str
@@ -68,8 +78,22 @@ class VerificationView(BaseModel):
     fmr: float | None
     liveness: Liveness | None
     quality: QualityReport
+    flags: list[verify.Flag]
     decision_id: str
     assertion: str | None
+
+
+class ChallengeBody(InGallery):
+    """Where the nonce will be used, and for whom if that is known."""
+
+    identity_id: Annotated[str, Field(max_length=64)] | None = None
+
+
+class ChallengeView(BaseModel):
+    """A nonce for one verification by the same caller."""
+
+    nonce: str
+    expires_at: Moment
 
 
 class MatchView(BaseModel):
@@ -138,7 +162,8 @@ class MeasuredView(BaseModel):
 def _verification(answer: verify.Verification) -> VerificationView:
     return VerificationView(
         match=answer.match, identity_id=answer.identity_id, score=answer.score, threshold=answer.threshold, fmr=answer.fmr,
-        liveness=answer.liveness, quality=answer.quality, decision_id=answer.decision_id, assertion=answer.assertion,
+        liveness=answer.liveness, quality=answer.quality, flags=list(answer.flags), decision_id=answer.decision_id,
+        assertion=answer.assertion,
     )  # fmt: skip
 
 
@@ -165,7 +190,9 @@ async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields)
 @router.post(
     "/verifications",
     openapi_extra=body_of(VerificationFields, "photo"),
-    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound, ReplayedPhoto, AttemptsExhausted),
+    responses=problems(
+        *PHOTO_PROBLEMS, Validation, NotFound, ReplayedPhoto, NonceInvalid, AttemptsExhausted, RateLimited
+    ),
 )
 async def verify_identity(
     runtime: CurrentRuntime,
@@ -264,10 +291,24 @@ async def measure_quality(
     return MeasuredView(quality=found.quality, accepted=not advice, advice=advice, liveness=found.liveness)
 
 
-@router.post("/challenges", status_code=501, responses=problems(NotImplementedYet))
-async def create_challenge(action: Annotated[Action, Depends(acting("face.challenge", *CALLERS))]) -> None:
-    """A nonce to bind a selfie to."""
-    raise NotImplementedYet("Challenges are not built yet.")
+@json_router.post("/challenges", status_code=201, responses=problems(NotFound, IdempotencyInProgress, AlreadyCreated))
+async def create_challenge(
+    runtime: CurrentRuntime,
+    request: Request,
+    body: ChallengeBody,
+    action: Annotated[Action, Depends(acting("face.challenge", *CALLERS))],
+    key: IdempotencyKey = None,
+) -> ChallengeView:
+    """A nonce to bind a selfie to: it serves one verification, by this caller, soon."""
+    gallery = await visible_gallery(runtime, action, body.gallery)
+    if body.identity_id is not None:
+        action.subject = Subject(kind="identity", id=body.identity_id)
+        identity = await Identity.living(body.identity_id)
+        if identity is None or identity.gallery_id != gallery.id:
+            raise NotFound
+    await first_answer(runtime, request, action, key, body.model_dump(), holds_secret=True)
+    made = await challenge.challenge(runtime, action, gallery, body.identity_id)
+    return ChallengeView(nonce=made.nonce, expires_at=made.expires_at)
 
 
 @router.post("/faces/detect:batch", status_code=501, responses=problems(NotImplementedYet))
@@ -280,3 +321,6 @@ async def detect_batch(action: Annotated[Action, Depends(acting("face.detect", *
 async def verify_batch(action: Annotated[Action, Depends(acting("face.verify", *CALLERS))]) -> None:
     """Many verifications."""
     raise NotImplementedYet("Batches are not built yet.")
+
+
+router.include_router(json_router)

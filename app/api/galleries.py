@@ -14,7 +14,7 @@ from app.audit import Action
 from app.documents.galleries import Gallery
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy, thresholds_for
-from app.errors import Advice, Conflict, Forbidden, NotFound, NotImplementedYet, Unauthenticated, Validation
+from app.errors import Advice, Conflict, Forbidden, NotFound, Unauthenticated, Validation
 from app.runtime import Runtime
 from app.use_cases import galleries
 
@@ -136,7 +136,7 @@ async def list_galleries(
     return Paged(items=[view(runtime, gallery) for gallery in items], next_cursor=cursor)
 
 
-@router.post("", status_code=201, responses=problems(Conflict, NotImplementedYet))
+@router.post("", status_code=201, responses=problems(Conflict))
 async def create_gallery(
     runtime: CurrentRuntime,
     request: Request,
@@ -165,7 +165,7 @@ async def get_gallery(runtime: CurrentRuntime, name: str, action: Reading) -> Ga
     return view(runtime, await visible_gallery(runtime, action, name))
 
 
-@router.patch("/{name}", responses=problems(NotFound, NotImplementedYet))
+@router.patch("/{name}", responses=problems(NotFound))
 async def update_gallery(
     runtime: CurrentRuntime,
     request: Request,

@@ -4,11 +4,12 @@ from datetime import date
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
-from app.api.paging import Page, Paged, page_of
+from app.api.paging import Page, Paged, cursor_behind, page_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.api.uploads import Upload, body_of, uploaded
@@ -16,12 +17,13 @@ from app.audit import Action
 from app.documents.events import Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
-from app.documents.sealed import data_key, gallery_key, open_attributes
-from app.domain.attributes import Attributes, Json, Metadata, canonical_ref
+from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
+from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
 from app.domain.callers import Role
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
 from app.errors import (
+    Advice,
     AnimatedImage,
     Conflict,
     DependencyUnavailable,
@@ -52,7 +54,7 @@ from app.errors import (
     Validation,
 )
 from app.runtime import Runtime
-from app.use_cases import enrol, erase, screen, standing, update, view_photo
+from app.use_cases import enrol, erase, export_subject, screen, standing, update, view_photo
 
 PHOTO_PROBLEMS = (
     NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,
@@ -67,6 +69,8 @@ router = APIRouter(
 )
 
 MOST_PHOTOS = 5
+#: Pages that one search by name opens at most, where the first letters of the name are many people's.
+MOST_NAME_PAGES = 10
 WAIT_MAXIMUM_SECONDS = 30
 
 Reading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, is_read=True))]
@@ -135,8 +139,16 @@ class IdentityView(BaseModel):
     version: int
 
 
+class RemainderView(BaseModel):
+    """Something that stays for a while: until then, or, where no clock ends it, as the note says."""
+
+    what: str
+    until: Moment | None
+    note: str
+
+
 class ReceiptView(BaseModel):
-    """What was erased, and by when the last index file with the vectors is gone."""
+    """What was erased, and what remains until when; `receipt` is the same, signed as assertions are."""
 
     identity_id: str
     erased_at: Moment
@@ -144,6 +156,8 @@ class ReceiptView(BaseModel):
     photos: int
     audit_event_id: str
     index_purge_by: Moment
+    remains: list[RemainderView]
+    receipt: str | None
 
 
 def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
@@ -240,7 +254,7 @@ async def import_identities(action: Annotated[Action, Depends(acting("identity.i
     raise NotImplementedYet("Bulk import is not built yet.")
 
 
-@router.get("")
+@router.get("", responses=problems(NotFound))
 async def list_identities(
     runtime: CurrentRuntime,
     request: Request,
@@ -249,26 +263,54 @@ async def list_identities(
     gallery: str | None = None,
     external_ref: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
     status: Literal["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"] | None = None,
-    q: Annotated[str | None, Query(max_length=256)] = None,
+    q: Annotated[str | None, Query(min_length=1, max_length=256)] = None,
     created_after: Moment | None = None,
     created_before: Moment | None = None,
 ) -> Paged[IdentityView]:
     """Everybody whom the caller may see, newest first."""
-    if q is not None:
-        raise NotImplementedYet("Searching by name is not built yet: names are stored encrypted.")
     galleries = await visible_galleries(runtime, action, gallery)
     filters: dict[str, Any] = {"gallery_id": {"$in": list(galleries)}, "status": status or {"$ne": "erased"}}
     if external_ref is not None:
         canonical = canonical_ref(external_ref)
-        filters["external_ref_hash"] = {
-            "$in": [gallery_key(runtime.keys, g).lookup_hash("external_ref", canonical) for g in galleries.values()]
-        }
+        filters |= Identity.holding(
+            [gallery_key(runtime.keys, g).lookup_hash("external_ref", canonical) for g in galleries.values()]
+        )
     times = {"$gte": created_after, "$lt": created_before}
     times = {name: moment for name, moment in times.items() if moment is not None}
     if times:
         filters["created_at"] = times
+    if q is not None:
+        return await _named(runtime, request, galleries, filters, page, q)
     items, cursor = await page_of(Identity, filters, page, request, runtime.keys)
     return Paged(items=[view(runtime, galleries[i.gallery_id], i) for i in items], next_cursor=cursor)
+
+
+async def _named(
+    runtime: Runtime, request: Request, galleries: dict[str, Gallery], filters: dict[str, Any], page: Page, q: str
+) -> Paged[IdentityView]:
+    """Those whose name, or whose name from one of its words on, begins like `q`.
+
+    A tag stands for the first letters only, and may be another's by chance: each one found is opened and looked at. A page may
+    hold fewer than were asked for when many were found in vain.
+    """
+    wanted = canonical_name(q)
+    if not wanted:
+        message = "A name prefix has a letter."
+        raise Validation(message, errors=(Advice("q", "empty", message),))
+    tags = [name_tag(gallery_key(runtime.keys, gallery), wanted) for gallery in galleries.values()]
+    tagged = filters | {"name_tags": {"$in": tags}}
+    found: list[IdentityView] = []
+    for _ in range(MOST_NAME_PAGES):
+        items, cursor = await page_of(Identity, tagged, page, request, runtime.keys)
+        views = [view(runtime, galleries[i.gallery_id], i) for i in items]
+        found += [one for one in views if one.full_name is not None and begins_like(one.full_name, wanted)]
+        if len(found) > page.limit:
+            found = found[: page.limit]
+            cursor = cursor_behind(runtime.keys, request, found[-1].created_at.isoformat(), found[-1].id)
+        if cursor is None or len(found) == page.limit:
+            break
+        page = Page(page.limit, cursor)
+    return Paged(items=found, next_cursor=cursor)
 
 
 async def visible_galleries(runtime: Runtime, action: Action, name: str | None) -> dict[str, Gallery]:
@@ -330,10 +372,11 @@ async def erase_identity(
         gallery, _ = await _found(action, identity_id)
         receipt = await erase.erase(runtime, action, gallery, identity_id, reason)
     else:
-        receipt = erase.receipt_of(runtime, first[0])
+        receipt = await erase.receipt_of_event(first[0])
     return ReceiptView(
         identity_id=receipt.identity_id, erased_at=receipt.erased_at, samples=receipt.samples, photos=receipt.photos,
         audit_event_id=receipt.audit_event_id, index_purge_by=receipt.index_purge_by,
+        remains=[RemainderView(what=r.what, until=r.until, note=r.note) for r in receipt.remains], receipt=receipt.text,
     )  # fmt: skip
 
 
@@ -449,19 +492,30 @@ async def reset_attempts(
     return _answer(runtime, response, gallery, identity)
 
 
-@router.get("/{identity_id}/export", status_code=501, responses=problems(NotFound, NotImplementedYet))
+@router.get(
+    "/{identity_id}/export",
+    response_class=Response,
+    responses=problems(
+        NotFound,
+        http_200={"content": {"application/json": {"schema": {"type": "object"}}}, "description": "One JSON document"},
+    ),
+)
 async def export_identity(
-    identity_id: str, action: Annotated[Action, Depends(acting("identity.export", Role.OFFICER))]
-) -> None:
-    """What is kept about the person, for an access request."""
-    await _found(action, identity_id)
-    raise NotImplementedYet("The export of a person is not built yet.")
+    runtime: CurrentRuntime,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("identity.export", Role.OFFICER))],
+) -> Response:
+    """Everything that is kept about the person, for an access request; of others it holds ids only. Each export is audited."""
+    gallery, _ = await _found(action, identity_id)
+    pieces = await export_subject.export_subject(runtime, action, gallery, identity_id)
+    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{identity_id}.json"'}
+    return StreamingResponse(pieces, media_type="application/json", headers=headers)
 
 
 imports = APIRouter(
     prefix="/v1/imports",
     tags=["identities"],
-    responses=problems(Unauthenticated, Forbidden, Validation, NotImplementedYet),
+    responses=problems(Unauthenticated, Forbidden, NotFound, Validation, NotImplementedYet),
 )
 
 

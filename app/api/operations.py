@@ -4,24 +4,28 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import pymongo
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import HTMLResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
 from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
-from app.api.dependencies import CurrentRuntime, acting
+from app.api.audit import refresh_figures
+from app.api.dependencies import CurrentRuntime, Strangers, acting
 from app.api.problems import problems
 from app.audit import Action
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.identities import Identity
 from app.documents.leases import Lease
 from app.domain.callers import Role
 from app.errors import Forbidden, NotFound, Problem, Unauthenticated, Validation
+from app.keys import SealBroken
 from app.runtime import Runtime
 from app.use_cases import examine
 from storage.photos import PhotoStoreUnavailable
@@ -29,6 +33,10 @@ from storage.photos import PhotoStoreUnavailable
 router = APIRouter(tags=["operations"])
 
 CHECK_SECONDS = 1.0
+FAILED_SCREENINGS = Gauge(
+    "idem_screenings_failed",
+    "Identities whose screening was given up after five tries: alert on any, they wait for a person",
+)
 VERSION = version("idem")
 
 CheckStatus = Literal["ok", "degraded", "down"]
@@ -82,9 +90,16 @@ async def _index(runtime: Runtime) -> Seen:
         if gallery is None:
             raise NotFound("no gallery")
         runtime.require_contract(gallery)
-        vectors = await runtime.search.warm(gallery)
+        try:
+            vectors = await runtime.search.warm(gallery)
+        except SealBroken:  # told below: nobody is found in this gallery, and the others serve
+            vectors = runtime.search.size(gallery.id)
         # Any gallery's trouble is told here, whichever of them is asked most.
         troubles = [state.trouble for state in await examine.heads() if state.trouble is not None]
+        troubles += [f"{name}: a template does not open" for name in sorted(runtime.search.unreadable)]
+        some = await Gallery.find_one({"published": {"$ne": None}})
+    if some is not None and not await runtime.search.shares(some):
+        troubles.append("the folder of the index is away: nothing can be published")
     published = gallery.published
     seen: Seen = {
         "kind": "exact" if published is None else published.kind, "vectors": vectors, "seq": gallery.seq,
@@ -111,12 +126,19 @@ async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime)
     return {"status": status, "latency_ms": round((time.perf_counter() - started) * 1000, 1), **seen}
 
 
-@router.get("/ready", responses={503: {"model": Readiness, "description": "Not ready"}})
+@router.get(
+    "/ready",
+    responses={503: {"model": Readiness, "description": "Not ready"}},
+    dependencies=[Depends(Strangers("read"))],
+)
 async def ready(runtime: CurrentRuntime, response: Response) -> Readiness:
     """Ready: model, MongoDB and index serve. Queue or photos away is degraded, and still 200."""
     looks = {"model": _model, "mongo": _mongo, "queue": _queue, "photos": _photos, "index": _index}
     results = await asyncio.gather(*(_checked(look, runtime) for look in looks.values()))
     checks = dict(zip(looks, results, strict=True))
+    for name, state in runtime.boundaries.states().items():
+        if name in checks:
+            checks[name]["boundary"] = state
     response.headers["Cache-Control"] = "no-store"
     if any(checks[name]["status"] == "down" for name in ("model", "mongo", "index")):
         response.status_code = 503
@@ -125,11 +147,19 @@ async def ready(runtime: CurrentRuntime, response: Response) -> Readiness:
     return Readiness(status="ready" if whole else "degraded", checks=checks)
 
 
-@router.get("/metrics", response_class=Response, responses=problems(NotFound, http_200={"content": {"text/plain": {}}}))
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=problems(NotFound, http_200={"content": {"text/plain": {}}}),
+    dependencies=[Depends(Strangers("read"))],
+)
 async def metrics(runtime: CurrentRuntime) -> Response:
     """Figures of this process for Prometheus."""
-    if not runtime.settings.metrics_enabled:
+    if not runtime.settings.shows_metrics:
         raise NotFound
+    with suppress(PyMongoError), pymongo.timeout(CHECK_SECONDS):
+        FAILED_SCREENINGS.set(await Identity.count_failed())
+        await refresh_figures()
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -162,10 +192,12 @@ class SystemView(BaseModel):
 #: Settings that matter and hold no secret.
 SHOWN_SETTINGS = (
     "workers", "photo_store", "mongodb_database", "mongodb_max_pool_size", "mongodb_min_pool_size",
-    "mongodb_timeout_seconds", "queue_timeout_seconds", "worker_max_jobs", "sweep_interval_seconds", "max_photo_bytes",
+    "mongodb_timeout_seconds", "queue_timeout_seconds", "boundary_failures", "boundary_pause_seconds",
+    "photo_timeout_seconds", "worker_max_jobs", "sweep_interval_seconds", "max_photo_bytes",
     "max_photo_pixels", "max_samples", "access_token_expire_minutes", "refresh_token_sliding_hours",
     "refresh_token_absolute_hours", "attempts_before_wait", "attempts_wait_seconds", "attempts_before_reset",
-    "replay_window_hours", "idempotency_hours", "index_purge_hours", "index_tail_rows", "index_memory_mib",
+    "replay_window_hours", "challenge_seconds", "probe_identities_per_hour", "non_matches_alarm_per_hour",
+    "idempotency_hours", "index_purge_hours", "index_tail_rows", "index_memory_mib",
     "index_shadow_every", "shutdown_grace_seconds",
 )  # fmt: skip
 
@@ -187,6 +219,7 @@ async def system(
         index=[
             dataclasses.asdict(state) | {"vectors_in_this_process": runtime.search.size(state.gallery_id)}
             for state in await examine.states(runtime)
+            if action.caller is not None and action.caller.may_see(state.gallery)
         ],
         leases=[
             {"name": lease.id, "holder": lease.holder, "fence": lease.fence, "progress": lease.progress}

@@ -14,29 +14,40 @@ from pymongo.errors import (
     ConnectionFailure,
     ExecutionTimeout,
     NetworkTimeout,
+    OperationFailure,
     PyMongoError,
     WaitQueueTimeoutError,
 )
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from app.audit import Action, refuse
 from app.errors import (
     Advice,
     DependencyUnavailable,
+    HeadersTooLarge,
     MethodNotAllowed,
     NotFound,
+    NotReady,
     Problem,
+    RequestTimeout,
     TooLarge,
     Unexpected,
     UnsupportedMediaType,
     Validation,
 )
+from app.keys import UnknownKey
+from storage.evidence import EvidenceUnavailable
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
 
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 TYPE_BASE = "urn:idem:problem/"
+#: MongoDB on a full disk: OutOfDiskSpace.
+NO_ROOM = 14031
 #: A refusal's event must not keep the caller waiting when MongoDB is slow.
 REFUSAL_SECONDS = 1.0
 
@@ -94,7 +105,7 @@ def render(request: Request, problem: Problem) -> JSONResponse:
     return JSONResponse(page.model_dump(), problem.status, headers, media_type="application/problem+json")
 
 
-def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911 - one table
+def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911, PLR0912 - one table
     """What a caller is told about any exception."""
     match error:
         case Problem():
@@ -103,16 +114,26 @@ def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911 - one table
             return Validation(
                 "Some fields are not of the form that the contract gives.", errors=_advice(error.errors())
             )
+        case EvidenceUnavailable():
+            return DependencyUnavailable("The place for evidence cannot be reached.")
         case PhotoStoreUnavailable():
             return DependencyUnavailable("The photo store cannot be reached.")
+        case UnknownKey():  # sealed under a key that this process learns of with its next reading, or its next start
+            return NotReady("A key has just been renewed; please try again.", retry_after_seconds=2)
         case AutoReconnect() | ConnectionFailure() | NetworkTimeout() | ExecutionTimeout() | WaitQueueTimeoutError():
             return DependencyUnavailable("The document store cannot be reached.")
         case PyMongoError() if error.timeout or error.has_error_label("TransientTransactionError"):
             return DependencyUnavailable("The document store did not answer in time.")
+        case OperationFailure(code=code) if code == NO_ROOM:
+            return DependencyUnavailable("The document store has no room left.")
         case HTTPException(status_code=404):
             return NotFound("No such path.")
         case HTTPException(status_code=405):
             return MethodNotAllowed()
+        case HTTPException(status_code=408) | ClientDisconnect():
+            return RequestTimeout()
+        case HTTPException(status_code=431):
+            return HeadersTooLarge()
         case HTTPException(status_code=413):
             return TooLarge()
         case HTTPException(status_code=415):
@@ -139,14 +160,23 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected_error", request_id=request.state.request_id, exc_info=error)
     action: Action | None = getattr(request.state, "action", None)
     page = render(request, problem)
-    if isinstance(error, HTTPException):
-        page.headers.update(error.headers or {})  # 405 tells what is allowed
+    if isinstance(problem, MethodNotAllowed):
+        page.headers["Allow"] = ", ".join(_methods_of(request))
     if action is not None and isinstance(error, PyMongoError):
         # Most likely MongoDB is away: waiting for it once more would keep the caller beyond the 3 s that they were promised.
         page.background = BackgroundTask(_settle, action, problem)
     elif action is not None:
         await _settle(action, problem)
     return page
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Every method that the path is offered with; the router itself names those of the first route that fits."""
+    path = {name: request.scope[name] for name in ("type", "path", "root_path", "headers")}
+    routes = request.app.router.routes
+    return [
+        method for method in METHODS if any(one.matches({**path, "method": method})[0] is Match.FULL for one in routes)
+    ]
 
 
 async def _settle(action: Action, problem: Problem) -> None:
@@ -163,5 +193,8 @@ async def _settle(action: Action, problem: Problem) -> None:
 def install(app: FastAPI) -> None:
     """Let every error of the app be answered here."""
     # What nobody foresaw goes through to the Envelope, which answers it with the same headers as everything else.
-    for kind in (Problem, RequestValidationError, HTTPException, PyMongoError, PhotoStoreUnavailable):
+    for kind in (
+        Problem, RequestValidationError, HTTPException, PyMongoError, PhotoStoreUnavailable, EvidenceUnavailable,
+        ClientDisconnect,
+    ):  # fmt: skip
         app.add_exception_handler(kind, answer)

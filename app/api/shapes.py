@@ -1,9 +1,18 @@
 """What all bodies share: unknown fields are refused, numbers are finite; times are RFC 3339 in UTC."""
 
+import re
 from datetime import UTC, datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from app.domain.callers import Role
+
+#: RFC 6749, 5.1: nobody on the way may keep an answer that holds a secret.
+NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 class Body(BaseModel):
@@ -16,5 +25,28 @@ def _rfc3339(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _dated(value: object) -> object:
+    # A bare number would be read as seconds since 1970; the contract knows no such times.
+    if isinstance(value, str | int | float) and not _DATE.match(str(value)):
+        message = "a time as RFC 3339 writes it, 2026-11-21T09:30:00Z"
+        raise ValueError(message)
+    return value
+
+
+def _plain(text: str) -> str:
+    # Control and invisible characters, half surrogate pairs: two names that look the same must be the same.
+    if not text.isprintable() or text != text.strip():
+        message = "only visible characters, and no space at either end"
+        raise ValueError(message)
+    return text
+
+
+#: A name that people read.
+PlainText = Annotated[str, AfterValidator(_plain)]
+GalleryName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+#: The galleries that an account is bound to: null means all, [] none.
+Galleries = Annotated[tuple[GalleryName, ...], Field(max_length=1000)] | None
+Roles = Annotated[tuple[Role, ...], Field(min_length=1, max_length=len(Role))]
+
 #: A time as the contract writes it: 2026-11-21T09:30:00.123Z.
-Moment = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+Moment = Annotated[datetime, BeforeValidator(_dated), PlainSerializer(_rfc3339, return_type=str, when_used="json")]

@@ -70,7 +70,7 @@ def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, C
 def body_of(model: type[BaseModel], *names: str, most: int = 1) -> dict[str, Any]:
     """The route's request body for OpenAPI, in both forms."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    properties, required = schema.get("properties", {}), schema.get("required", [])
+    properties, required = _self_contained(schema.get("properties", {})), schema.get("required", [])
     binary = {"type": "string", "format": "binary"}
     base64_text = {"type": "string", "contentEncoding": "base64"}
     parts: dict[str, Any] = {
@@ -96,6 +96,13 @@ def body_of(model: type[BaseModel], *names: str, most: int = 1) -> dict[str, Any
         one["additionalProperties"] = False
     content = {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": as_json}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _self_contained(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
+    """Without references to definitions, which stay behind: what they stand for may be any JSON."""
+    if isinstance(schema, dict):
+        return {} if "$ref" in schema else {name: _self_contained(part) for name, part in schema.items()}
+    return schema
 
 
 def _check(name: str, photos: list[bytes], most: int, limit: int) -> None:

@@ -22,6 +22,11 @@ COMMANDS: Final[Mapping[str, str]] = {
     "models": "app.cli.models:app",
     "index": "app.cli.index:app",
     "dedup": "app.cli.dedup:app",
+    "audit": "app.cli.audit:app",
+    "keys": "app.cli.keys:app",
+    "backup": "app.cli.backup:backup",
+    "restore": "app.cli.backup:restore",
+    "check": "app.cli.check:check",
 }
 
 

@@ -5,14 +5,15 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
+from app.api.envelope import HEADER_BYTES
+from app.api.wire import Connection
 from app.cli.settings import read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.config import Settings
 
-#: A request's header may have this many bytes; ten times what a browser sends.
-HEADER_BYTES = 32 * 1024
 #: Idle connections are kept a little longer than nginx keeps its own, so that nginx closes first.
 KEEP_ALIVE_SECONDS = 75
 #: A worker process that is busy with faces answers its supervisor late; that is no reason to kill it.
@@ -26,7 +27,7 @@ def serve(
 ) -> None:
     """Run the HTTP API on API_HOST:API_PORT with WORKERS processes."""
     settings = read_settings()
-    config = _configuration(settings)
+    config = configuration(settings)
     if fd is not None or settings.workers == 1:
         config.load_app()  # the long imports, while MongoDB may still be starting
         wait_for_mongo(settings.mongodb_uri, seconds=wait)
@@ -36,15 +37,17 @@ def serve(
         Multiprocess(config, sockets=[config.bind_socket()]).run()
 
 
-def _configuration(settings: Settings) -> uvicorn.Config:
+def configuration(
+    settings: Settings, *, app: ASGIApp | None = None, connection: type[Connection] = Connection
+) -> uvicorn.Config:
+    """How the server runs. app: another one than the API; connection: another patience."""
     return uvicorn.Config(
-        "app.main:create_app",
-        factory=True,
+        app or "app.main:create_app",
+        factory=app is None,
         host=settings.api_host,
         port=settings.api_port,
         workers=settings.workers,
-        # h11 bounds a request's header in memory; httptools does not.
-        http="h11",
+        http=connection,
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         backlog=BACKLOG,

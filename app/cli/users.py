@@ -9,7 +9,7 @@ from typing import Annotated
 import pymongo
 import typer
 
-from app.access import new_secret
+from app.access.callers import new_secret
 from app.audit import by_system
 from app.cli.settings import read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
@@ -21,12 +21,13 @@ from app.documents.base import new_id
 from app.domain.callers import Role
 from app.errors import Problem
 from app.runtime import open_runtime
-from app.use_cases.accounts import ClientFields, UserFields, create_user, ensure_admin, ensure_client, ensure_user
+from app.use_cases.keep_clients import ClientFields, ensure_client
+from app.use_cases.keep_users import UserFields, create_user, ensure_admin, ensure_user, unlock_user
 
 #: Hashing a password takes a third of a second; everything else is a few writes.
 WORK_SECONDS = 30
 
-app = typer.Typer(help="Make people who may log in.", no_args_is_help=True)
+app = typer.Typer(help="Make people who may log in, and let them in again.", no_args_is_help=True)
 
 
 @app.command()
@@ -54,6 +55,24 @@ def create(
     typer.echo(f"{username} may log in.")
 
 
+@app.command()
+def unlock(
+    username: str,
+    *,
+    second_factor: Annotated[
+        bool, typer.Option("--remove-second-factor", help="For somebody who lost it; the password is enough then.")
+    ] = False,
+) -> None:
+    """Forgive somebody's failed logins, so that they need not wait."""
+    settings = read_settings()
+    try:
+        asyncio.run(_unlock(settings, username, takes_factor=second_factor))
+    except Problem as problem:
+        typer.echo(f"{problem.title}: {problem.detail}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{username} need not wait." + (" The second factor is removed." if second_factor else ""))
+
+
 @app.command(hidden=True)
 def development(
     credentials: Annotated[Path, typer.Option(help="Kept here (0600) between starts.")],
@@ -75,6 +94,12 @@ async def _create(settings: Settings, fields: UserFields, password: str) -> None
     async with open_runtime(settings) as runtime:
         with pymongo.timeout(WORK_SECONDS):
             await create_user(runtime, by_system("user.create"), fields, password)
+
+
+async def _unlock(settings: Settings, username: str, *, takes_factor: bool) -> None:
+    async with open_runtime(settings) as runtime:
+        with pymongo.timeout(WORK_SECONDS):
+            await unlock_user(runtime, by_system("user.unlock"), username, takes_factor=takes_factor)
 
 
 async def _ensure(settings: Settings, accounts: Credentials) -> list[str]:

@@ -47,10 +47,11 @@ from app.devstack.servers import (
 )
 from app.errors import ModelMismatch
 
-#: Everything must be down 10 s after the signal; the sum of these stays below.
-SERVICE_GRACE_SECONDS: Final = 4
-SERVICE_KILL_SECONDS: Final = 5.0
-STORE_KILL_SECONDS: Final = 3.5
+#: Everything must be down 10 s after the signal. What has begun gets SHUTDOWN_GRACE_SECONDS, but no more than this;
+SERVICE_GRACE_SECONDS: Final = 8
+SERVICE_KILL_SECONDS: Final = 8.4
+#: the stores get what is left until here: mostly all of it. A kill loses nothing that is on their journals.
+STOP_SECONDS: Final = 9.7
 START_LIMIT_SECONDS: Final = 120.0
 POLL_SECONDS: Final = 0.05
 #: A child that died this often before the stack was ready will not come.
@@ -184,13 +185,14 @@ class Stack:
         return self._announce()
 
     async def stop(self) -> None:
-        """End every child: first those that use the stores, then the stores. At most nine seconds."""
+        """End every child: first those that use the stores, then the stores. At most ten seconds."""
         self._is_starting = False
         self._listener.close()
-        stores = {"mongod", "redis"}
-        for names, grace in ((False, SERVICE_KILL_SECONDS), (True, STORE_KILL_SECONDS)):
+        stores, began = {"mongod", "redis"}, time.monotonic()
+        for names, until in ((False, SERVICE_KILL_SECONDS), (True, STOP_SECONDS)):
             group = [child for child in self._children if (child.name in stores) is names]
-            await asyncio.gather(*(child.stop(grace_seconds=grace) for child in group))
+            left = until - (time.monotonic() - began)
+            await asyncio.gather(*(child.stop(grace_seconds=left) for child in group))
         self._forget_old_announcements()
         (self._data_dir / "pids.json").unlink(missing_ok=True)
 
@@ -215,6 +217,8 @@ class Stack:
             environment["VECTOR_DB_PATH"] = str(self._data_dir / "index")
         if "index_cache_path" not in settings.model_fields_set:
             environment["INDEX_CACHE_PATH"] = str(self._data_dir / "index-copies")
+        if "evidence_path" not in settings.model_fields_set:
+            environment["EVIDENCE_PATH"] = str(self._data_dir / "evidence")
         if not settings.key_encryption_secret():
             key = self._data_dir / KEY_NAME
             if not key.exists():
@@ -382,7 +386,12 @@ def embedded_settings(settings: Settings, data_dir: Path) -> Settings:
     folder = data_dir.resolve()
     ready = ReadyStack.model_validate_json((folder / READY_NAME).read_bytes())
     filled: dict[str, object] = {"mongodb_uri": ready.mongo_uri, "redis_url": ready.redis_url}
-    places = {"storage_path": "photos", "vector_db_path": "index", "index_cache_path": "index-copies"}
+    places = {
+        "storage_path": "photos",
+        "vector_db_path": "index",
+        "index_cache_path": "index-copies",
+        "evidence_path": "evidence",
+    }
     filled |= {name: folder / place for name, place in places.items() if name not in settings.model_fields_set}
     key, model = folder / KEY_NAME, folder / MODEL_NAME
     if not settings.key_encryption_secret():

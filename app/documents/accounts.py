@@ -1,7 +1,7 @@
 """Callers as they are stored: users with their logins, client applications, and the keys that sign tokens."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import ClassVar
 
 from beanie import Document
@@ -9,7 +9,7 @@ from pydantic import Field
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from app.documents.base import Stored, now
-from app.domain.callers import Role, username_key
+from app.domain.callers import Caller, Role, username_key
 
 
 class User(Stored):
@@ -17,7 +17,8 @@ class User(Stored):
 
     username_key: the name as it is compared (NFKC, case folded), unique. access_version: access tokens of another one
     are refused, refreshing brings a new one; rises with the roles. session_version: whole logins of another one are
-    refused; rises when the password changes or the user is disabled.
+    refused; rises when the password changes or the user is disabled. sealed_totp: the secret of the second factor (see
+    `totp_bound`), asked for at a login once it was confirmed; totp_step: the newest time step whose code was used.
     """
 
     username: str
@@ -28,6 +29,9 @@ class User(Stored):
     disabled: bool = False
     access_version: int = 1
     session_version: int = 1
+    sealed_totp: bytes | None = None
+    totp_confirmed: bool = False
+    totp_step: int = -1
     #: Written by whoever relies on this document staying as it is, so that a change of it conflicts.
     touch: int = 0
     #: Its password lies in a file of a development stack; production refuses to start beside it.
@@ -48,12 +52,15 @@ class User(Stored):
 class Client(Stored):
     """An application that calls on its own behalf; its id is its OAuth `client_id`.
 
-    secret_hash: keyed hash of 256 random bits, which need no slow hashing. audiences: whom its assertions may
-    address. access_version: as a user's; rises with the roles and with the secret.
+    secret_hash: keyed hash of 256 random bits, which need no slow hashing. former_hash: the secret before it, good until
+    `former_until`. audiences: whom its assertions may address. access_version: as a user's; rises with the roles, and
+    with a secret that takes effect at once.
     """
 
     name: str
     secret_hash: bytes
+    former_hash: bytes | None = None
+    former_until: datetime | None = None
     roles: list[Role]
     galleries: list[str] | None = None
     audiences: list[str] = Field(default_factory=list)
@@ -133,13 +140,16 @@ class RevokedToken(Stored):
 class SigningKey(Stored):
     """An Ed25519 key that signs access tokens and assertions; its id is the `kid`, its RFC 7638 thumbprint.
 
-    generation: 1 for the first, unique, so that processes which start together agree on one; the highest signs, all
-    verify. sealed_private: the 32 private bytes, sealed under the key-encryption key.
+    generation: 1 for the first, unique, so that processes which start together agree on one. The highest whose
+    `signs_from` is over signs; all verify. verifies_until: None while no newer one is there; after it the key is gone.
+    sealed_private: the 32 private bytes (see `signing_key_bound`).
     """
 
     generation: int
     public: bytes
     sealed_private: bytes
+    signs_from: datetime = datetime(1970, 1, 1, tzinfo=UTC)
+    verifies_until: datetime | None = None
     created_at: datetime = Field(default_factory=now)
 
     class Settings(Stored.Settings):
@@ -148,7 +158,26 @@ class SigningKey(Stored):
         name = "signing_keys"
         indexes: ClassVar[list[IndexModel]] = [
             IndexModel([("generation", ASCENDING)], unique=True, name="generation"),
+            IndexModel([("verifies_until", ASCENDING)], expireAfterSeconds=0, name="purge"),
         ]
+
+
+def signing_key_bound(key_id: str) -> bytes:
+    """What `SigningKey.sealed_private` is bound to."""
+    return f"idem/1|signing-key|{key_id}".encode()
+
+
+def totp_bound(user_id: str) -> bytes:
+    """What `User.sealed_totp` is bound to."""
+    return f"idem/1|totp|{user_id}".encode()
+
+
+def kept_by(caller: Caller | None) -> dict[str, object]:
+    """The filter of accounts that a caller may see and keep: those bound to galleries of theirs (`Caller.may_keep`)."""
+    if caller is None or caller.galleries is None:
+        return {}
+    beyond = {"$elemMatch": {"$nin": list(caller.galleries)}}
+    return {"galleries": {"$ne": None, "$not": beyond}}
 
 
 async def mark_for_development(usernames: Sequence[str]) -> None:

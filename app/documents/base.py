@@ -20,6 +20,11 @@ def now() -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
+def as_text(moment: datetime) -> str:
+    """A time as the contract writes it: 2026-11-21T09:30:00.123Z."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 class Value(BaseModel):
     """A frozen value embedded in a document."""
 

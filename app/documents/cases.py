@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import ClassVar, Literal, Self
 
+from pydantic import Field
 from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -20,8 +21,30 @@ class CaseCandidate(Value):
     decision: Decision | None = None
 
 
+class Proposal(Value):
+    """What one officer would decide, where a second one must agree.
+
+    identity_id: the candidate it is about; None: all that are undecided. keep: who would stay, of a duplicate.
+    """
+
+    decision: Decision
+    identity_id: str | None
+    keep: str | None
+    reason: str
+    by: str
+    at: datetime
+
+    def agrees_with(self, other: Self) -> bool:
+        """Whether both would do the same, for whatever reason."""
+        return (self.decision, self.identity_id, self.keep) == (other.decision, other.identity_id, other.keep)
+
+
 class Case(Stored):
-    """A newcomer (or a later sample, `sample_id`) and everybody whom it looks like, for a person to decide."""
+    """A newcomer (or a later sample, `sample_id`) and everybody whom it looks like, for a person to decide.
+
+    proposals: where two officers must agree, those that wait for the second one, at most one about each candidate and one
+    about all. proposed_by: whose proposal the deciding officer agreed with.
+    """
 
     gallery_id: str
     newcomer_id: str
@@ -34,6 +57,8 @@ class Case(Stored):
     decided_at: datetime | None = None
     decided_by: str | None = None
     reason: str | None = None
+    proposals: list[Proposal] = Field(default_factory=list)
+    proposed_by: str | None = None
     version: int = 1
 
     class Settings(Stored.Settings):
@@ -62,11 +87,20 @@ class Case(Stored):
 
     async def close(self, session: AsyncClientSession, reason: str) -> bool:
         """End the case without a person's decision: what it was about has changed."""
-        return await self.change(session, {"state": "decided", "decided_at": now(), "reason": reason})
+        return await self.change(
+            session, {"state": "decided", "decided_at": now(), "reason": reason, "proposals": []}
+        )  # fmt: skip
+
+    def proposal_about(self, identity_id: str | None) -> Proposal | None:
+        """What somebody proposed about the candidate; None asks about all."""
+        return next((proposal for proposal in self.proposals if proposal.identity_id == identity_id), None)
 
 
 class Pair(Stored):
-    """Two identities that look alike, under their ordered ids, with the best score seen and what a person decided."""
+    """Two identities that look alike, under their ordered ids, with the best score seen and what a person decided.
+
+    proposed_by: the other officer, where two had to agree.
+    """
 
     gallery_id: str
     low: str
@@ -74,6 +108,7 @@ class Pair(Stored):
     score: float
     decision: Decision | None = None
     decided_by: str | None = None
+    proposed_by: str | None = None
     decided_at: datetime | None = None
     created_at: datetime
 
@@ -107,10 +142,19 @@ class Pair(Stored):
             await cls.get_pymongo_collection().bulk_write(writes, session=session)
 
     @classmethod
-    async def decide(cls, one: str, other: str, decision: Decision, by: str, session: AsyncClientSession) -> None:
-        """Keep what a person said about a recorded pair."""
+    async def decide(
+        cls,
+        one: str,
+        other: str,
+        decision: Decision,
+        by: str,
+        session: AsyncClientSession,
+        *,
+        proposed_by: str | None = None,
+    ) -> None:
+        """Keep what a person said about a recorded pair; or two, the first of whom proposed it."""
         low, high = sorted((one, other))
-        fields = {"decision": decision, "decided_by": by, "decided_at": now()}
+        fields = {"decision": decision, "decided_by": by, "proposed_by": proposed_by, "decided_at": now()}
         await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, {"$set": fields}, session=session)
 
     @classmethod

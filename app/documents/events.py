@@ -1,11 +1,14 @@
 """What happened: one audit event for every action and every refusal."""
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pymongo import IndexModel
+from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, Value
+from app.documents.base import Stored, Value, as_text
+from app.domain.log_export import Json, Line
 
 Outcome = Literal["success", "denied", "failure"]
 Detail = dict[str, str | int | float | bool | None]
@@ -19,34 +22,49 @@ class Subject(Value):
 
 
 class ActorRef(Value):
-    """Who acted: a user, a client, the system, or nobody known."""
+    """Who acted: a user, a client, the system, or nobody known. name and ip: their HMACs under the event's salt."""
 
     kind: Literal["user", "client", "system", "anonymous"]
     id: str | None
+    name: str | None = None
+    ip: str | None = None
 
 
 class Personal(Value):
-    """What of an event is somebody's: it stands in the event's leaf as HMAC under `salt`; without the salt it is gone."""
+    """What of an event is somebody's, in the clear, and the salt under which it stands in the leaf; deleted to forget them.
+
+    request_id: where the caller gave it; else it is ours, and nobody's.
+    """
 
     salt: bytes
     actor_name: str | None
     actor_ip: str | None
     request_id: str | None
 
+    @property
+    def clear(self) -> dict[str, str]:
+        """The values that stand hashed in the leaf, by the names that an export gives them."""
+        named = {"actor.name": self.actor_name, "actor.ip": self.actor_ip, "request_id": self.request_id}
+        return {name: value for name, value in named.items() if value is not None}
+
 
 class AuditEvent(Stored):
-    """One event, never changed; `seq` and `leaf_hash` are given when it enters the Merkle tree."""
+    """One event, never changed; `seq` and `leaf_hash` are given when it enters the Merkle tree.
+
+    personal: kept beside the event and no part of its leaf, so that it can be deleted and the leaf still holds.
+    """
 
     seq: int | None = None
     time: datetime
     actor: ActorRef
-    personal: Personal | None
     action: str
     subject: Subject
     outcome: Outcome
     gallery: str | None
+    request_id: str | None = None
     detail: Detail
     leaf_hash: str | None = None
+    personal: Personal | None
 
     class Settings(Stored.Settings):
         """Collection and indexes."""
@@ -59,4 +77,65 @@ class AuditEvent(Stored):
             IndexModel([("subject.id", 1), ("time", -1)]),
             IndexModel([("gallery", 1), ("time", -1)]),
             IndexModel("seq", partialFilterExpression={"seq": {"$type": "number"}}, unique=True),
+            # Holds only those that wait for their number, which is next to nothing.
+            IndexModel([("seq", 1), ("_id", 1)], partialFilterExpression={"seq": {"$type": "null"}}),
         ]
+
+    @classmethod
+    async def unnumbered(cls, limit: int, session: AsyncClientSession | None = None) -> list["AuditEvent"]:
+        """Events that are not in the tree yet, about in the order of their making."""
+        query = cls.find({"seq": {"$type": "null"}}, session=session)
+        return await query.sort("+seq", "+_id").limit(limit).to_list()
+
+    @classmethod
+    async def forget_personal(cls, filters: Mapping[str, Any], session: AsyncClientSession | None = None) -> int:
+        """Delete salts and clear values of the events that fit; what stands in their leaves can never be undone again.
+
+        Returns how many events had any.
+        """
+        forgotten = await cls.get_pymongo_collection().update_many(
+            {**filters, "personal": {"$ne": None}}, {"$set": {"personal": None}}, session=session
+        )
+        return forgotten.modified_count
+
+    def leaf(self, seq: int) -> Line:
+        """What the leaf at `seq` is hashed over, as JSON."""
+        return {
+            "id": self.id, "seq": seq, "time": as_text(self.time),
+            "actor": {"kind": self.actor.kind, "id": self.actor.id, "name": self.actor.name, "ip": self.actor.ip},
+            "action": self.action, "subject": {"kind": self.subject.kind, "id": self.subject.id}, "outcome": self.outcome,
+            "gallery": self.gallery, "request_id": self.request_id, "detail": dict(self.detail),
+        }  # fmt: skip
+
+    def shown(self) -> Line:
+        """The event as readers see it: with the clear values while they are kept, and their hashes after."""
+        clear = {} if self.personal is None else self.personal.clear
+        actor: Json = {
+            "kind": self.actor.kind, "id": self.actor.id, "name": clear.get("actor.name", self.actor.name),
+            "ip": clear.get("actor.ip", self.actor.ip),
+        }  # fmt: skip
+        request_id = clear.get("request_id", self.request_id)
+        numbered: Line = {"seq": self.seq, "actor": actor, "request_id": request_id, "leaf_hash": self.leaf_hash}
+        return self.leaf(0) | numbered
+
+    def exported(self) -> Line:
+        """The event in an export: with what its leaf can be hashed again from; `skipped` and `end` are the export's to fill."""
+        personal: Json = None
+        if self.personal is not None and self.personal.clear:
+            personal = {"fields": list(self.personal.clear), "salt": self.personal.salt.hex()}
+        return self.shown() | {"personal": personal, "skipped": [], "end": None}
+
+
+class StrangerCount(Stored):
+    """How often nobody known was refused an action, from one address in one minute; until an event tells it."""
+
+    minute: datetime
+    ip: str
+    action: str
+    refused: int
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "stranger_counts"
+        indexes: ClassVar[list[IndexModel]] = [IndexModel([("minute", 1), ("ip", 1)])]

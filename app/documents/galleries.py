@@ -11,6 +11,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from app.documents.base import Stored, Value, new_id, now
 from app.domain.faces import ModelCard
 from app.domain.policy import GalleryPolicy
+from app.keys import WrappedKeys
 
 DEFAULT_GALLERY = "default"
 OWNERS_AT_ONCE = 5000
@@ -51,7 +52,8 @@ class Gallery(Stored):
     after a restore or re-creation: whatever belongs to another epoch is refused. `identities` and `samples` count
     what is not erased, `removed` the vectors ever taken out, kept by the same transactions. `published` is the newest
     generation of the index, `previous` the one before it, as long as its files may stay; `fault` what is wrong with the newest.
-    `purge_by`: when index files that hold an erased person's vectors must be gone.
+    `purge_by`: when index files that hold an erased person's vectors must be gone. `wrapped_keys`: what opens its people's data
+    keys, and what it looks up by.
     """
 
     name: str
@@ -70,8 +72,7 @@ class Gallery(Stored):
     identities: int = 0
     samples: int = 0
     removed: int = 0
-    wrapped_key: bytes
-    key_id: str
+    wrapped_keys: WrappedKeys
     created_at: datetime
     updated_at: datetime
 
@@ -82,9 +83,7 @@ class Gallery(Stored):
         indexes: ClassVar[list[IndexModel]] = [IndexModel("name", unique=True)]
 
     @classmethod
-    def fresh(
-        cls, name: str, card: ModelCard, policy: GalleryPolicy, *, id_: str, wrapped_key: bytes, key_id: str
-    ) -> Self:
+    def fresh(cls, name: str, card: ModelCard, policy: GalleryPolicy, *, id_: str, wrapped_keys: WrappedKeys) -> Self:
         """A new, empty gallery bound to a model."""
         moment = now()
         return cls(
@@ -96,8 +95,7 @@ class Gallery(Stored):
             licence=card.licence,
             policy=policy,
             epoch=new_id(),
-            wrapped_key=wrapped_key,
-            key_id=key_id,
+            wrapped_keys=wrapped_keys,
             created_at=moment,
             updated_at=moment,
         )
@@ -118,15 +116,19 @@ class Gallery(Stored):
     ) -> int | None:
         """Take `rows` numbers for changes in this transaction; returns the first.
 
-        None when the gallery is gone, or of another epoch or contract than when it was read.
+        None when the gallery is gone, or of another epoch or contract than when it was read. Afterwards `wrapped_keys` are those
+        of this transaction: a data key that is wrapped now is not wrapped with one that is about to go.
         """
         head = await self.get_pymongo_collection().find_one_and_update(
             {"_id": self.id, "epoch": self.epoch, "contract": self.contract},
             {"$inc": {"seq": rows, "identities": identities, "samples": samples, "removed": removed}},
-            projection={"seq": 1},
+            projection={"seq": 1, "wrapped_keys": 1},
             session=session,
         )
-        return None if head is None else int(head["seq"]) + 1
+        if head is None:
+            return None
+        self.wrapped_keys = WrappedKeys.model_validate(head["wrapped_keys"])
+        return int(head["seq"]) + 1
 
     async def purge_files(self, session: AsyncClientSession, seqs: Sequence[int], deadline: datetime) -> None:
         """Have index files that hold one of these vectors gone by the deadline, or by the earlier one that is set already."""

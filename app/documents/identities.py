@@ -22,7 +22,11 @@ class Liveness(Value):
 
 
 class Sample(Value):
-    """One photo with its face. template: the sealed embedding; photo_digest: keyed hash of the bytes as they came."""
+    """One photo with its face.
+
+    template: the sealed embedding; photo_digest: keyed hash of the bytes as they came; fingerprint: sealed, tells copies of the
+    photo, None where there is nothing to tell them by.
+    """
 
     id: str
     seq: int
@@ -33,6 +37,7 @@ class Sample(Value):
     liveness: Liveness | None
     photo_key: str
     photo_digest: bytes
+    fingerprint: bytes | None = None
     created_at: datetime
 
 
@@ -67,6 +72,8 @@ class Attempts(Value):
     last_failure: datetime | None = None
 
 
+#: Every status but `erased`.
+LIVING: list[Status] = ["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"]
 #: Few among many: found by an index of their own, not by looking at everybody.
 _WITH_SEVERAL_SAMPLES = {"samples.1.seq": {"$exists": True}}
 
@@ -82,8 +89,9 @@ class SealedTemplates:
 class Identity(Stored):
     """Someone known in a gallery.
 
-    attributes: sealed JSON of external_ref, full_name, date_of_birth, metadata. wrapped_key: the data key; without it
-    nothing of the person opens any more. touch: raised by transactions that rely on this identity's standing, so that they
+    attributes: sealed JSON of external_ref, full_name, date_of_birth, metadata. name_tags: keyed hashes that a search by the
+    beginning of a name meets. wrapped_key: the data key; without it nothing of the person opens any more. key_generation: of
+    the gallery's key that wrapped it. touch: raised by transactions that rely on this identity's standing, so that they
     conflict with those that change it. outbox_at: when a queued screening is overdue and must be queued again.
     """
 
@@ -94,7 +102,9 @@ class Identity(Stored):
     screenings: list[Screening]
     attributes: bytes | None
     external_ref_hash: bytes | None
+    name_tags: list[bytes] = Field(default_factory=list)
     wrapped_key: bytes | None
+    key_generation: int | None = None
     attempts: Attempts = Attempts()
     outbox_at: datetime | None
     touch: int = 0
@@ -117,9 +127,12 @@ class Identity(Stored):
             IndexModel([("gallery_id", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("gallery_id", 1), ("status", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("created_at", -1), ("_id", -1)]),
+            IndexModel([("gallery_id", 1), ("name_tags", 1), ("created_at", -1), ("_id", -1)]),
+            IndexModel([("gallery_id", 1), ("key_generation", 1)]),
             IndexModel("screenings.job_id"),
             IndexModel([("gallery_id", 1), ("samples.1.seq", 1)], partialFilterExpression=_WITH_SEVERAL_SAMPLES),
             IndexModel("outbox_at", partialFilterExpression={"outbox_at": {"$type": "date"}}),
+            IndexModel("status", partialFilterExpression={"status": "failed"}),
         ]
 
     @property
@@ -143,7 +156,13 @@ class Identity(Stored):
     @classmethod
     async def by_external_ref(cls, gallery_id: str, ref_hash: bytes) -> Self | None:
         """The identity that holds a reference in its gallery."""
-        return await cls.find_one({"gallery_id": gallery_id, "external_ref_hash": ref_hash})
+        return await cls.find_one({"gallery_id": gallery_id, **cls.holding([ref_hash])})
+
+    @classmethod
+    def holding(cls, ref_hashes: Sequence[bytes]) -> dict[str, Any]:
+        """The filter for those who hold one of these references."""
+        # The type too: without the index's own condition MongoDB would not use it, and read the whole gallery.
+        return {"external_ref_hash": {"$in": list(ref_hashes), "$type": "binData"}}
 
     @classmethod
     async def by_job(cls, job_id: str) -> Self | None:
@@ -186,10 +205,43 @@ class Identity(Stored):
         return {row["_id"]: row["status"] async for row in rows}
 
     @classmethod
+    async def wrapped_before(
+        cls, gallery_id: str, generation: int, limit: int, session: AsyncClientSession | None = None
+    ) -> list[tuple[str, bytes]]:
+        """Identities whose data key an older generation of the gallery's key wrapped, with that wrapped key; at most `limit`."""
+        rows = cls.get_pymongo_collection().find(
+            {"gallery_id": gallery_id, "key_generation": {"$lt": generation}}, {"wrapped_key": 1}, session=session
+        )
+        return [(row["_id"], row["wrapped_key"]) async for row in rows.limit(limit)]
+
+    @classmethod
+    async def count_by_generation(cls, gallery_id: str) -> dict[int, int]:
+        """How many data keys each generation of the gallery's key has wrapped."""
+        stages: list[dict[str, Any]] = [
+            {"$match": {"gallery_id": gallery_id, "key_generation": {"$type": "number"}}},
+            {"$group": {"_id": "$key_generation", "count": {"$sum": 1}}},
+        ]
+        rows = await cls.get_pymongo_collection().aggregate(stages)
+        return {row["_id"]: row["count"] async for row in rows}
+
+    @classmethod
+    async def kept_since_before(cls, gallery_id: str, moment: datetime, limit: int) -> list[str]:
+        """The ids of those who were enrolled before that moment, the oldest first; at most `limit`."""
+        rows = cls.get_pymongo_collection().find(
+            {"gallery_id": gallery_id, "status": {"$in": LIVING}, "created_at": {"$lt": moment}}, {"_id": 1}
+        )
+        return [row["_id"] async for row in rows.sort("created_at").limit(limit)]
+
+    @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
         """Identities whose queued screening should have run by now; not while their status lets none run."""
         due = {"outbox_at": {"$lte": moment}, "status": {"$in": ["pending", "active"]}}
         return await cls.find(due).sort("outbox_at").limit(limit).to_list()
+
+    @classmethod
+    async def count_failed(cls) -> int:
+        """Those whose screening was given up: they wait for an operator."""
+        return await cls.find({"status": "failed"}).count()
 
     @classmethod
     async def touch_living(cls, ids: Sequence[str], session: AsyncClientSession) -> bool:

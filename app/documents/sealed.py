@@ -4,14 +4,15 @@ import numpy as np
 
 from app.documents.galleries import Change, Gallery
 from app.documents.identities import Identity, Sample, SealedTemplates
-from app.domain.attributes import Attributes
+from app.domain.attributes import PREFIX_CHARACTERS, Attributes, name_prefixes
 from app.domain.faces import Embedding
+from app.domain.near_copies import Likeness
 from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
 
 
 def gallery_key(keys: KeyRing, gallery: Gallery) -> GalleryKey:
     """The gallery's key. Raises SealBroken."""
-    return keys.gallery_key(gallery.id, gallery.wrapped_key)
+    return keys.gallery_key(gallery.id, gallery.wrapped_keys)
 
 
 def data_key(keys: KeyRing, gallery: Gallery, identity: Identity) -> DataKey:
@@ -56,9 +57,13 @@ def open_vectors(
         if person is None or person.wrapped_key is None or sealed is None or sealed[1] != contract:
             continue
         owner, sample = row.identity_id or "", row.sample_id or ""
-        if owner not in data_keys:
-            data_keys[owner] = key.unwrap(person.wrapped_key, owner)
-        vectors.append(_template(data_keys[owner], sealed[0], key.gallery_id, owner, sample, contract))
+        try:
+            if owner not in data_keys:
+                data_keys[owner] = key.unwrap(person.wrapped_key, owner)
+            vectors.append(_template(data_keys[owner], sealed[0], key.gallery_id, owner, sample, contract))
+        except SealBroken as error:
+            error.add_note(f"identity {owner}, sample {sample}, seq {row.seq}")
+            raise
         seqs.append(row.seq)
     return seqs, np.array(vectors, np.float32).reshape(-1, dimension)
 
@@ -75,6 +80,25 @@ def open_references(key: DataKey, identity: Identity) -> Embedding:
     return np.array(
         [open_template(key, identity.gallery_id, identity.id, s) for s in identity.active_samples], np.float32
     )
+
+
+def seal_fingerprint(
+    key: DataKey, fingerprint: bytes | None, gallery_id: str, identity_id: str, sample_id: str
+) -> bytes | None:
+    """A photo's fingerprint as it is stored, if it has one."""
+    return None if fingerprint is None else key.seal(fingerprint, _bound("print", gallery_id, identity_id, sample_id))
+
+
+def open_likenesses(key: DataKey, identity: Identity) -> list[Likeness]:
+    """What tells copies of the active samples' photos. Raises SealBroken."""
+    gallery_id = identity.gallery_id
+    return [
+        Likeness(
+            open_template(key, gallery_id, identity.id, s),
+            None if s.fingerprint is None else key.open(s.fingerprint, _bound("print", gallery_id, identity.id, s.id)),
+        )
+        for s in identity.active_samples
+    ]
 
 
 def seal_photo(key: DataKey, data: bytes, gallery_id: str, identity_id: str, sample_id: str) -> bytes:
@@ -95,3 +119,14 @@ def seal_attributes(key: DataKey, attributes: Attributes, gallery_id: str, ident
 def open_attributes(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str) -> Attributes:
     """The attributes. Raises SealBroken."""
     return Attributes.model_validate_json(key.open(sealed, _bound("attributes", gallery_id, identity_id, "")))
+
+
+def name_tags(key: GalleryKey, attributes: Attributes) -> list[bytes]:
+    """What a search by the beginning of a name meets; see docs/adr/0031."""
+    return [] if attributes.full_name is None else key.lookup_tags("name", name_prefixes(attributes.full_name))
+
+
+def name_tag(key: GalleryKey, canonical_prefix: str) -> bytes:
+    """The tag of those whose name begins with these letters, of which the first PREFIX_CHARACTERS count."""
+    (tag,) = key.lookup_tags("name", [canonical_prefix[:PREFIX_CHARACTERS]])
+    return tag

@@ -9,6 +9,10 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 from typing_extensions import TypeAliasType
 
+#: Beginnings of names are looked up by so many characters at most; what is longer is compared after opening.
+PREFIX_CHARACTERS = 12
+#: Words of a name from which on it can be looked up.
+NAME_WORDS = 8
 METADATA_BYTES, METADATA_KEYS, METADATA_DEPTH = 4096, 32, 3
 #: General categories that have no place in a name or a reference: controls, formats, surrogates, private use, unassigned.
 UNCLEAN = ("Cc", "Cf", "Cs", "Co", "Cn")
@@ -98,3 +102,29 @@ def canonical_ref(external_ref: str) -> str:
     """How a reference is looked up: NFKC and case folded, so that two spellings of one are one."""
     # Once more, because folding takes some letters apart: capital and small forms of U+0390 would stay two.
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", external_ref).casefold())
+
+
+#: A word begins a name, or follows a space, a hyphen or an apostrophe.
+_WORD_BEGINS = re.compile(r"(?:^|(?<=[\s\-\u2010\u2011'\u2019]))[^\s\-\u2010\u2011'\u2019]")
+
+
+def canonical_name(name: str) -> str:
+    """How a name is looked up: as a reference is, with one space where there are several, and none around it."""
+    return " ".join(canonical_ref(name).split())
+
+
+def _rests(full_name: str) -> list[str]:
+    """The canonical name from each of its words on."""
+    name = canonical_name(full_name)
+    return [name[found.start() :] for found in _WORD_BEGINS.finditer(name)][:NAME_WORDS]
+
+
+def name_prefixes(full_name: str) -> set[str]:
+    """Every beginning of the canonical name, and of it from each of its words on, up to PREFIX_CHARACTERS long."""
+    rests = _rests(full_name)
+    return {rest[:length] for rest in rests for length in range(1, min(len(rest), PREFIX_CHARACTERS) + 1)}
+
+
+def begins_like(full_name: str, canonical_prefix: str) -> bool:
+    """Whether the name, or it from one of its words on, begins with these letters."""
+    return any(rest.startswith(canonical_prefix) for rest in _rests(full_name))

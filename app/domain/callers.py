@@ -1,11 +1,18 @@
 """Who calls, and what they may do and see."""
 
+import ipaddress
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 CallerKind = Literal["user", "client"]
+
+#: A provider gives at least this much of IPv6 to one customer (RFC 6177), who may use any address of it.
+_IPV6_PREFIX: Final = 64
+#: Longer usernames are nobody's; they are not even looked for.
+USERNAME_MAXIMUM: Final = 64
 
 
 class Role(StrEnum):
@@ -43,6 +50,15 @@ class Caller:
         """Whether the gallery of this name is among theirs."""
         return self.galleries is None or gallery_name in self.galleries
 
+    def may_keep(self, galleries: Sequence[str] | None) -> bool:
+        """Whether they may make, change or see an account that is bound to these galleries (None: to none).
+
+        Nobody gives more than they have, or takes over somebody who has more.
+        """
+        if self.galleries is None:
+            return True
+        return galleries is not None and set(galleries) <= set(self.galleries)
+
 
 def shown_score(caller: Caller | None, score: float) -> float:
     """What the caller may see of a score: officers all of it, relying apps two decimals.
@@ -55,3 +71,14 @@ def shown_score(caller: Caller | None, score: float) -> float:
 def username_key(username: str) -> str:
     """A username as it is compared: compatibility forms and letter case do not tell two people apart."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
+
+
+def subscriber(address: str) -> str:
+    """Whom an address stands for: itself, or the network that an IPv6 subscriber is given. Odd text stands for itself."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, _IPV6_PREFIX), strict=False))

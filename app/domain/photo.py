@@ -6,16 +6,18 @@ decoder of its type. Metadata, colour profiles and appended bytes end here: only
 
 import io
 import struct
+import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from app.domain.alignment import similarity_to_template
 from app.domain.faces import Face, Pixels
@@ -43,6 +45,13 @@ _REDUCTIONS = (8, 4, 2)
 #: No face of MINIMUM_FACE_SIDE fits into less; beyond the longest side no camera that people hold goes below 25 megapixels.
 SHORTEST_SIDE, LONGEST_SIDE = 40, 8000
 GREATEST_ASPECT = 4.0
+#: Rows that are converted and halved at a time; a multiple of every reduction. A photo of 25 megapixels takes 100 MB once
+#: decoded, and each conversion of the whole as much again.
+_BAND_ROWS = 64
+#: Larger ones that have to be decoded whole take turns: one of 25 megapixels needs 100 to 200 MB meanwhile, so a process keeps
+#: room for one, however many come at once. An ordinary JPEG is smaller before it is decoded, and waits for nobody.
+_LARGE_PIXELS = 6_000_000
+_large_photo = threading.Lock()
 
 #: Scans of a progressive JPEG, times megapixels: cameras write about ten. Each scan walks over every block, so a small
 #: file with thousands of them would hold a core for minutes.
@@ -89,6 +98,8 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 }
 _ON_SIDE = (5, 6, 7, 8)
 _ORIENTATION_TAG, _MOST_EXIF_ENTRIES = 0x0112, 512
+#: Of a WebP file: a photo has five or six.
+_MOST_CHUNKS = 64
 _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 
 
@@ -125,8 +136,7 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
         raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
     kind = _sniff(data)
     if kind == "webp":
-        # Before Pillow's reader, which sets aside two canvases of the claimed size to look at the first frame.
-        _check_size(*_webp_size(data), max_pixels)
+        return _decoded_webp(data, max_pixels)
     plain, orientation = _without_metadata(data) if kind == "jpeg" else (data, 1)
     try:
         image = _reader(kind)(io.BytesIO(plain))
@@ -134,11 +144,13 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
         raise _damaged() from None
     with image:
         _check_size(*image.size, max_pixels)
+        scans = 0
         if kind == "jpeg":
-            _check_scans(plain, image.size)
+            scans = _check_scans(plain, image.size)
         elif getattr(image, "is_animated", False):
             raise _animated()
-        return _decoded(image, kind, orientation)
+        with _room_for(image.size, is_streamed=scans == 1 and "progressive" not in image.info):
+            return _decoded(image, kind, orientation)
 
 
 def encode(pixels: Pixels) -> bytes:
@@ -189,9 +201,9 @@ def _sniff(data: bytes) -> Format:
     raise _refusal(UnsupportedMediaType, "unsupported-media-type", f"Accepted are JPEG, PNG and WebP. {found}", advice)
 
 
-def _reader(kind: Format) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+def _reader(kind: Literal["jpeg", "png"]) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
     """The one decoder of this type; `Image.open` would try others, and count pixels by a rule of its own."""
-    return {"jpeg": JpegImageFile, "png": PngImageFile, "webp": WebPImageFile}[kind]
+    return {"jpeg": JpegImageFile, "png": PngImageFile}[kind]
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -228,7 +240,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _check_scans(data: bytes, size: tuple[int, int]) -> None:
+def _check_scans(data: bytes, size: tuple[int, int]) -> int:
+    """In how many passes a JPEG is coded. Raises UndecodableImage for more than a camera needs."""
     # In coded data 0xFF is always followed by 0x00 or a restart marker, so this counts scans.
     scans = data.count(b"\xff\xda")
     if scans > MOST_SCANS or scans * size[0] * size[1] > max(MOST_SCANNED_PIXELS, 2 * size[0] * size[1]):
@@ -236,29 +249,83 @@ def _check_scans(data: bytes, size: tuple[int, int]) -> None:
         raise _refusal(
             UndecodableImage, "undecodable-image", detail, "Take a new photo, and send it as the camera saved it."
         )
+    return scans
 
 
-def _decoded(image: ImageFile.ImageFile, kind: Format, orientation: int) -> Photo:
+@contextmanager
+def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
+    """Wait for the turn of a large photo. is_streamed: its decoder holds a few rows at a time."""
+    if is_streamed or size[0] * size[1] <= _LARGE_PIXELS:
+        yield
+    else:
+        with _large_photo:
+            yield
+
+
+def _decoded(image: ImageFile.ImageFile, kind: Literal["jpeg", "png"], orientation: int) -> Photo:
     width, height = image.size
-    reduction = next((k for k in _REDUCTIONS if max(width, height) >= k * WORKING_LONG_SIDE), 1)
+    reduction = _reduction(width, height)
     try:
         if kind == "jpeg":
             # Asks the decoder for the smaller picture: a quarter of the time and memory.
             image.draft(None, (width // reduction, height // reduction))
         image.load()
-        plain = _rgb(image, reduction // max(1, round(width / image.size[0])))
+        left = reduction // max(1, round(width / image.size[0]))
+        across, down = image.size
+        pixels = _by_bands(down, left, lambda top, bottom: _rgb(image.crop((0, top, across, bottom)), left))
     except _DECODING_ERRORS:
         raise _damaged() from None
     exif = image.info.get("exif")
     if isinstance(exif, bytes):
         orientation = _orientation(exif)
+    return _upright(pixels, kind, (width, height), reduction, orientation)
+
+
+def _decoded_webp(data: bytes, max_pixels: int) -> Photo:
+    """By OpenCV's reader: Pillow's has one for animations only, which holds a photo four times over (382 MB of 25 megapixels)."""
+    width, height = _webp_size(data)
+    _check_size(width, height, max_pixels)
+    with _room_for((width, height), is_streamed=False):
+        try:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        except cv2.error:
+            raise _damaged() from None
+        if picture is None or picture.shape[:2] != (height, width) or picture.ndim != 3:  # noqa: PLR2004 - rows, columns, colours
+            raise _damaged()
+        colours, reduction = [2, 1, 0, 3][: picture.shape[2]], _reduction(width, height)
+
+        def band(top: int, bottom: int) -> Pixels:
+            return _rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)
+
+        pixels = _by_bands(height, reduction, band)
+    return _upright(pixels, "webp", (width, height), reduction, _webp_orientation(data))
+
+
+def _reduction(width: int, height: int) -> int:
+    return next((k for k in _REDUCTIONS if max(width, height) >= k * WORKING_LONG_SIDE), 1)
+
+
+def _by_bands(height: int, reduction: int, band: Callable[[int, int], Pixels]) -> Pixels:
+    """The whole picture from `band(top, bottom)`, which gives those rows as RGB, reduced."""
+    pixels: Pixels | None = None
+    for top in range(0, height, _BAND_ROWS):
+        rows = band(top, min(top + _BAND_ROWS, height))
+        if pixels is None:
+            pixels = np.empty((-(-height // reduction), *rows.shape[1:]), np.uint8)
+        pixels[top // reduction : top // reduction + len(rows)] = rows
+    assert pixels is not None  # noqa: S101 - no photo is without rows
+    return pixels
+
+
+def _upright(pixels: Pixels, kind: Format, size: tuple[int, int], reduction: int, orientation: int) -> Photo:
+    """size: width and height as the file has them."""
     upright = _UPRIGHT.get(orientation)
-    on_side = orientation in _ON_SIDE
+    width, height = size[::-1] if orientation in _ON_SIDE else size
     return Photo(
-        pixels=plain if upright is None else np.ascontiguousarray(upright(plain)),
+        pixels=pixels if upright is None else np.ascontiguousarray(upright(pixels)),
         format=kind,
-        width=height if on_side else width,
-        height=width if on_side else height,
+        width=width,
+        height=height,
         reduction=reduction,
     )
 
@@ -270,8 +337,7 @@ def _rgb(image: Image.Image, reduction: int) -> Pixels:
         shallow = (grey >> 8).clip(0, 255).astype(np.uint8) if grey.dtype.itemsize > 1 else grey.astype(np.uint8)
         image = Image.fromarray(shallow)
     if image.has_transparency_data:
-        # Not where it is so already: a copy of 25 megapixels is 100 MB.
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = image.convert("RGBA")
         if reduction > 1:
             image = image.reduce(reduction)
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -318,6 +384,17 @@ def _orientation(exif: bytes) -> int:
         if int.from_bytes(entry[:2], order) == _ORIENTATION_TAG and len(entry) > 9:  # noqa: PLR2004 - tag, type, count, value
             value = int.from_bytes(entry[8:10], order)
             return value if value in _UPRIGHT else 1
+    return 1
+
+
+def _webp_orientation(data: bytes) -> int:
+    """The orientation in a WebP's EXIF chunk; 1 where there is none among its first chunks."""
+    position = 12
+    for _ in range(_MOST_CHUNKS):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"EXIF":
+            return _orientation(data[position + 8 : position + 8 + size])
+        position += 8 + size + size % 2
     return 1
 
 

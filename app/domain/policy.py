@@ -39,6 +39,7 @@ class GalleryPolicy(BaseModel):
     second_face_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     recall_target: Annotated[float, Field(gt=0, le=1)] = 0.9995
     require_nonce: bool = False
+    near_copies: Literal["flag", "refuse"] = "flag"
     second_review: bool = False
     retention_days: Annotated[int, Field(ge=1, le=36500)] | None = None
 

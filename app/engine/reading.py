@@ -10,6 +10,7 @@ from app.domain.quality import QualityReport, judge, measure
 from app.engine.port import FaceEngine
 from app.errors import Advice, LowQuality, NotLive
 
+Asked = Literal["required", "observe", "off"]
 #: The passive models' mean probability of a live face from which on a photo passes: their own decision boundary.
 LIVE_FROM = 0.5
 
@@ -45,14 +46,19 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     if advice:
         raise LowQuality("; ".join(one.message for one in advice), errors=advice)
     liveness = _liveness(engine, pixels, face, policy.liveness)
-    reading = FaceReading(pixels, face, embedding, quality, liveness)
-    if policy.liveness == "required" and (liveness is None or not reading.is_live):
-        message = "Please look into the camera yourself; a photo of a photo or screen is not taken."
-        raise NotLive(message, errors=(Advice("photo", "not-live", message),))
-    return reading
+    if advice := why_not_live(liveness, policy.liveness):
+        raise NotLive(advice[0].message, errors=advice)
+    return FaceReading(pixels, face, embedding, quality, liveness)
 
 
-def _liveness(
-    engine: FaceEngine, pixels: Pixels, face: Face, asked: Literal["required", "observe", "off"]
-) -> float | None:
+def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:
+    """What a gallery that requires a live face has against this score; without a model to ask, nobody is live there."""
+    if asked != "required" or (liveness is not None and liveness >= LIVE_FROM):
+        return ()
+    return (
+        Advice("photo", "not-live", "Please look into the camera yourself; a photo of a photo or screen is not taken."),
+    )
+
+
+def _liveness(engine: FaceEngine, pixels: Pixels, face: Face, asked: Asked) -> float | None:
     return None if asked == "off" else engine.liveness(pixels, face)

@@ -5,7 +5,7 @@ own two threads and their spinning (docs/adr/0011).
 """
 
 import os
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,25 @@ class Session(Protocol):
         """What really runs it, most preferred first."""
 
 
+class _Running:
+    """A session whose failure while it runs, a card that is lost or out of memory, is told as what it is."""
+
+    def __init__(self, session: Session, what: str) -> None:
+        self._session = session
+        self._what = what
+
+    def run(self, output_names: list[str] | None, inputs: dict[str, Floats]) -> list[Floats]:
+        """See Session. Raises ModelUnavailable."""
+        try:
+            return self._session.run(output_names, inputs)
+        except Exception as error:  # onnxruntime's own kinds have no common base
+            message = f"{self._what} failed while it ran"
+            raise ModelUnavailable(message) from error
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - InsightFace asks for more than Session has
+        return getattr(self._session, name)
+
+
 def open_session(weights: bytes, *, device: Device, what: str) -> Session:
     """A session over an ONNX model's bytes.
 
@@ -66,10 +85,11 @@ def open_session(weights: bytes, *, device: Device, what: str) -> Session:
     if wanted[0] == _CUDA and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        session: Session = onnxruntime.InferenceSession(weights, sess_options=options, providers=wanted)
+        loaded = onnxruntime.InferenceSession(weights, sess_options=options, providers=wanted)
     except Exception as error:
         message = f"{what} does not load: {str(error).splitlines()[0]}"
         raise ModelUnavailable(message) from error
+    session = cast("Session", _Running(loaded, what))
     if device == "cuda" and session.get_providers()[0] != _CUDA:
         message = f"{what}: CUDA was asked for, and onnxruntime could not start it: driver, CUDA and cuDNN must fit"
         raise ModelUnavailable(message)

@@ -1,4 +1,4 @@
-"""Adjudicate: a person decides whether the look-alikes of a case are the same person."""
+"""Adjudicate: a person decides whether the look-alikes of a case are the same person; or two, where the gallery asks for it."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,8 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.audit import Action, record
 from app.documents.base import now
-from app.documents.cases import Case, CaseCandidate, Pair, look_alikes
+from app.documents.cases import Case, CaseCandidate, Pair, Proposal, look_alikes
+from app.documents.events import Detail
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.domain.policy import Decision, LookAlike, may_activate
@@ -27,8 +28,11 @@ class Judgement:
 async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id: str, judgement: Judgement) -> Case:
     """Decide a case, or one candidate of it; the last decision ends the case and settles who is active.
 
-    Raises Conflict when it is decided already, UndecidedCandidates when two undecided look-alikes would become active,
-    Validation when the judgement does not fit the case.
+    Under the policy `second_review` a decision is a proposal at first: it comes into force when another officer decides the
+    same, and another officer's different decision takes its place as a proposal.
+
+    Raises Conflict when it is decided already or proposed by the same officer, UndecidedCandidates when two undecided
+    look-alikes would become active, Validation when the judgement does not fit the case.
     """
 
     async def decide(session: AsyncClientSession) -> None:
@@ -41,29 +45,25 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
         if newcomer is None:
             raise Conflict("The newcomer was erased.")
         targets = _targets(case, judgement)
-        by = action.actor_id
-        for target in targets:
-            await Pair.decide(newcomer.id, target.identity_id, judgement.decision, by, session)
-        decided = {t.identity_id for t in targets}
-        candidates = [
-            c.model_copy(update={"decision": judgement.decision}) if c.identity_id in decided else c
-            for c in case.candidates
-        ]
         loser = await _loser(newcomer, targets[0], judgement, session) if judgement.decision == "duplicate" else None
-        if loser is not None:
-            await _make_duplicate(loser, case, session)
-        is_over = await _settle(newcomer, case, candidates, loser, session)
-        fields: dict[str, object] = {"candidates": [c.model_dump() for c in candidates]}
-        if is_over:
-            fields |= {"state": "decided", "decided_at": now(), "decided_by": by, "reason": judgement.reason}
+        wanted = _proposal(action, judgement, newcomer, targets, loser)
+        proposed = case.proposal_about(wanted.identity_id) if gallery.policy.second_review else None
+        detail: Detail = {
+            "decision": judgement.decision, "newcomer_id": newcomer.id, "identity_id": judgement.identity_id,
+            "duplicate_id": None if loser is None else loser.id, "reason": judgement.reason,
+        }  # fmt: skip
+        if gallery.policy.second_review and (proposed is None or not _seconds(wanted, proposed)):
+            others = [p for p in case.proposals if p.identity_id != wanted.identity_id]
+            fields: dict[str, object] = {"proposals": [p.model_dump() for p in (*others, wanted)]}
+            detail |= {"step": "proposal", "decided": False, "contradicts": None if proposed is None else proposed.by}
+        else:
+            by = None if proposed is None else proposed.by
+            fields = await _decided(case, newcomer, targets, loser, _Review(wanted, by), session)
+            detail |= {"decided": fields.get("state") == "decided", "proposed_by": by}
         if not await case.change(session, fields):
             raise Conflict("The case was changed at the same moment.")
         await record(
-            session, action, subject_kind="case", subject_id=case.id, gallery=gallery.name,
-            detail={
-                "decision": judgement.decision, "newcomer_id": newcomer.id, "identity_id": judgement.identity_id,
-                "duplicate_id": None if loser is None else loser.id, "decided": is_over, "reason": judgement.reason,
-            },
+            session, action, subject_kind="case", subject_id=case.id, gallery=gallery.name, detail=detail
         )  # fmt: skip
 
     await runtime.transaction(decide)
@@ -71,6 +71,68 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
     if case is None:
         raise NotFound
     return case
+
+
+@dataclass(frozen=True, slots=True)
+class _Review:
+    """A decision that comes into force: as its officer gave it, and whose proposal it agreed with, where there had to be one."""
+
+    given: Proposal
+    proposed_by: str | None
+
+
+def _proposal(
+    action: Action, judgement: Judgement, newcomer: Identity, targets: list[CaseCandidate], loser: Identity | None
+) -> Proposal:
+    """The judgement in one form for whatever means the same: "all" of one candidate is that one, who stays has a name."""
+    about, keep = judgement.identity_id, None
+    if about is None and len(targets) == 1:
+        about = targets[0].identity_id
+    if loser is not None:
+        keep = newcomer.id if loser.id != newcomer.id else targets[0].identity_id
+    return Proposal(
+        decision=judgement.decision, identity_id=about, keep=keep, reason=judgement.reason, by=action.actor_id, at=now()
+    )
+
+
+def _seconds(wanted: Proposal, proposed: Proposal) -> bool:
+    """Whether another officer now wants what was proposed. Raises Conflict for the same officer."""
+    if wanted.by == proposed.by:
+        raise Conflict("You proposed a decision already; another officer must agree or propose another one.")
+    return wanted.agrees_with(proposed)
+
+
+async def _decided(
+    case: Case,
+    newcomer: Identity,
+    targets: list[CaseCandidate],
+    loser: Identity | None,
+    review: _Review,
+    session: AsyncClientSession,
+) -> dict[str, object]:
+    """Carry the decision out on the people; what of the case changes with it."""
+    given = review.given
+    for target in targets:
+        await Pair.decide(
+            newcomer.id, target.identity_id, given.decision, given.by, session, proposed_by=review.proposed_by
+        )
+    decided = {t.identity_id for t in targets}
+    candidates = [
+        c.model_copy(update={"decision": given.decision}) if c.identity_id in decided else c for c in case.candidates
+    ]
+    if loser is not None:
+        await _make_duplicate(loser, case, session)
+    is_over = await _settle(newcomer, case, candidates, loser, session)
+    waiting = [] if is_over else [p for p in case.proposals if p.identity_id not in {given.identity_id, *decided}]
+    fields: dict[str, object] = {
+        "candidates": [c.model_dump() for c in candidates], "proposals": [p.model_dump() for p in waiting],
+    }  # fmt: skip
+    if is_over:
+        fields |= {
+            "state": "decided", "decided_at": now(), "decided_by": given.by, "proposed_by": review.proposed_by,
+            "reason": given.reason,
+        }  # fmt: skip
+    return fields
 
 
 def _targets(case: Case, judgement: Judgement) -> list[CaseCandidate]:

@@ -10,7 +10,7 @@ from app.domain.photo import choose_face, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.engine.port import FaceEngine
-from app.engine.reading import LIVE_FROM
+from app.engine.reading import LIVE_FROM, why_not_live
 from app.errors import Advice
 from app.runtime import Runtime
 
@@ -53,7 +53,7 @@ async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
 async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: bytes) -> Assessment:
     """Measure the one face by the gallery's rules. Raises the photo's Problems, except for poor quality: that is the answer."""
     pixels = runtime.settings.max_photo_pixels
-    found = await runtime.compute(_assess, runtime.engine, photo, gallery.policy, pixels)
+    found = await runtime.compute(assessment, runtime.engine, photo, gallery.policy, pixels)
     await record(
         None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
         detail={"accepted": not found.advice, "score": round(found.quality.score, 2)},
@@ -74,7 +74,8 @@ def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
     return Detection(faces, decoded.width, decoded.height)
 
 
-def _assess(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
+def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
+    """The one face's measures, and all that a gallery with this policy would refuse it for. Blocking."""
     decoded = decode(photo, max_pixels=max_pixels)
     pixels = decoded.pixels
     face = choose_face(engine.detect(pixels), pixels.shape, policy.second_face_share)
@@ -82,7 +83,9 @@ def _assess(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels:
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=decoded.reduction)
     live = None if policy.liveness == "off" else engine.liveness(pixels, face)
-    return Assessment(quality, _liveness(live), judge(quality, policy.quality))
+    # As the gallery would refuse the photo.
+    advice = judge(quality, policy.quality) + why_not_live(live, policy.liveness)
+    return Assessment(quality, _liveness(live), advice)
 
 
 def _liveness(score: float | None) -> Liveness | None:

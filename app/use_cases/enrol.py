@@ -18,9 +18,19 @@ from app.audit import Action, record
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Liveness, Sample, Screening
-from app.documents.sealed import data_key, gallery_key, open_references, seal_attributes, seal_photo, seal_template
+from app.documents.sealed import (
+    data_key,
+    gallery_key,
+    name_tags,
+    open_references,
+    seal_attributes,
+    seal_fingerprint,
+    seal_photo,
+    seal_template,
+)
 from app.domain.attributes import Attributes, canonical_ref
 from app.domain.comparison import best_similarity, show_one_person
+from app.domain.near_copies import fingerprint
 from app.domain.photo import encode
 from app.domain.policy import thresholds_for
 from app.engine.reading import FaceReading, read_face
@@ -67,20 +77,24 @@ async def enrol(
         raise DifferentPeople(message, errors=(Advice("photo", "different-people", message),))
 
     identity_id, job_id = new_id(), new_id()
-    personal_key, wrapped = key.new_data_key(identity_id)
+    personal_key = DataKey.fresh()
     prepared = await _prepare(runtime, gallery, identity_id, personal_key, readings, photos)
     sealed_attributes = seal_attributes(personal_key, attributes, gallery.id, identity_id)
+    tags = name_tags(key, attributes)
 
     async def commit(session: AsyncClientSession) -> Identity:
         seq = await gallery.take_seq(session, len(prepared), identities=1, samples=len(prepared))
         if seq is None:
             raise NotFound("The gallery was removed or changed its model in the meantime.")
+        # With the keys of this transaction: those that were read before it may be on their way out.
+        wrapping = gallery_key(runtime.keys, gallery)
         moment = now()
         samples = [p.sample.model_copy(update={"seq": seq + i}) for i, p in enumerate(prepared)]
         screening = Screening(job_id=job_id, sample_ids=[s.id for s in samples], due_at=moment + OUTBOX_GRACE)
         identity = Identity(
             id=identity_id, gallery_id=gallery.id, status="pending", enrol_seq=seq, samples=samples,
-            screenings=[screening], attributes=sealed_attributes, external_ref_hash=ref_hash, wrapped_key=wrapped,
+            screenings=[screening], attributes=sealed_attributes, external_ref_hash=ref_hash, name_tags=tags,
+            wrapped_key=wrapping.wrap(personal_key, identity_id), key_generation=wrapping.sealing,
             outbox_at=screening.due_at, created_at=moment, created_by=action.actor_id, updated_at=moment,
         )  # fmt: skip
         await identity.insert(session=session)
@@ -166,6 +180,7 @@ async def _prepare(
     def seal(reading: FaceReading, data: bytes) -> _Prepared:
         sample_id = new_id()
         template = seal_template(key, reading.embedding, gallery.id, identity_id, sample_id, gallery.contract)
+        mark = fingerprint(reading.pixels, reading.face.landmarks)
         liveness = None
         if reading.liveness is not None:
             liveness = Liveness(score=round(reading.liveness, 4), passed=reading.is_live)
@@ -173,6 +188,7 @@ async def _prepare(
             id=sample_id, seq=0, status="pending", template=template, contract=gallery.contract, quality=reading.quality,
             liveness=liveness, photo_key=f"{gallery.id}/{identity_id}/{sample_id}",
             photo_digest=runtime.keys.keyed_hash("photo", data), created_at=now(),
+            fingerprint=seal_fingerprint(key, mark, gallery.id, identity_id, sample_id),
         )  # fmt: skip
         # Stored are our own pixels, encoded again: whatever else the file carried stays outside.
         return _Prepared(sample, seal_photo(key, encode(reading.pixels), gallery.id, identity_id, sample_id))

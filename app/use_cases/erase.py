@@ -1,28 +1,62 @@
-"""Erase: the data key is destroyed, the vectors leave every answer, the photos are deleted."""
+"""Erase: the data key is destroyed, the vectors leave every answer, the photos are deleted.
 
+One transaction makes a person unmatchable and unreadable, and enters the erasure into the ledger. What other stores have to do
+follows at once, or is done by a sweep where one of them is away. See docs/adr/0032.
+"""
+
+import asyncio
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import structlog
+from prometheus_client import Gauge
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
 
-from app.audit import Action, record
+from app.audit import Action, by_system, record
 from app.documents.base import now
 from app.documents.cases import Case, Pair
+from app.documents.deletions import Deletion
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange
-from app.documents.identities import Identity, Screening
+from app.documents.identities import Attempts, Identity, Screening
+from app.documents.probes import Probe
 from app.documents.scans import ScanPair
 from app.errors import NotFound, NotReady
 from app.runtime import Runtime
+from storage.evidence import EvidenceExists, EvidenceUnavailable
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
 
+#: How long an erasure's answer waits for photos and ledger; what is not done by then is swept.
+SETTLE_SECONDS: Final = 2.0
+#: An erasure that is younger is still being settled by whoever made it.
+SETTLE_GRACE: Final = timedelta(seconds=30)
+#: Of each gallery, in one sweep: enrolments wait in the same line.
+ERASED_AT_ONCE: Final = 500
+SETTLED_AT_ONCE: Final = 500
+#: From then on it is no passing trouble, and somebody must look.
+LATE: Final = timedelta(hours=24)
+
+UNSETTLED = Gauge(
+    "idem_erasures_unsettled", "Erasures whose photos or ledger line are not settled yet, at the last sweep"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """Something that stays for a while. until: None where no clock ends it; `note` says what does."""
+
+    what: str
+    until: datetime | None
+    note: str
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What was erased, and by when index files that held the vectors are gone."""
+    """What was erased, and what remains until when. text: the same, signed; None of an erasure that a backup brought along."""
 
     identity_id: str
     erased_at: datetime
@@ -30,61 +64,220 @@ class Receipt:
     photos: int
     audit_event_id: str
     index_purge_by: datetime
+    remains: tuple[Remainder, ...]
+    text: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Erased:
-    receipt: Receipt
+class _Gone:
+    """What an erasure's transaction took."""
+
+    event: AuditEvent
+    samples: int
+    purge_by: datetime
     photo_keys: list[str]
     requeued: list[tuple[str, str]]
 
 
 async def erase(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, reason: str | None) -> Receipt:
-    """Erase someone: unmatchable on every process by the next query. Photos that the store cannot delete now are swept later."""
+    """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later."""
 
-    async def commit(session: AsyncClientSession) -> _Erased:
-        identity = await Identity.living(identity_id, session)
-        if identity is None:
-            raise NotFound
-        moment = now()
-        samples = len(identity.samples)
-        seq = await gallery.take_seq(session, samples, identities=-1, samples=-samples, removed=samples)
-        if seq is None:
-            raise NotReady("The gallery changed its model or epoch in the meantime.")
-        purge_by = moment + timedelta(hours=runtime.settings.index_purge_hours)
-        await gallery.purge_files(session, [s.seq for s in identity.samples], purge_by)
-        await _blank_changes(gallery.id, identity, seq, session)
-        requeued = await _leave_cases(identity, session)
-        await Pair.forget(identity.id, session)
-        await ScanPair.forget(identity.id, session)
-        gone: dict[str, object] = {
-            "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None,
-            "wrapped_key": None, "outbox_at": None, "erased_at": moment,
-        }  # fmt: skip
-        if not await identity.change(session, gone):
-            raise NotReady("The identity was changed at the same moment.")
-        event = await record(
-            session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
-            detail={"samples": samples, "reason": reason},
+    async def commit(session: AsyncClientSession) -> tuple[Deletion, _Gone]:
+        gone = await _take(runtime, action, gallery, identity_id, reason, session)
+        deletion = Deletion(
+            id=identity_id, gallery_id=gallery.id, erased_at=gone.event.time, event_id=gone.event.id, samples=gone.samples,
+            index_purge_by=gone.purge_by, photo_keys=gone.photo_keys, unsettled_since=gone.event.time,
         )  # fmt: skip
-        return _Erased(receipt_of(runtime, event), [s.photo_key for s in identity.samples], requeued)
+        deletion.receipt = _signed(runtime, gallery, deletion)
+        await deletion.insert(session=session)
+        return deletion, gone
 
-    erased = await runtime.in_line(gallery.id, commit)
+    deletion, gone = await runtime.in_line(gallery.id, commit)
+    await _afterwards(runtime, deletion, gone)
+    return receipt_of(deletion)
+
+
+async def receipt_of_event(event: AuditEvent) -> Receipt:
+    """The receipt that an erasure's event stands for: a repetition with its idempotency key gets the same again.
+
+    Raises NotFound.
+    """
+    deletion = await Deletion.get(event.subject.id)
+    if deletion is None:
+        raise NotFound
+    return receipt_of(deletion)
+
+
+def receipt_of(deletion: Deletion) -> Receipt:
+    """The receipt of an erasure that the ledger holds."""
+    purge_by = deletion.index_purge_by or deletion.erased_at
+    return Receipt(
+        deletion.id, deletion.erased_at, deletion.samples, deletion.samples, deletion.event_id, purge_by,
+        _remains(purge_by), deletion.receipt,
+    )  # fmt: skip
+
+
+async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
+    """Carry out an erasure of the ledger once more: a restored backup is older than it. False when nothing was left to erase.
+
+    The ledger's entry stays as it was, or is entered anew. Safe to do twice, and for somebody whom the backup never knew.
+    """
+    identity = await Identity.living(deletion.id)
+    gallery = None if identity is None else await Gallery.get(identity.gallery_id)
+    if gallery is None:
+        await _enter(deletion, None)
+        return False
+
+    async def commit(session: AsyncClientSession) -> _Gone | None:
+        try:
+            gone = await _take(
+                runtime, by_system("identity.erase"), gallery, deletion.id, "the ledger of erasures", session
+            )
+        except NotFound:  # another process was quicker
+            return None
+        left = {"photo_keys": gone.photo_keys, "unsettled_since": now(), "index_purge_by": gone.purge_by}
+        await _enter(deletion.model_copy(update=left), session)
+        return gone
+
+    gone = await runtime.in_line(gallery.id, commit)
+    known = await Deletion.get(deletion.id)
+    if gone is None or known is None:
+        return False
+    await _afterwards(runtime, known, gone)
+    return True
+
+
+async def erase_expired(runtime: Runtime) -> int:
+    """Erase those whose gallery keeps nobody that long; how many. A great number is done in several sweeps."""
+    erased = 0
+    async for gallery in Gallery.find({"policy.retention_days": {"$ne": None}}):
+        oldest = now() - timedelta(days=gallery.policy.retention_days or 0)
+        for identity_id in await Identity.kept_since_before(gallery.id, oldest, ERASED_AT_ONCE):
+            try:
+                await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention")
+            except NotFound:  # by somebody else, just now
+                continue
+            erased += 1
+    if erased:
+        log.info("retention_kept", erased=erased)
+    return erased
+
+
+async def settle_overdue(runtime: Runtime) -> int:
+    """Do what the stores could not do when somebody was erased; how many erasures are settled by it."""
+    settled = 0
+    waiting = await Deletion.unsettled(now() - SETTLE_GRACE, SETTLED_AT_ONCE)
+    for deletion in waiting:
+        try:
+            await _settle(runtime, deletion)
+        except (PhotoStoreUnavailable, EvidenceUnavailable, EvidenceExists) as error:
+            say = log.error if deletion.erased_at < now() - LATE else log.warning
+            say("erasure_not_settled", identity=deletion.id, error=type(error).__name__)
+            await deletion.put_off()
+        else:
+            settled += 1
+    UNSETTLED.set(len(waiting) - settled)
+    return settled
+
+
+async def _take(
+    runtime: Runtime,
+    action: Action,
+    gallery: Gallery,
+    identity_id: str,
+    reason: str | None,
+    session: AsyncClientSession,
+) -> _Gone:
+    """Take everything of the person out of the documents. Raises NotFound, NotReady."""
+    identity = await Identity.living(identity_id, session)
+    if identity is None:
+        raise NotFound
+    moment = now()
+    samples = len(identity.samples)
+    seq = await gallery.take_seq(session, samples, identities=-1, samples=-samples, removed=samples)
+    if seq is None:
+        raise NotReady("The gallery changed its model or epoch in the meantime.")
+    keep = timedelta(hours=runtime.settings.index_purge_hours)
+    await gallery.purge_files(session, [s.seq for s in identity.samples], moment + keep)
+    await _blank_changes(gallery.id, identity, seq, session)
+    requeued = await _leave_cases(identity, session)
+    await Pair.forget(identity.id, session)
+    await ScanPair.forget(identity.id, session)
+    await Probe.forget(identity.id, session)
+    gone: dict[str, object] = {
+        "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None, "name_tags": [],
+        "wrapped_key": None, "key_generation": None, "attempts": Attempts(), "outbox_at": None, "erased_at": moment,
+    }  # fmt: skip
+    if not await identity.change(session, gone):
+        raise NotReady("The identity was changed at the same moment.")
+    event = await record(
+        session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
+        detail={"samples": samples, "reason": reason},
+    )  # fmt: skip
+    return _Gone(event, samples, event.time + keep, [s.photo_key for s in identity.samples], requeued)
+
+
+async def _enter(deletion: Deletion, session: AsyncClientSession | None) -> None:
+    """Have the ledger hold the erasure; what it holds of it already stays, but for what is to be done now."""
+    stored = deletion.model_dump(exclude={"id", "revision_id", "photo_keys", "unsettled_since"})
+    todo: dict[str, object] = {"unsettled_since": deletion.unsettled_since or now()}
+    (todo if deletion.photo_keys else stored)["photo_keys"] = deletion.photo_keys
+    await Deletion.get_pymongo_collection().update_one(
+        {"_id": deletion.id}, {"$set": todo, "$setOnInsert": stored}, upsert=True, session=session
+    )
+
+
+async def _afterwards(runtime: Runtime, deletion: Deletion, gone: _Gone) -> None:
+    """What follows the transaction. Nothing of it fails the erasure, which has happened."""
     try:
-        await runtime.photos.delete(erased.photo_keys)
-    except PhotoStoreUnavailable:
-        # Their key is gone, so they are noise already; the sweep of photos without a document takes them.
-        log.warning("photos_left_to_the_sweep", identity=identity_id, count=len(erased.photo_keys))
-    for newcomer_id, job_id in erased.requeued:
-        await runtime.queue.enqueue_screening(newcomer_id, job_id, again=f":{erased.receipt.audit_event_id}")
-    return erased.receipt
+        async with asyncio.timeout(SETTLE_SECONDS):
+            await _settle(runtime, deletion)
+    except (PhotoStoreUnavailable, EvidenceUnavailable, EvidenceExists, PyMongoError, TimeoutError) as error:
+        # The photos' key is gone, so they are noise already.
+        log.warning("erasure_left_to_the_sweep", identity=deletion.id, error=type(error).__name__)
+    for newcomer_id, job_id in gone.requeued:
+        await runtime.queue.enqueue_screening(newcomer_id, job_id, again=f":{gone.event.id}")
 
 
-def receipt_of(runtime: Runtime, event: AuditEvent) -> Receipt:
-    """The receipt that an erasure's event stands for: a repetition with its idempotency key gets the same again."""
-    samples = int(event.detail["samples"] or 0)
-    purge_by = event.time + timedelta(hours=runtime.settings.index_purge_hours)
-    return Receipt(event.subject.id or "", event.time, samples, samples, event.id, purge_by)
+async def _settle(runtime: Runtime, deletion: Deletion) -> None:
+    """Delete the photos, every version; write the ledger's line outside; forget what of the person's events is personal."""
+    if deletion.photo_keys:
+        await runtime.photos.delete(deletion.photo_keys)
+        await deletion.photos_are_gone()
+    await runtime.evidence.append(deletion.ledger_name, deletion.ledger_line)
+    await AuditEvent.forget_personal({"subject.kind": "identity", "subject.id": deletion.id})
+    await deletion.settled()
+
+
+def _remains(purge_by: datetime) -> tuple[Remainder, ...]:
+    return (
+        Remainder(
+            "index_files", purge_by, "Index files, and their copies on hosts, may hold the turned vectors until then."
+        ),
+        Remainder(
+            "wrapped_keys", None,
+            "MongoDB's oplog and backups may hold the wrapped data key. It opens nothing once the gallery's key was rotated "
+            "and the key-encryption key of that time was destroyed.",
+        ),
+        Remainder(
+            "audit_events", None, "That something happened to this id stays in the log, without anybody's name or address."
+        ),
+        Remainder("ledger", None, "That this id was erased stays in the ledger, for the restoration of backups."),
+    )  # fmt: skip
+
+
+def _signed(runtime: Runtime, gallery: Gallery, deletion: Deletion) -> str:
+    receipt = receipt_of(deletion)
+    return runtime.access.sign_receipt({
+        "sub": receipt.identity_id, "jti": receipt.audit_event_id, "gallery": gallery.name,
+        "iat": int(receipt.erased_at.astimezone(UTC).timestamp()), "erased_at": _written(receipt.erased_at),
+        "samples": receipt.samples, "photos": receipt.photos, "index_purge_by": _written(receipt.index_purge_by),
+        "remains": [f"{r.what} until {_written(r.until)}" if r.until else r.what for r in receipt.remains],
+    })  # fmt: skip
+
+
+def _written(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 async def _blank_changes(gallery_id: str, identity: Identity, seq: int, session: AsyncClientSession) -> None:

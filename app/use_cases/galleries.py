@@ -9,13 +9,12 @@ from app.documents.galleries import DEFAULT_GALLERY, Gallery, GalleryChange
 from app.documents.identities import Identity
 from app.documents.scans import Scan
 from app.domain.policy import GalleryPolicy
-from app.errors import Advice, Conflict, NotImplementedYet, NotReady, Validation
+from app.errors import Advice, Conflict, NotReady, Validation
 from app.runtime import Runtime
 
 
 async def create(runtime: Runtime, action: Action, name: str, pack: str | None, policy: GalleryPolicy) -> Gallery:
     """An empty gallery bound to the running model. Raises Conflict when the name is taken, Validation for another pack."""
-    _require_built(policy)
     running = runtime.engine.card.pack
     if pack is not None and pack != running:
         message = f"This service runs {running}."
@@ -37,7 +36,6 @@ async def create(runtime: Runtime, action: Action, name: str, pack: str | None, 
 
 async def update(runtime: Runtime, action: Action, gallery: Gallery, policy: GalleryPolicy) -> Gallery:
     """Put another policy in force."""
-    _require_built(policy)
 
     async def commit(session: AsyncClientSession) -> None:
         changed = await Gallery.get_pymongo_collection().update_one(
@@ -56,14 +54,6 @@ async def update(runtime: Runtime, action: Action, gallery: Gallery, policy: Gal
 
     await runtime.transaction(commit)
     return await Gallery.get(gallery.id) or gallery
-
-
-def _require_built(policy: GalleryPolicy) -> None:
-    """A protection that nothing enforces would be a promise that nobody keeps. Raises NotImplementedYet."""
-    unbuilt = GalleryPolicy()
-    for name in ("require_nonce", "second_review"):
-        if getattr(policy, name) != getattr(unbuilt, name):
-            raise NotImplementedYet(f"The policy {name} is not built yet.")
 
 
 async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:

@@ -70,8 +70,10 @@ async def screen(runtime: Runtime, identity_id: str, job_id: str) -> None:
 
 async def note_failure(runtime: Runtime, identity_id: str, job_id: str, reason: str) -> bool:
     """Count a try that failed for a reason of its own; True when that was the last and the screening is given up."""
+    was_last = False
 
     async def count(session: AsyncClientSession) -> bool:
+        nonlocal was_last
         identity = await Identity.living(identity_id, session)
         screening = None if identity is None else identity.screening(job_id)
         if identity is None or screening is None or screening.state not in ("queued", "running"):
@@ -80,6 +82,7 @@ async def note_failure(runtime: Runtime, identity_id: str, job_id: str, reason: 
         if tries < TRIES:
             await identity.change(session, _with(identity, screening.model_copy(update={"tries": tries})))
             return False
+        was_last = True
         ended = screening.model_copy(update={"tries": tries, "state": "failed", "finished_at": now()})
         fields = _with(identity, ended)
         if identity.status == "pending":
@@ -92,7 +95,10 @@ async def note_failure(runtime: Runtime, identity_id: str, job_id: str, reason: 
         )  # fmt: skip
         return True
 
-    return await runtime.transaction(count)
+    is_over = await runtime.transaction(count)
+    if was_last:
+        log.error("screening_given_up", identity=identity_id, job=job_id, reason=reason)
+    return is_over
 
 
 async def screen_again(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str) -> Identity:

@@ -9,7 +9,7 @@ from pymongo.errors import DuplicateKeyError
 from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.documents.sealed import data_key, gallery_key, open_attributes, seal_attributes
+from app.documents.sealed import data_key, gallery_key, name_tags, open_attributes, seal_attributes
 from app.domain.attributes import Attributes, Json, canonical_ref
 from app.errors import Advice, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
 from app.runtime import Runtime
@@ -42,6 +42,7 @@ async def update(
         fields = {
             "attributes": seal_attributes(key, attributes, gallery.id, identity.id),
             "external_ref_hash": None if ref is None else lookup.lookup_hash("external_ref", canonical_ref(ref)),
+            "name_tags": name_tags(lookup, attributes),
         }
         if not await identity.change(session, fields):
             raise NotReady("The identity was changed at the same moment.")

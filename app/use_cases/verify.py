@@ -3,24 +3,53 @@
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, timedelta
+from typing import Literal, get_args
 
+import numpy as np
+import structlog
+from prometheus_client import Counter
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
 
-from app.audit import Action, record
+from app.audit import Action, by_system, record
 from app.documents.base import now
+from app.documents.budgets import FaceBudget, NonMatches, this_hour
+from app.documents.challenges import NONCE_PREFIX, Challenge, challenge_id
 from app.documents.claims import Once
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Attempts, Identity, Liveness
-from app.documents.sealed import data_key, open_references
+from app.documents.probes import Place, Probe
+from app.documents.sealed import data_key, open_likenesses
 from app.domain.callers import shown_score
 from app.domain.comparison import best_similarity
-from app.domain.policy import AttemptLimits, thresholds_for, wait_before_attempt
+from app.domain.near_copies import Likeness, bucket, is_near_copy, likeness
+from app.domain.policy import AttemptLimits, GalleryPolicy, thresholds_for, wait_before_attempt
 from app.domain.quality import QualityReport
 from app.domain.thresholds import fmr_at
-from app.engine.reading import read_face
-from app.errors import Advice, AttemptsExhausted, NotFound, ReplayedPhoto, Validation
+from app.engine.port import FaceEngine
+from app.engine.reading import FaceReading, read_face
+from app.errors import (
+    Advice,
+    AttemptsExhausted,
+    NonceInvalid,
+    NotFound,
+    Problem,
+    RateLimited,
+    ReplayedPhoto,
+    Validation,
+)
+from app.keys import DataKey
 from app.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+#: near-copy: of an earlier selfie for the identity; probe-equals-reference: of a photo that it was enrolled by.
+Flag = Literal["near-copy", "probe-equals-reference"]
+FLAGS: tuple[Flag, ...] = get_args(Flag)
+
+FLAGGED = Counter("idem_verifications_flagged_total", "Verifications by copies of earlier photos", ["flag"])
+PROBING = Counter("idem_probing_total", "Signs of slow probing: faces over budget, callers over the alarm", ["sign"])
 
 #: How long a relying party may rely on an assertion.
 ASSERTION_SECONDS = 60
@@ -30,7 +59,7 @@ A_DAY_SECONDS = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Whom the selfie is said to show, and for whom the answer is signed."""
+    """Whom the selfie is said to show, and for whom the answer is signed. nonce: of a challenge, or the caller's own."""
 
     identity: Identity
     audience: str | None
@@ -48,27 +77,55 @@ class Verification:
     fmr: float | None
     liveness: Liveness | None
     quality: QualityReport
+    flags: tuple[Flag, ...]
     decision_id: str
     assertion: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Presented:
+    """A selfie for somebody, read and not answered yet.
+
+    challenge: the id of the one that its nonce came in. digest: keyed, of its bytes for this identity. part: of the space that
+    its face lies in.
+    """
+
+    challenge: str | None
+    digest: str
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What came of the selfie and the references. key: the identity's. is_reference: the selfie is one of their photos."""
+
+    key: DataKey
+    score: float
+    is_reference: bool
 
 
 async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Claim, photo: bytes) -> Verification:
     """Compare a selfie with the claimed identity. "No" is an answer, not an error.
 
-    Raises the photo's Problems, AttemptsExhausted, ReplayedPhoto, ModelMismatch, Validation for a foreign audience.
+    Raises the photo's Problems, AttemptsExhausted, ReplayedPhoto, NonceInvalid, RateLimited, ModelMismatch, Validation for a
+    foreign audience.
     """
     runtime.require_contract(gallery)
     audience = _audience(action, claim.audience)
     identity = claim.identity
+    challenge = await _challenge(runtime, action, gallery, claim)
     if identity.status == "active":
         _require_attempts_left(runtime, identity)
-    reading = await runtime.compute(read_face, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels)
+    reading, look = await runtime.compute(
+        _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
+    )
     threshold = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples).verify
-    exact = None
-    if identity.status == "active":
-        references = open_references(data_key(runtime.keys, gallery, identity), identity)
-        exact = best_similarity(reading.embedding, references)
-    presented = runtime.keys.keyed_hash("presented", identity.id.encode() + hashlib.sha256(photo).digest()).hex()
+    compared = _compare(runtime, gallery, identity, look) if identity.status == "active" else None
+    presented = _Presented(
+        challenge,
+        runtime.keys.keyed_hash("presented", identity.id.encode() + hashlib.sha256(photo).digest()).hex(),
+        bucket(reading.embedding, runtime.keys.keyed_hash("face-parts", gallery.contract.encode())),
+    )
 
     async def commit(session: AsyncClientSession) -> tuple[AuditEvent, float | None]:
         # As the identity stands now: it may have been revoked or erased while the photo was read, and of many
@@ -76,28 +133,35 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
         standing = await Identity.living(identity.id, session)
         if standing is None:
             raise NotFound
-        if not await Once.is_first(presented, timedelta(hours=runtime.settings.replay_window_hours), session):
-            raise ReplayedPhoto("Please take a new photo.")
+        await _admit(runtime, action, standing, presented, session)
         score, matched = None, False
-        if exact is not None and standing.status == "active":
+        flags: tuple[Flag, ...] = ()
+        if compared is not None and standing.status == "active":
             _require_attempts_left(runtime, standing)
             # Decided on the exact score, whatever the caller may see of it.
-            matched = exact >= threshold
-            score = shown_score(action.caller, exact)
+            matched = compared.score >= threshold
+            score = shown_score(action.caller, compared.score)
+            flags = await _flags(runtime, gallery, standing, look, compared, session, matched=matched)
             await _count_attempt(standing, session, matched=matched)
         event = await record(
             session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, score=score,
             detail={
                 "match": matched, "score": None if score is None else round(score, 2), "threshold": threshold,
-                "fmr": None if score is None else fmr_at(runtime.engine.card, score),
-                "audience": audience, "nonce": claim.nonce,
+                "fmr": None if score is None else fmr_at(runtime.engine.card, score), "flags": ",".join(flags),
+                "audience": audience, "nonce": claim.nonce, "challenged": challenge is not None,
                 "quality": reading.quality.coarse().model_dump_json(),
-                "liveness": None if reading.liveness is None else round(reading.liveness, 2), "live": reading.is_live,
+                "liveness": None if reading.liveness is None else round(reading.liveness, 2),
+                "live": None if reading.liveness is None else reading.is_live,
             },
         )  # fmt: skip
         return event, score
 
-    return answer_of(runtime, gallery, *await runtime.transaction(commit))
+    answer = answer_of(runtime, gallery, *await runtime.in_line(identity.id, commit))
+    for flag in answer.flags:
+        FLAGGED.labels(flag).inc()
+    if answer.score is not None and not answer.match:
+        await _count_non_match(runtime, action)
+    return answer
 
 
 def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: float | None) -> Verification:
@@ -113,9 +177,116 @@ def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: floa
         fmr=None if fmr is None else float(fmr),
         liveness=None if live is None else Liveness(score=float(live), passed=bool(detail["live"])),
         quality=QualityReport.model_validate_json(str(detail["quality"])),
+        flags=tuple(flag for flag in FLAGS if flag in str(detail["flags"]).split(",")),
         decision_id=event.id,
         assertion=_assertion(runtime, gallery, event) if matched else None,
     )
+
+
+def _read(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> tuple[FaceReading, Likeness]:
+    """What the photo shows, and what would tell a copy of it. Blocking."""
+    reading = read_face(engine, photo, policy, max_pixels)
+    return reading, likeness(reading.pixels, reading.face.landmarks, reading.embedding)
+
+
+def _compare(runtime: Runtime, gallery: Gallery, identity: Identity, look: Likeness) -> _Compared:
+    key = data_key(runtime.keys, gallery, identity)
+    references = open_likenesses(key, identity)
+    score = best_similarity(look.embedding, np.array([one.embedding for one in references], np.float32))
+    return _Compared(key, score, any(is_near_copy(look, one) for one in references))
+
+
+async def _admit(
+    runtime: Runtime, action: Action, identity: Identity, presented: _Presented, session: AsyncClientSession
+) -> None:
+    """Let the selfie pass as a new one, with its nonce, within the caller's budget for the face.
+
+    Raises ReplayedPhoto, NonceInvalid, RateLimited; then nothing of it counts.
+    """
+    settings = runtime.settings
+    if not await Once.is_first(presented.digest, timedelta(hours=settings.replay_window_hours), session):
+        raise ReplayedPhoto("Please take a new photo.")
+    if presented.challenge is not None and not await Challenge.use(
+        presented.challenge, action.actor_id, identity.gallery_id, identity.id, session
+    ):
+        raise _bad_nonce()
+    limit = settings.probe_identities_per_hour
+    if not await FaceBudget.admits(runtime.keys, action.actor_id, presented.part, identity.id, limit, session):
+        raise _probing(action)
+
+
+async def _flags(
+    runtime: Runtime,
+    gallery: Gallery,
+    identity: Identity,
+    look: Likeness,
+    compared: _Compared,
+    session: AsyncClientSession,
+    *,
+    matched: bool,
+) -> tuple[Flag, ...]:
+    """What the selfie is a copy of; it is remembered for those that come later. Raises ReplayedPhoto where copies are refused."""
+    place = Place(gallery.id, identity.id, gallery.contract)
+    earlier = await Probe.recent(identity.id, session)
+    flags: list[Flag] = []
+    if any(is_near_copy(look, probe.opened(compared.key, place)) for probe in earlier):
+        flags.append("near-copy")
+    if compared.is_reference:
+        flags.append("probe-equals-reference")
+    if flags and gallery.policy.near_copies == "refuse":
+        raise ReplayedPhoto("The photo is a copy of an earlier one. Please take a new photo.")
+    keep = timedelta(hours=runtime.settings.replay_window_hours)
+    await Probe.remember(compared.key, place, look, earlier, keep, session, matched=matched)
+    return tuple(flags)
+
+
+async def _challenge(runtime: Runtime, action: Action, gallery: Gallery, claim: Claim) -> str | None:
+    """The challenge that the claim's nonce was given in; None for a nonce of the caller's own.
+
+    Raises NonceInvalid where it does not hold, before any work on the photo; only the transaction uses it up.
+    """
+    nonce = claim.nonce or ""
+    if not nonce.startswith(NONCE_PREFIX):
+        if gallery.policy.require_nonce:
+            raise _bad_nonce()
+        return None
+    id_ = challenge_id(runtime.keys, nonce)
+    if not await Challenge.waits(id_, action.actor_id, gallery.id, claim.identity.id):
+        raise _bad_nonce()
+    return id_
+
+
+def _bad_nonce() -> NonceInvalid:
+    """The same whatever is wrong with it: a nonce of somebody else's is nobody's business."""
+    message = "Ask for a new nonce (POST /v1/challenges) and send it with a selfie taken since."
+    return NonceInvalid(message, errors=(Advice("nonce", "nonce-invalid", message),))
+
+
+def _probing(action: Action) -> Problem:
+    """Too many people were asked about with one face."""
+    PROBING.labels("face").inc()
+    log.warning("probing_refused", caller=action.actor_id)
+    _, over = this_hour()
+    return RateLimited(
+        "You have asked about too many people with this face.",
+        retry_after_seconds=int((over - now()).total_seconds()) + 1,
+    )
+
+
+async def _count_non_match(runtime: Runtime, action: Action) -> None:
+    """Count it for the caller; the one that reaches the alarm becomes an event of its own. The answer stands in any case."""
+    alarm = runtime.settings.non_matches_alarm_per_hour
+    try:
+        if await NonMatches.add(runtime.keys, action.actor_id) != alarm:
+            return
+        PROBING.labels("caller").inc()
+        log.warning("non_matches_alarm", caller=action.actor_id, non_matches=alarm)
+        kind = "system" if action.caller is None else action.caller.kind
+        await record(
+            None, by_system("face.alarm"), subject_kind=kind, subject_id=action.actor_id, detail={"non_matches": alarm}
+        )
+    except PyMongoError as failure:
+        log.warning("non_match_not_counted", caller=action.actor_id, error=type(failure).__name__)
 
 
 def _assertion(runtime: Runtime, gallery: Gallery, event: AuditEvent) -> str:

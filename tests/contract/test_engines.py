@@ -167,7 +167,7 @@ def test_the_smallest_photo_that_is_let_in_does_no_harm(engine: FaceEngine) -> N
     assert engine.detect(np.zeros((40, 160, 3), dtype=np.uint8)) == []
 
 
-def test_a_good_photo_is_good_enough_and_a_blurred_one_is_not(engine: FaceEngine) -> None:
+def test_h26_a_good_photo_is_good_enough_and_a_blurred_one_is_not(engine: FaceEngine) -> None:
     pixels = pixels_of(ASTRONAUT)
     face = choose_face(engine.detect(pixels), pixels.shape, 0.25)
     usual = engine.card.usual_length
@@ -197,7 +197,7 @@ def test_the_card_is_known_before_anything_is_loaded(tmp_path: Path) -> None:
         opened.engine.close()
 
 
-def test_a_face_whose_landmarks_fall_together_is_refused_and_never_embedded(engine: FaceEngine) -> None:
+def test_h26_a_face_whose_landmarks_fall_together_is_refused_and_never_embedded(engine: FaceEngine) -> None:
     if isinstance(engine, DlibEngine):
         return  # finds its own landmarks inside the box
     pixels = pixels_of(ASTRONAUT)

@@ -163,7 +163,7 @@ def test_only_the_owner_may_read_originals_and_copies_and_nobody_may_write(
         assert stat.S_IMODE(file.stat().st_mode) == 0o400, file
 
 
-def test_every_single_changed_byte_is_refused_and_named(store: GenerationStore) -> None:
+def test_h89_every_single_changed_byte_is_refused_and_named(store: GenerationStore) -> None:
     original, digest = published(store)
     chance = seeded(20_26)
     files = [file for file in sorted(original.iterdir()) if file.stat().st_size]
@@ -181,7 +181,7 @@ def test_every_single_changed_byte_is_refused_and_named(store: GenerationStore) 
     fetched(store, digest)
 
 
-def test_every_truncation_and_every_appended_byte_is_refused_and_named(store: GenerationStore) -> None:
+def test_h88_every_truncation_and_every_appended_byte_is_refused_and_named(store: GenerationStore) -> None:
     original, digest = published(store)
     chance = seeded(7)
     for file in sorted(original.iterdir()):
@@ -316,7 +316,9 @@ def test_links_pipes_folders_and_unknown_files_are_refused(store: GenerationStor
     fetched(store, digest)
 
 
-def test_what_is_not_there_is_told_apart_from_a_share_that_is_not_mounted(store: GenerationStore, share: Path) -> None:
+def test_h92_what_is_not_there_is_told_apart_from_a_share_that_is_not_mounted(
+    store: GenerationStore, share: Path
+) -> None:
     _, digest = published(store)
     assert refusal(store, digest, number=2).fault == "missing"
     with pytest.raises(BadGeneration, match="not there"):
@@ -327,7 +329,7 @@ def test_what_is_not_there_is_told_apart_from_a_share_that_is_not_mounted(store:
     assert store.galleries() == store.listed(GALLERY) == []
 
 
-def test_a_host_that_has_a_copy_needs_no_share(store: GenerationStore, share: Path) -> None:
+def test_h92_a_host_that_has_a_copy_needs_no_share(store: GenerationStore, share: Path) -> None:
     _, digest = published(store)
     first, _ = fetched(store, digest)
     shutil.rmtree(share)
@@ -379,7 +381,7 @@ def test_a_disk_that_does_not_keep_what_was_written_is_blamed_and_not_the_genera
     fetched(store, digest)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_h93_a_full_disk_is_told_and_leaves_nothing(
     store: GenerationStore, monkeypatch: pytest.MonkeyPatch, share: Path
 ) -> None:
     _, digest = published(store)
@@ -438,7 +440,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[
     monkeypatch.undo()
 
 
-def test_a_publisher_killed_at_any_step_leaves_nothing_that_can_be_fetched_and_the_next_one_publishes(
+def test_h91_a_publisher_killed_at_any_step_leaves_nothing_that_can_be_fetched_and_the_next_one_publishes(
     share: Path, cache: Path, killed_at: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     share.mkdir()
@@ -475,7 +477,7 @@ def test_what_a_killed_publisher_left_is_removed_by_the_next_of_that_number(stor
     assert list(again.iterdir()) == []
 
 
-def test_a_publisher_that_slept_cannot_write_into_its_successors_folder_nor_commit_over_it(
+def test_h91_a_publisher_that_slept_cannot_write_into_its_successors_folder_nor_commit_over_it(
     store: GenerationStore,
 ) -> None:
     slept = staged(store, manifest(), CONTENT)

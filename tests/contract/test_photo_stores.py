@@ -280,7 +280,7 @@ async def test_what_a_killed_process_left_half_written_is_removed_in_time(
     assert await listed(local) == []
 
 
-async def test_every_version_of_an_object_is_deleted(s3_server: Server) -> None:
+async def test_h71_every_version_of_an_object_is_deleted(s3_server: Server) -> None:
     bucket, key = new_bucket(), new_key()
     client = plain_client(s3_server)
     client.make_bucket(bucket)
@@ -339,7 +339,7 @@ async def call(store: PhotoStore, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_a_server_that_is_away_is_reported_at_once(name: str) -> None:
+async def test_h77_h81_a_server_that_is_away_is_reported_at_once(name: str) -> None:
     store = minio_store(free_port(), new_bucket())
     started = time.monotonic()
     with pytest.raises(PhotoStoreUnavailable):
@@ -349,7 +349,7 @@ async def test_a_server_that_is_away_is_reported_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("connected", [True, False])
-async def test_a_frozen_server_fails_every_call_soon_and_serves_again_when_it_thaws(
+async def test_h81_a_frozen_server_fails_every_call_soon_and_serves_again_when_it_thaws(
     s3_server: Server, *, connected: bool
 ) -> None:
     """A hundred callers wait no longer than one does, whether they wait for the server or behind each other."""

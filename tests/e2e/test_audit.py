@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 import httpx
 import pytest
 
+from app.domain.log_check import Head, check_export
+from app.domain.merkle import proves_inclusion
 from tests.e2e.builders import (
     NOBODY,
     Page,
@@ -25,6 +27,8 @@ from tests.e2e.builders import (
 EVENT_FIELDS = {
     "id", "seq", "time", "actor", "action", "subject", "outcome", "gallery", "request_id", "detail", "leaf_hash",
 }  # fmt: skip
+#: What stands in an export besides, to check it with.
+PROVING_FIELDS = {"personal", "skipped", "end"}
 
 
 def events(service: Service, **query: str) -> list[Page]:
@@ -33,6 +37,12 @@ def events(service: Service, **query: str) -> list[Page]:
     assert answer.status_code == 200, answer.text
     found: list[Page] = answer.json()["items"]
     return found
+
+
+def audit_keys(service: Service) -> dict[str, bytes]:
+    """The public keys of tree heads."""
+    keys = service.auditor.get("/v1/audit/keys").json()["keys"]
+    return {key["key_id"]: bytes.fromhex(key["public_key"]) for key in keys}
 
 
 def me(caller: httpx.Client) -> str:
@@ -66,7 +76,10 @@ def test_the_story_of_a_person_stands_in_the_log(service: Service, gallery: str)
     assert by_whom["identity.enrol"]["id"] == me(service.officer)
     assert (by_whom["face.verify"]["kind"], by_whom["face.verify"]["id"]) == ("client", service.client_id)
     assert (by_whom["dedup.verdict"]["kind"], by_whom["dedup.verdict"]["id"]) == ("system", None)
-    assert by_whom["identity.enrol"]["ip"] == "127.0.0.1"
+    ip = by_whom["identity.enrol"]["ip"]
+    assert len(bytes.fromhex(ip)) == 32, "the erasure forgot names and addresses in the events about the person"
+    (login,) = events(service, action="auth.login", limit="1")
+    assert login["actor"]["ip"] == "127.0.0.1"
 
 
 def test_face_operations_are_events_that_the_answer_names(service: Service, gallery: str) -> None:
@@ -148,15 +161,37 @@ def test_the_export_holds_every_event_of_a_time_and_is_an_event_itself(service: 
     answer = service.auditor.get("/v1/audit/export", params={"after": after, "before": before})
     assert answer.headers["content-type"] == "application/x-ndjson"
     lines = [json.loads(line) for line in answer.text.splitlines()]
-    assert [line for line in lines if line["subject"]["id"] == made["id"]] == told[::-1]
-    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    assert {frozenset(line) for line in lines} == {frozenset(EVENT_FIELDS | PROVING_FIELDS)}
+    numbered = events(service, subject=made["id"])
+    shown = [{name: line[name] for name in EVENT_FIELDS} for line in lines if line["subject"]["id"] == made["id"]]
+    assert shown == sorted(numbered, key=lambda event: event["seq"])
+    assert [line["seq"] for line in lines] == sorted(line["seq"] for line in lines)
+    assert (
+        check_export(answer.content.splitlines(keepends=True), "ndjson", audit_keys(service), is_partial=True).findings
+        == []
+    )
     exports = events(service, action="audit.export", actor=me(service.auditor))
     assert exports[0]["detail"] == {"format": "ndjson"}
     problem(service.auditor.get("/v1/audit/export", params={"format": "xml"}), 422, "validation")
 
 
+def test_h96_the_whole_log_is_proved_against_a_head_that_was_signed_before(service: Service, gallery: str) -> None:
+    enrol(service, gallery, people()[2].photo)
+    head = Head.of(service.auditor.get("/v1/audit/checkpoint").json())
+    lines = service.auditor.get("/v1/audit/export").content.splitlines(keepends=True)
+    report = check_export(lines, "ndjson", audit_keys(service), [head])
+    assert (report.findings, report.heads, report.left_out) == ([], 2, [])
+    event = json.loads(lines[-1])
+    proof = service.auditor.get("/v1/audit/proofs/inclusion", params={"seq": event["seq"]}).json()
+    path = [bytes.fromhex(hash_) for hash_ in proof["path"]]
+    newest = service.auditor.get("/v1/audit/checkpoint").json()
+    if proof["size"] == newest["size"]:
+        root = bytes.fromhex(newest["root_hash"])
+        assert proves_inclusion(bytes.fromhex(event["leaf_hash"]), event["seq"], proof["size"], path, root)
+
+
 @pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)"])
-def test_a_sheet_runs_nothing_of_the_export(service: Service, name: str) -> None:
+def test_h45_a_sheet_runs_nothing_of_the_export(service: Service, name: str) -> None:
     body = {"username": name, "password": unique("a long password"), "roles": ["officer"]}
     made = service.admin.post("/v1/users", json=body)
     assert made.status_code == 201, made.text
@@ -167,7 +202,7 @@ def test_a_sheet_runs_nothing_of_the_export(service: Service, name: str) -> None
     answer = service.auditor.get("/v1/audit/export", params={"format": "csv", "after": after})
     assert answer.headers["content-type"].startswith("text/csv")
     rows = list(csv.reader(io.StringIO(answer.text)))
-    assert set(rows[0]) == EVENT_FIELDS
+    assert set(rows[0]) == EVENT_FIELDS | PROVING_FIELDS
     cells = [cell for row in rows[1:] for cell in row]
     assert [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))] == []
     assert service.admin.delete(f"/v1/users/{user_id}").status_code == 204

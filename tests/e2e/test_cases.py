@@ -11,9 +11,11 @@ from tests.e2e.builders import (
     enrol,
     identify,
     identity,
+    new_gallery,
     people,
     problem,
     unique,
+    user_with,
 )
 
 SETTLED_WITHIN_SECONDS = 20.0
@@ -39,7 +41,7 @@ def test_a_case_shows_the_newcomer_and_whom_it_looks_like(service: Service, gall
     first, suspect, case = twins(service, gallery)
     assert set(case) == {
         "id", "gallery", "state", "newcomer", "candidates", "threshold", "created_at", "decided_at", "decided_by",
-        "reason", "version",
+        "proposed_by", "proposals", "reason", "version",
     }  # fmt: skip
     assert (case["gallery"], case["state"], case["version"]) == (gallery, "open", 1)
     assert (case["decided_at"], case["decided_by"], case["reason"]) == (None, None, None)
@@ -94,6 +96,26 @@ def test_distinct_people_are_both_active(service: Service, gallery: str) -> None
         f"/v1/dedup/cases/{case['id']}/decision", json={"decision": "distinct", "reason": "x"}
     )
     problem(again_decided, 409, "conflict")
+
+
+def test_h73_where_two_officers_must_agree_the_first_decision_is_a_proposal(service: Service) -> None:
+    gallery = new_gallery(service, second_review=True)
+    first, suspect, case = twins(service, gallery)
+    proposed = decide(service, case, decision="distinct")
+    assert (proposed["state"], proposed["decided_by"]) == ("open", None)
+    (proposal,) = proposed["proposals"]
+    me = service.officer.get("/v1/auth/me").json()["id"]
+    assert set(proposal) == {"decision", "identity_id", "keep", "reason", "by", "at"}
+    assert (proposal["decision"], proposal["identity_id"], proposal["by"]) == ("distinct", first["id"], me)
+    body = {"decision": "distinct", "reason": "x"}
+    problem(service.officer.post(f"/v1/dedup/cases/{case['id']}/decision", json=body), 409, "conflict")
+    with user_with(service, "officer", galleries=[gallery]) as other:
+        answer = other.post(f"/v1/dedup/cases/{case['id']}/decision", json=body)
+        assert answer.status_code == 200, answer.text
+        decided, them = answer.json(), other.get("/v1/auth/me").json()["id"]
+    assert (decided["state"], decided["proposed_by"], decided["decided_by"]) == ("decided", me, them)
+    assert decided["proposals"] == []
+    assert identity(service, suspect["id"])["status"] == "active"
 
 
 def test_of_duplicates_the_older_one_stays(service: Service, gallery: str) -> None:

@@ -119,7 +119,7 @@ def test_every_pair_of_photos_of_one_person_is_suspected_and_no_two_people_are_m
         assert [c["identity"]["external_ref"] for c in case["candidates"]] == [person.name]
 
 
-def test_two_enrolments_of_one_person_at_the_same_moment_end_as_one_active_and_one_suspected(
+def test_h68_two_enrolments_of_one_person_at_the_same_moment_end_as_one_active_and_one_suspected(
     service: Service,
 ) -> None:
     person = people()[1]
@@ -206,7 +206,7 @@ def test_waiting_is_bounded(service: Service, gallery: str, wait: str) -> None:
     assert problem(answer, 422, "validation")["errors"][0]["field"] == "wait"
 
 
-def test_the_same_request_with_the_same_key_enrols_once(service: Service, gallery: str) -> None:
+def test_h69_the_same_request_with_the_same_key_enrols_once(service: Service, gallery: str) -> None:
     key, photo = unique("key"), people()[3].photo
     first = send(service, gallery, photo, key=key, full_name="A")
     second = send(service, gallery, photo, key=key, full_name="A")
@@ -224,7 +224,7 @@ def test_a_refusal_is_not_kept_under_its_key(service: Service, gallery: str) -> 
     assert send(service, gallery, people()[0].photo, key=key).status_code == 202
 
 
-def test_ten_equal_requests_at_once_with_one_key_enrol_once(service: Service, gallery: str) -> None:
+def test_h69_ten_equal_requests_at_once_with_one_key_enrol_once(service: Service, gallery: str) -> None:
     key, photo = unique("key"), people()[3].photo
     with ThreadPoolExecutor(10) as crowd:
         answers = list(crowd.map(lambda _: send(service, gallery, photo, key=key), range(10)))

@@ -17,7 +17,8 @@ from tests.e2e.builders import (
 
 POLICY_FIELDS = {
     "verify_fmr", "identify_fpir", "dedup_fpir", "verify_threshold", "identify_threshold", "dedup_threshold", "liveness",
-    "quality", "second_face_share", "recall_target", "require_nonce", "second_review", "retention_days",
+    "quality", "second_face_share", "recall_target", "require_nonce", "near_copies", "second_review",
+    "retention_days",
 }  # fmt: skip
 
 
@@ -167,8 +168,8 @@ def test_a_pack_that_does_not_run_is_refused(service: Service) -> None:
     assert problem(answer, 422, "validation")["errors"][0]["field"] == "pack"
 
 
-@pytest.mark.parametrize("protection", ["require_nonce", "second_review"])
-def test_a_protection_that_is_not_built_is_not_promised(service: Service, gallery: str, protection: str) -> None:
-    answer = service.admin.patch(f"/v1/galleries/{gallery}", json={"policy": {protection: True}})
-    problem(answer, 501, "not-implemented")
-    assert service.admin.get(f"/v1/galleries/{gallery}").json()["policy"][protection] is False
+@pytest.mark.parametrize("protection", [{"require_nonce": True}, {"second_review": True}, {"near_copies": "refuse"}])
+def test_a_gallery_s_protections_are_switched_on(service: Service, gallery: str, protection: dict[str, object]) -> None:
+    answer = service.admin.patch(f"/v1/galleries/{gallery}", json={"policy": protection})
+    assert answer.status_code == 200, answer.text
+    assert protection.items() <= service.admin.get(f"/v1/galleries/{gallery}").json()["policy"].items()

@@ -62,7 +62,7 @@ class Load:
             os.kill(self.stack.pid_of(KILLS[done]), signal.SIGKILL)
 
 
-async def test_what_was_answered_survives_the_death_of_every_part(
+async def test_h74_h84_what_was_answered_survives_the_death_of_every_part(
     tmp_path: Path, stack_environment: dict[str, str]
 ) -> None:
     people = sample_people()

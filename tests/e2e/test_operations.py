@@ -131,7 +131,7 @@ def settled(service: Service) -> bool:
     return bool(readiness(service)["status"] == "ready")
 
 
-def test_with_the_queue_away_people_are_enrolled_and_authenticated(hurt: Service, own_stack: RunningStack) -> None:
+def test_h82_with_the_queue_away_people_are_enrolled_and_authenticated(hurt: Service, own_stack: RunningStack) -> None:
     gallery = new_gallery(hurt)
     one, other = people()[1:3]
     known = enrol(hurt, gallery, one.photo)
@@ -149,7 +149,7 @@ def test_with_the_queue_away_people_are_enrolled_and_authenticated(hurt: Service
     becomes(lambda: bool(identity(hurt, answer.json()["id"])["status"] == "active"), RECOVERS_WITHIN_SECONDS)
 
 
-def test_with_the_photos_away_only_what_needs_them_is_refused(hurt: Service, own_stack: RunningStack) -> None:
+def test_h77_with_the_photos_away_only_what_needs_them_is_refused(hurt: Service, own_stack: RunningStack) -> None:
     gallery = new_gallery(hurt)
     one, other = people()[1:3]
     known = enrol(hurt, gallery, one.photo)
@@ -169,7 +169,7 @@ def test_with_the_photos_away_only_what_needs_them_is_refused(hurt: Service, own
     becomes(lambda: settled(hurt), RECOVERS_WITHIN_SECONDS)
 
 
-def test_a_photo_that_is_lost_or_spoilt_is_said_to_be_and_is_never_another_one(
+def test_h79_h80_a_photo_that_is_lost_or_spoilt_is_said_to_be_and_is_never_another_one(
     hurt: Service, own_stack: RunningStack
 ) -> None:
     gallery = new_gallery(hurt)
@@ -189,7 +189,7 @@ def test_a_photo_that_is_lost_or_spoilt_is_said_to_be_and_is_never_another_one(
     assert view(other).status_code == 200
 
 
-def test_with_mongodb_frozen_everything_is_refused_in_time_and_comes_back(
+def test_h75_with_mongodb_frozen_everything_is_refused_in_time_and_comes_back(
     hurt: Service, own_stack: RunningStack
 ) -> None:
     gallery = new_gallery(hurt)

@@ -12,7 +12,7 @@ PAIRS = 20
 VERDICT_WITHIN_SECONDS = 30
 
 
-async def test_of_twenty_simultaneous_pairs_each_ends_as_one_active_and_one_suspected(stack: RunningStack) -> None:
+async def test_h68_of_twenty_simultaneous_pairs_each_ends_as_one_active_and_one_suspected(stack: RunningStack) -> None:
     people = list(islice(cycle(sample_people()), PAIRS))
     # One connection each: the kernel hands them to whichever of the two API processes is free.
     async with Service(stack.ready.url, connections=1) as left, Service(stack.ready.url, connections=1) as right:

@@ -1,17 +1,21 @@
 """A Runtime on real stores with a fresh database, and an engine that reads from the pixels whose face is meant."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+from passlib.hash import argon2
 from pydantic import SecretStr
 
+from app.access import passwords
 from app.config import Settings, random_secret
 from app.documents.galleries import Gallery
 from app.runtime import Runtime, open_runtime
+from app.use_cases.keep_users import ensure_admin
 from tests.fakes import FakeEngine
 from tests.support import services
+from tests.support.accounts import ADMIN, PASSWORD, AccountService, open_accounts
 
 # structlog's own default draws each traceback with colours and locals, which takes a second.
 structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
@@ -28,6 +32,7 @@ def settings(mongo_server: services.Server, database_name: str, tmp_path: Path) 
         redis_url="redis://127.0.0.1:1/0",
         key_encryption_key=SecretStr(random_secret()),
         storage_path=tmp_path / "photos",
+        evidence_path=tmp_path / "evidence",
         vector_db_path=tmp_path / "index",
         index_cache_path=tmp_path / "index-copies",
     )
@@ -38,4 +43,21 @@ async def runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """What a process owns, with an empty gallery `default` whose photos need no quality."""
     async with open_runtime(settings, FakeEngine()) as opened:
         await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
+        yield opened
+
+
+@pytest.fixture
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hashes that take a millisecond: what they cost in earnest is the unit tests' matter."""
+    monkeypatch.setattr(passwords, "_ARGON2", argon2.using(type="ID", memory_cost=64, rounds=1, parallelism=1))
+    passwords._decoy_hash.cache_clear()
+    yield
+    passwords._decoy_hash.cache_clear()
+
+
+@pytest.fixture
+async def service(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[AccountService]:
+    """The account routes over a fresh store with one admin."""
+    await ensure_admin(runtime, ADMIN, PASSWORD)
+    async with open_accounts(runtime) as opened:
         yield opened

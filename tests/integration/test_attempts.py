@@ -19,6 +19,7 @@ from tests.builders import (
     by_officer,
     default_gallery,
     erased,
+    identified,
     known,
     portrait,
     revoked,
@@ -55,6 +56,27 @@ async def test_the_person_matches_and_a_stranger_does_not(runtime: Runtime) -> N
     assert [(e.id, e.detail["match"]) for e in events] == [(yes.decision_id, True), (no.decision_id, False)]
 
 
+async def test_h67_no_event_holds_a_score_finer_than_two_decimals(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    claim = verify.Claim(ann, audience="officer-1", nonce=None)
+    action = by_officer("face.verify")
+    answer = await verify.verify(runtime, action, await default_gallery(), claim, portrait("ann", capture=9))
+    found = await identified(runtime, "ann")
+    assert answer.score is not None
+    assert answer.score != round(answer.score, 2), "an officer sees all of it"
+    assert found.candidates[0].score != round(found.candidates[0].score, 2)
+    for event in await AuditEvent.find({"action": {"$in": ["face.verify", "face.identify"]}}).to_list():
+        score = event.detail.get("score", event.detail.get("best_score"))
+        assert isinstance(score, float)
+        assert score == round(score, 2)
+
+
+async def test_h67_a_search_shows_nothing_below_the_threshold(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    found = await identified(runtime, "impostor")
+    assert found.candidates == []
+
+
 async def test_a_claim_on_somebody_who_is_not_active_is_no_match_without_a_score(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     held, _ = await suspected(runtime, "ann")
@@ -65,7 +87,7 @@ async def test_a_claim_on_somebody_who_is_not_active_is_no_match_without_a_score
     assert (await known(ann)).attempts.consecutive == 0
 
 
-async def test_the_same_selfie_is_taken_once_for_an_identity(runtime: Runtime) -> None:
+async def test_h61_the_same_selfie_is_taken_once_for_an_identity(runtime: Runtime) -> None:
     ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
     assert (await verified(runtime, ann, "ann")).match
     with pytest.raises(ReplayedPhoto):
@@ -74,7 +96,7 @@ async def test_the_same_selfie_is_taken_once_for_an_identity(runtime: Runtime) -
     assert await AuditEvent.find({"action": "face.verify"}).count() == 2
 
 
-async def test_of_the_same_selfie_sent_ten_times_at_once_one_is_taken(runtime: Runtime) -> None:
+async def test_h61_of_the_same_selfie_sent_ten_times_at_once_one_is_taken(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     async with another_process(runtime) as other:
         doors = [runtime, other] * 5
@@ -91,7 +113,7 @@ async def test_a_selfie_may_come_again_after_the_window(runtime: Runtime) -> Non
         await verified(runtime, ann, "ann")
 
 
-async def test_five_non_matches_are_followed_by_a_wait(runtime: Runtime) -> None:
+async def test_h65_five_non_matches_are_followed_by_a_wait(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     await _fail(runtime, ann, 0, 5)
     with pytest.raises(AttemptsExhausted) as refused:
@@ -114,13 +136,13 @@ async def test_a_match_forgets_the_non_matches_before_it(runtime: Runtime) -> No
     assert (await known(ann)).attempts.consecutive == 0
 
 
-async def test_attempts_on_one_identity_do_not_hold_up_another(runtime: Runtime) -> None:
+async def test_h65_attempts_on_one_identity_do_not_hold_up_another(runtime: Runtime) -> None:
     ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
     await _fail(runtime, ann, 0, 5)
     assert (await verified(runtime, bob, "bob")).match
 
 
-async def test_after_fifty_non_matches_an_officer_must_reset(runtime: Runtime) -> None:
+async def test_h65_after_fifty_non_matches_an_officer_must_reset(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     await _fail(runtime, ann, 0, 1)
     collection = Identity.get_pymongo_collection()
@@ -138,7 +160,7 @@ async def test_after_fifty_non_matches_an_officer_must_reset(runtime: Runtime) -
     assert (await verified(runtime, ann, "ann")).match
 
 
-async def test_attempts_made_at_once_share_one_budget(runtime: Runtime) -> None:
+async def test_h65_attempts_made_at_once_share_one_budget(runtime: Runtime) -> None:
     """Otherwise hundreds of guesses sent in one moment would all be compared before the first is counted."""
     ann = await active(runtime, "ann")
     async with another_process(runtime) as other:

@@ -11,14 +11,14 @@ from typing import TypeVar
 
 import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError, WriteError
+from pymongo.errors import PyMongoError
 
-from app.access import KEY_RELOAD_SECONDS
+from app.access.signing import KEY_RELOAD_SECONDS
 from app.devstack.servers import free_port
 from app.documents.events import AuditEvent
 from app.documents.galleries import GalleryChange
 from app.documents.identities import Identity
-from app.errors import Conflict, DependencyUnavailable, ExternalRefTaken, NotFound
+from app.errors import AuditRefused, Conflict, DependencyUnavailable, ExternalRefTaken, NotFound
 from app.runtime import Runtime
 from app.use_cases import erase, galleries
 from storage.photos import MinioPhotoStore, PhotoStoreUnavailable
@@ -73,31 +73,31 @@ async def test_an_enrolment_is_all_there_when_it_returns(runtime: Runtime) -> No
         assert await runtime.photos.get(sample.photo_key)
 
 
-async def test_without_its_audit_event_there_is_no_identity(runtime: Runtime) -> None:
+async def test_h97_without_its_audit_event_there_is_no_identity(runtime: Runtime) -> None:
     async with _no_room_for(runtime, "identity.enrol"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await enrolled(runtime, "ann")
     await _nothing_is_stored()
     assert (await enrolled(runtime, "ann")).enrol_seq == 1
 
 
-async def test_without_its_audit_event_there_is_no_verdict_decision_erasure_or_answer(runtime: Runtime) -> None:
+async def test_h97_without_its_audit_event_there_is_no_verdict_decision_erasure_or_answer(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     waiting = await enrolled(runtime, "ann", capture=1)
     async with _no_room_for(runtime, "dedup.verdict"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await screened(runtime, waiting)
     assert await known(waiting) == waiting
     held = await screened(runtime, waiting)
     _, case = await suspected(runtime, "ann", capture=2)
     async with _no_room_for(runtime, "dedup.decide"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await decided(runtime, case, "duplicate", about=held)
     async with _no_room_for(runtime, "identity.erase"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await erased(runtime, ann)
     async with _no_room_for(runtime, "face.verify"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await verified(runtime, ann, "ann")
     assert [(await known(i)).status for i in (ann, held)] == ["active", "suspected_duplicate"]
     assert (await verified(runtime, ann, "ann")).match, "the refused answer had not used up the selfie"
@@ -125,7 +125,7 @@ async def test_numbers_stay_contiguous_while_others_are_erased(runtime: Runtime)
     assert sorted(row.kind for row in rows) == ["add"] * 8 + ["blank"] * 8 + ["remove"] * 8
 
 
-async def test_of_many_enrolments_under_one_reference_exactly_one_wins(runtime: Runtime) -> None:
+async def test_h76_of_many_enrolments_under_one_reference_exactly_one_wins(runtime: Runtime) -> None:
     async with another_process(runtime) as other:
         doors = [runtime, other]
         spellings = ["NID-1", "nid-1", "ＮＩＤ-1", "Nid-1"]
@@ -163,7 +163,7 @@ async def test_a_gallery_is_removed_only_when_nobody_is_left(runtime: Runtime) -
     assert await Identity.count() == await GalleryChange.count() == 0
 
 
-async def test_with_the_photo_store_away_nothing_is_enrolled_and_searches_go_on(runtime: Runtime) -> None:
+async def test_h77_with_the_photo_store_away_nothing_is_enrolled_and_searches_go_on(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     before = await default_gallery()
     away = MinioPhotoStore(
@@ -183,17 +183,17 @@ async def test_with_the_photo_store_away_nothing_is_enrolled_and_searches_go_on(
     assert await Identity.living(ann.id) is None
 
 
-async def test_a_photo_put_before_a_refused_enrolment_is_all_that_is_left(runtime: Runtime) -> None:
+async def test_h78_a_photo_put_before_a_refused_enrolment_is_all_that_is_left(runtime: Runtime) -> None:
     """No key that opens it is kept, and the sweep takes it."""
     async with _no_room_for(runtime, "identity.enrol"):
-        with pytest.raises(WriteError):
+        with pytest.raises(AuditRefused):
             await enrolled(runtime, "ann")
     photos = [photo async for photo in runtime.photos.list()]
     assert len(photos) == 1
     assert await Identity.find({"samples.photo_key": photos[0].key}).count() == 0
 
 
-async def test_with_mongod_frozen_every_use_case_ends_within_three_seconds(
+async def test_h75_with_mongod_frozen_every_use_case_ends_within_three_seconds(
     runtime: Runtime, mongo_server: services.Server
 ) -> None:
     ann = await active(runtime, "ann")
@@ -225,7 +225,7 @@ async def _free_again(seconds: float, change: Callable[[], Awaitable[T]]) -> T:
                 await asyncio.sleep(0.1)
 
 
-async def test_those_who_wait_for_each_other_do_not_each_wait_for_a_frozen_store(
+async def test_h75_those_who_wait_for_each_other_do_not_each_wait_for_a_frozen_store(
     runtime: Runtime, mongo_server: services.Server
 ) -> None:
     gallery = await default_gallery()
@@ -247,7 +247,7 @@ async def test_those_who_wait_for_each_other_do_not_each_wait_for_a_frozen_store
     await _free_again(10, lambda: runtime.in_line(gallery.id, take_a_number))
 
 
-async def test_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three_seconds(
+async def test_h74_h75_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three_seconds(
     runtime: Runtime, mongo_server: services.Server
 ) -> None:
     ann = await active(runtime, "ann")
@@ -268,7 +268,7 @@ async def test_mongod_frozen_in_the_middle_of_a_transaction_ends_it_within_three
     assert (await _free_again(10, lambda: revoked(runtime, ann))).status == "revoked"
 
 
-async def test_a_process_killed_in_the_middle_of_a_transaction_holds_up_its_gallery_for_seconds_only(
+async def test_h74_a_process_killed_in_the_middle_of_a_transaction_holds_up_its_gallery_for_seconds_only(
     runtime: Runtime, mongo_server: services.Server
 ) -> None:
     taking_a_number = f"""
@@ -287,7 +287,7 @@ sys.stdin.read()
     assert (await _free_again(10, lambda: enrolled(runtime, "ann"))).enrol_seq == 1
 
 
-async def test_what_was_answered_survives_a_kill_of_mongod(runtime: Runtime, mongo_server: services.Server) -> None:
+async def test_h74_what_was_answered_survives_a_kill_of_mongod(runtime: Runtime, mongo_server: services.Server) -> None:
     people = await asyncio.gather(*(enrolled(runtime, f"person-{i}") for i in range(10)))
     mongo_server.process.kill()
     mongo_server.process.start()

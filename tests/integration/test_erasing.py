@@ -1,6 +1,8 @@
 """Erasure: what it destroys, and whom it sets free."""
 
 import asyncio
+import time
+from datetime import timedelta
 
 import pytest
 
@@ -11,11 +13,13 @@ from app.documents.identities import Identity
 from app.errors import NotFound, PhotoMissing
 from app.runtime import Runtime
 from app.use_cases import screen
+from app.use_cases.verify import Claim, Verification, verify
 from app.use_cases.view_photo import view_photo
 from storage.photos import PhotoNotFound
 from tests.builders import (
     active,
     another_process,
+    by_app,
     by_officer,
     decided,
     default_gallery,
@@ -23,13 +27,22 @@ from tests.builders import (
     erased,
     identified,
     known,
+    portrait,
     screened,
     settled,
     suspected,
 )
 
 
-async def test_erasing_the_candidate_of_an_open_case_sets_its_newcomer_free(runtime: Runtime) -> None:
+async def claimed(process: Runtime, identity: Identity, person: str, capture: int) -> Verification:
+    """A claim on the identity as it was when the caller read it."""
+    claim = Claim(identity, audience=None, nonce=None)
+    return await verify(
+        process, by_app("face.verify"), await default_gallery(), claim, portrait(person, capture=capture)
+    )
+
+
+async def test_h70_erasing_the_candidate_of_an_open_case_sets_its_newcomer_free(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     held, case = await suspected(runtime, "ann")
     await erased(runtime, ann)
@@ -74,21 +87,23 @@ async def test_erasing_the_newcomer_only_closes_its_case(runtime: Runtime) -> No
     assert await Pair.count() == 0
 
 
-async def test_an_erased_newcomer_gets_no_verdict(runtime: Runtime) -> None:
+async def test_h70_an_erased_newcomer_gets_no_verdict(runtime: Runtime) -> None:
     newcomer = await enrolled(runtime, "ann")
     await erased(runtime, newcomer)
     await screen.screen(runtime, newcomer.id, newcomer.screenings[0].job_id)
     assert await AuditEvent.find({"action": "dedup.verdict"}).count() == 0
 
 
-async def test_nothing_that_opens_is_left_of_an_erased_person(runtime: Runtime) -> None:
+async def test_h71_nothing_that_opens_is_left_of_an_erased_person(runtime: Runtime) -> None:
     ann = await enrolled(runtime, "ann", photos=2, external_ref="NID-1", full_name="Ann Example")
     receipt = await erased(runtime, ann)
     assert (receipt.samples, receipt.photos, receipt.identity_id) == (2, 2, ann.id)
+    assert receipt.index_purge_by - receipt.erased_at < timedelta(hours=runtime.settings.index_purge_hours, seconds=1)
     left = await Identity.get(ann.id)
     assert left is not None
     assert (left.status, left.samples, left.screenings, left.outbox_at) == ("erased", [], [], None)
     assert (left.wrapped_key, left.attributes, left.external_ref_hash) == (None, None, None)
+    assert (left.name_tags, left.key_generation, left.attempts.consecutive) == ([], None, 0)
     for sample in ann.samples:
         with pytest.raises(PhotoNotFound):
             await runtime.photos.get(sample.photo_key)
@@ -103,6 +118,48 @@ async def test_nothing_that_opens_is_left_of_an_erased_person(runtime: Runtime) 
     assert (event.action, event.subject.id) == ("identity.erase", ann.id)
 
 
+async def test_h70_an_erased_person_is_unmatchable_within_a_second_on_every_process(runtime: Runtime) -> None:
+    async with another_process(runtime) as second, another_process(runtime) as third:
+        processes = (runtime, second, third)
+        ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+        for process in processes:  # with the vectors in memory of each
+            assert [c.identity_id for c in (await identified(process, "ann")).candidates] == [ann.id]
+        await erased(runtime, ann)
+        found = await asyncio.gather(
+            *(identified(process, "ann") for process in processes)
+        )  # at once, and not after a second
+        assert [answer.candidates for answer in found] == [[], [], []]
+        for process in processes:
+            with pytest.raises(NotFound):
+                await claimed(process, ann, "ann", capture=9)
+            assert [c.identity_id for c in (await identified(process, "bob")).candidates] == [bob.id]
+
+
+async def test_h70_whoever_authenticates_during_an_erasure_matches_before_it_or_is_unknown(runtime: Runtime) -> None:
+    async with another_process(runtime) as other:
+        for race in range(4):
+            ann = await active(runtime, f"ann{race}")
+
+            async def ask(capture: int, ann: Identity = ann, race: int = race) -> tuple[bool, float]:
+                began = time.monotonic()
+                try:
+                    return (await claimed(other, ann, f"ann{race}", capture=capture)).match, began
+                except NotFound:
+                    return False, began
+
+            async def take(ann: Identity = ann) -> float:
+                await asyncio.sleep(0.02)
+                await erased(runtime, ann)
+                return time.monotonic()
+
+            *answers, gone = await asyncio.gather(*(ask(100 + i) for i in range(6)), take())
+            assert isinstance(gone, float)
+            answers.append(await ask(200))  # type: ignore[arg-type]
+            late = [matched for matched, began in answers if began > gone]  # type: ignore[misc]
+            assert late
+            assert not any(late)
+
+
 async def test_an_erased_identity_is_unknown_ever_after(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     await erased(runtime, ann)
@@ -112,13 +169,13 @@ async def test_an_erased_identity_is_unknown_ever_after(runtime: Runtime) -> Non
     assert (await identified(runtime, "ann")).candidates == []
 
 
-async def test_an_erased_reference_and_face_may_be_enrolled_anew(runtime: Runtime) -> None:
+async def test_h70_an_erased_reference_and_face_may_be_enrolled_anew(runtime: Runtime) -> None:
     await erased(runtime, await active(runtime, "ann", external_ref="NID-1"))
     again = await settled(runtime, "ann", capture=1, external_ref="NID-1")
     assert again.status == "active"
 
 
-async def test_two_erasures_at_once_give_one_receipt(runtime: Runtime) -> None:
+async def test_h70_two_erasures_at_once_give_one_receipt(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     async with another_process(runtime) as other:
         ended = await asyncio.gather(erased(runtime, ann), erased(other, ann), return_exceptions=True)
@@ -128,7 +185,9 @@ async def test_two_erasures_at_once_give_one_receipt(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("race", range(5))
-async def test_an_erasure_racing_with_a_verdict_never_leaves_a_case_about_nobody(runtime: Runtime, race: int) -> None:
+async def test_h70_an_erasure_racing_with_a_verdict_never_leaves_a_case_about_nobody(
+    runtime: Runtime, race: int
+) -> None:
     async with another_process(runtime) as other:
         ann = await active(runtime, "ann")
         newcomer = await enrolled(runtime, "ann", capture=1)

@@ -9,8 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api import accounts as account_doors
-from app.api import faces, galleries, identities
+from app.api import auth, faces, galleries, identities
 from app.api.envelope import Envelope
 from app.api.problems import TYPE_BASE, install
 from app.audit import by_system
@@ -21,8 +20,7 @@ from app.documents.identities import Identity
 from app.domain.callers import Role
 from app.engine.reading import read_face
 from app.runtime import Runtime
-from app.use_cases import accounts
-from app.use_cases.accounts import UserFields
+from app.use_cases.keep_users import UserFields, create_user
 from tests.builders import active, known, portrait
 
 PASSWORD = "correct horse battery"
@@ -54,13 +52,13 @@ async def door(runtime: Runtime) -> AsyncIterator[Door]:
     await runtime.access.load_keys()
     app = FastAPI()
     app.state.runtime = runtime
-    for part in (account_doors, galleries, identities, faces):
+    for part in (auth, galleries, identities, faces):
         app.include_router(part.router)
     install(app)
     app.add_middleware(Envelope, body_limit=runtime.settings.max_json_bytes)
     for name in ("olga", "otto"):
         fields = UserFields(name, (Role.OFFICER,), None)
-        await accounts.create_user(runtime, by_system("user.create"), fields, PASSWORD)
+        await create_user(runtime, by_system("user.create"), fields, PASSWORD)
     transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://idem.test") as http:
         http.headers["Authorization"] = f"Bearer {await _token(http, 'olga')}"
@@ -90,7 +88,7 @@ async def _in_progress() -> None:
     await IdempotencyClaim.get_pymongo_collection().update_many({}, running)
 
 
-async def test_the_same_request_with_the_same_key_is_done_once(door: Door) -> None:
+async def test_h69_the_same_request_with_the_same_key_is_done_once(door: Door) -> None:
     first = await door.enrol("key-1", "ann", external_ref="NID-1")
     again = await door.enrol("key-1", "ann", external_ref="NID-1")
     assert (first.status_code, again.status_code) == (202, 202)
@@ -100,7 +98,7 @@ async def test_the_same_request_with_the_same_key_is_done_once(door: Door) -> No
     assert await AuditEvent.find({"action": "identity.enrol", "outcome": "success"}).count() == 1
 
 
-async def test_ten_requests_with_one_key_at_once_enrol_one_identity(door: Door) -> None:
+async def test_h69_ten_requests_with_one_key_at_once_enrol_one_identity(door: Door) -> None:
     answers = await asyncio.gather(*(door.enrol("key-1", "ann") for _ in range(10)))
     assert {a.status_code for a in answers} <= {202, 409}
     assert {_slug(a) for a in answers if a.status_code == 409} <= {"idempotency-in-progress"}
@@ -109,7 +107,7 @@ async def test_ten_requests_with_one_key_at_once_enrol_one_identity(door: Door) 
 
 
 @pytest.mark.parametrize("other", ["field", "photo", "query"])
-async def test_another_request_under_the_same_key_is_refused(door: Door, other: str) -> None:
+async def test_h69_another_request_under_the_same_key_is_refused(door: Door, other: str) -> None:
     await door.enrol("key-1", "ann", external_ref="NID-1")
     if other == "field":
         answer = await door.enrol("key-1", "ann", external_ref="NID-2")
@@ -135,7 +133,7 @@ async def test_a_key_belongs_to_its_caller(door: Door) -> None:
     assert await Identity.count() == 2
 
 
-async def test_while_the_first_request_runs_the_second_is_told_so(door: Door) -> None:
+async def test_h69_while_the_first_request_runs_the_second_is_told_so(door: Door) -> None:
     await door.enrol("key-1", "ann")
     await _in_progress()
     answer = await door.enrol("key-1", "ann")
@@ -144,7 +142,7 @@ async def test_while_the_first_request_runs_the_second_is_told_so(door: Door) ->
     assert await IdempotencyClaim.count() == 1, "the refusal gave away a key that was not its own"
 
 
-async def test_a_request_whose_process_died_is_completed_once(door: Door) -> None:
+async def test_h69_a_request_whose_process_died_is_completed_once(door: Door) -> None:
     """The first one held the key and did nothing: after its lease others may, and exactly one does."""
     await door.enrol("key-1", "ann", external_ref="NID-1")
     (identity,) = await Identity.find_all().to_list()

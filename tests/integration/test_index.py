@@ -203,7 +203,7 @@ async def test_an_erasure_during_a_publication_keeps_a_deadline(
     assert (await identified(runtime, "ann")).candidates == []
 
 
-async def test_two_publishers_do_not_get_into_each_others_way(runtime: Runtime) -> None:
+async def test_h91_two_publishers_do_not_get_into_each_others_way(runtime: Runtime) -> None:
     gallery = await default_gallery()
     lease = await Held.acquire(gallery.publishing, "somebody", 30)
     assert lease is not None
@@ -213,7 +213,7 @@ async def test_two_publishers_do_not_get_into_each_others_way(runtime: Runtime) 
     assert (await _published(runtime)).count == 0
 
 
-async def test_a_publisher_whose_lease_was_taken_over_commits_nothing(
+async def test_h91_a_publisher_whose_lease_was_taken_over_commits_nothing(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await active(runtime, "ann")
@@ -261,7 +261,7 @@ async def test_a_publication_is_an_event(runtime: Runtime) -> None:
 
 
 @pytest.mark.usefixtures("large")
-async def test_a_corrupt_generation_is_refused_told_of_and_replaced(runtime: Runtime) -> None:
+async def test_h88_h89_a_corrupt_generation_is_refused_told_of_and_replaced(runtime: Runtime) -> None:
     gallery = await default_gallery()
     vectors = strangers(700, DIMENSION, seed=5)
     people = await populate(runtime, gallery.id, vectors)
@@ -491,7 +491,7 @@ async def test_a_rebuilt_index_keeps_its_new_rotation_when_it_has_to_be_mended(r
     assert (await _published(runtime)).rotation == rebuilt.rotation != (await default_gallery()).epoch
 
 
-async def test_a_hosts_own_trouble_is_not_told_as_the_generations_fault(
+async def test_h92_h95_a_hosts_own_trouble_is_not_told_as_the_generations_fault(
     runtime: Runtime, other: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann = await active(runtime, "ann")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -85,7 +86,7 @@ async def test_an_enrolment_reaches_its_verdict_through_the_queue(queued: Runtim
     assert [await _status(i) for i in (ann, again)] == ["active", "suspected_duplicate"]
 
 
-async def test_job_arguments_are_ids_in_json(queued: Runtime, redis_server: services.Server) -> None:
+async def test_h87_job_arguments_are_ids_in_json(queued: Runtime, redis_server: services.Server) -> None:
     ann = await enrolled(queued, "ann")
     with redis.Redis.from_url(redis_server.url) as store:
         (job,) = [store.get(key) for key in store.scan_iter(f"arq:job:{ann.screenings[0].job_id}*")]
@@ -93,7 +94,51 @@ async def test_job_arguments_are_ids_in_json(queued: Runtime, redis_server: serv
     assert decode_job(job)["a"] == [ann.id, ann.screenings[0].job_id]
 
 
-async def test_with_redis_away_enrolment_returns_and_the_sweep_brings_the_verdict(
+async def test_h87_a_pickle_in_the_queue_is_not_loaded_and_the_jobs_behind_it_run(
+    queued: Runtime, redis_server: services.Server, tmp_path: Path
+) -> None:
+    trace = tmp_path / "was-run"
+
+    class _Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (trace,)
+
+    ann = await enrolled(queued, "ann")
+    with redis.Redis.from_url(redis_server.url) as store:
+        (key,) = store.scan_iter(f"arq:job:{ann.screenings[0].job_id}*")
+        job = {"t": 1, "f": SCREEN, "a": (_Evil(),), "k": {}, "et": int(time.time() * 1000)}
+        store.set(key, pickle.dumps(job), keepttl=True)
+    bob = await enrolled(queued, "bob")
+    await _work(queued)
+    assert not trace.exists()
+    assert await _status(bob) == "active"
+    pickle.loads(pickle.dumps(_Evil()))  # noqa: S301 - that it would have been run
+    assert trace.exists()
+    await _overdue(ann)
+    await screen.sweep_overdue(queued)
+    await _work(queued)
+    assert await _status(ann) == "active", "the sweep asks for what was lost to it"
+
+
+async def test_h83_what_a_flushed_queue_forgot_is_queued_again_within_a_minute(
+    queued: Runtime, redis_server: services.Server
+) -> None:
+    """After the queue's grace, at the sweep's next round, and every ten seconds from then on, should Redis forget it again."""
+    ann = await enrolled(queued, "ann")
+    for forgotten in range(2):
+        with redis.Redis.from_url(redis_server.url) as store:
+            store.flushdb()
+        due = (await known(ann)).outbox_at
+        assert due is not None
+        waits = due - now() + timedelta(seconds=queued.settings.sweep_interval_seconds)
+        assert waits < timedelta(seconds=60), forgotten
+        await _overdue(ann)
+        assert await screen.sweep_overdue(queued) == 1
+    await _work(queued)
+    assert await _status(ann) == "active"
+
+
+async def test_h82_h83_with_redis_away_enrolment_returns_and_the_sweep_brings_the_verdict(
     queued: Runtime, redis_server: services.Server
 ) -> None:
     with redis_server.process.frozen():
@@ -116,7 +161,7 @@ async def test_with_redis_away_enrolment_returns_and_the_sweep_brings_the_verdic
         assert (await known(waiting)).outbox_at is None
 
 
-async def test_the_sweep_queues_what_is_overdue_once_more_even_beside_a_dead_workers_job(queued: Runtime) -> None:
+async def test_h84_the_sweep_queues_what_is_overdue_once_more_even_beside_a_dead_workers_job(queued: Runtime) -> None:
     ann = await enrolled(queued, "ann")
     await _overdue(ann)
     await screen.sweep_overdue(queued)
@@ -143,7 +188,7 @@ async def _try(runtime: Runtime, identity: Identity) -> bool:
     return False
 
 
-async def test_a_screening_that_fails_five_times_is_given_up_and_can_be_asked_for_again(runtime: Runtime) -> None:
+async def test_h86_a_screening_that_fails_five_times_is_given_up_and_can_be_asked_for_again(runtime: Runtime) -> None:
     bob = await enrolled(runtime, "bob")
     repair = await _break(bob)
     ann = await enrolled(runtime, "ann")
@@ -183,7 +228,9 @@ async def test_a_verdict_cannot_be_asked_for_twice(runtime: Runtime) -> None:
     assert await known(held) == held
 
 
-async def test_a_try_that_an_absent_store_ended_does_not_count(runtime: Runtime, mongo_server: services.Server) -> None:
+async def test_h86_a_try_that_an_absent_store_ended_does_not_count(
+    runtime: Runtime, mongo_server: services.Server
+) -> None:
     ann = await enrolled(runtime, "ann")
     with mongo_server.process.frozen():
         assert await _try(runtime, ann)
@@ -203,7 +250,7 @@ async def test_a_store_that_refuses_for_good_counts_as_a_failure(runtime: Runtim
     assert await _status(ann) == "failed"
 
 
-async def test_photos_that_no_document_names_are_swept_after_a_day(runtime: Runtime) -> None:
+async def test_h78_photos_that_no_document_names_are_swept_after_a_day(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     kept = ann.samples[0].photo_key
     for key in ("g/old/orphan", "g/new/orphan"):

@@ -134,7 +134,7 @@ async def test_renewing_prolongs_and_tells_when_the_lease_is_lost() -> None:
     assert (await standing()).holder == "bob"
 
 
-async def test_a_holder_that_slept_while_another_took_over_cannot_commit(mongo: Mongo) -> None:
+async def test_h91_a_holder_that_slept_while_another_took_over_cannot_commit(mongo: Mongo) -> None:
     ann = await acquired("ann", ttl_seconds=SHORT)
     await expired(ann)
     bob = await acquired("bob")

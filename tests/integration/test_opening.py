@@ -7,7 +7,7 @@ from app.config import Settings, UnsafeProduction, random_secret
 from app.documents.accounts import mark_for_development
 from app.domain.callers import Role
 from app.runtime import Runtime, open_runtime
-from app.use_cases.accounts import UserFields, ensure_user
+from app.use_cases.keep_users import UserFields, ensure_user
 from tests.fakes import FakeEngine
 
 

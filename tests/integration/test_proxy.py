@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from app import errors
+from app.api.envelope import DATA_POLICY, SECURITY_HEADERS
 from app.api.identities import MOST_PHOTOS
 from app.api.problems import TYPE_BASE
 from app.api.uploads import FIELDS_BYTES
@@ -25,6 +26,10 @@ from tests.support.services import Proc
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGURATION = (REPOSITORY / "deploy/nginx.conf").read_text(encoding="utf-8")
+#: As the configuration has them.
+REQUEST_BURST = int(re.findall(r"burst=(\d+)", CONFIGURATION)[0])
+CONNECTIONS = int(re.findall(r"limit_conn addresses (\d+);", CONFIGURATION)[0])
+OF_DATA = {"Cache-Control": "no-store", "Content-Security-Policy": DATA_POLICY}
 #: A slow caller is let go after so many seconds; a tenth of it here, so that nobody waits.
 PATIENCE_SECONDS = 1
 
@@ -84,7 +89,7 @@ def find_nginx() -> str:
     return found
 
 
-def rendered(folder: Path, *, listen: int, upstream: int) -> Path:
+def rendered(folder: Path, *, listen: int, upstream: int, patience_seconds: int) -> Path:
     """The shipped configuration with only its addresses, folders and patience changed."""
     changed = CONFIGURATION
     for pattern, by, times in (
@@ -92,7 +97,7 @@ def rendered(folder: Path, *, listen: int, upstream: int) -> Path:
         (r"listen 8080", f"listen 127.0.0.1:{listen}", 1),
         (r"/tmp/", f"{folder}/", 6),  # noqa: S108 - the container's
         (r"/etc/nginx/tls/", f"{folder}/tls/", 1),
-        (r"(client_header_timeout|client_body_timeout) 10s", rf"\1 {PATIENCE_SECONDS}s", 2),
+        (r"(client_header_timeout|client_body_timeout) 10s", rf"\1 {patience_seconds}s", 2),
     ):
         changed, count = re.subn(pattern, by, changed)
         assert count == times, pattern
@@ -120,10 +125,10 @@ def accepts(port: int) -> Callable[[Callable[[], bool]], None]:
 
 
 @contextmanager
-def running_nginx(folder: Path, *, upstream: int) -> Iterator[int]:
+def running_nginx(folder: Path, *, upstream: int, patience_seconds: int = PATIENCE_SECONDS) -> Iterator[int]:
     """The proxy as it is shipped, in front of an upstream's port; gives its own port."""
     listen = free_port()
-    configuration = rendered(folder, listen=listen, upstream=upstream)
+    configuration = rendered(folder, listen=listen, upstream=upstream, patience_seconds=patience_seconds)
     # Started as root it would become nobody, who may not write into this folder.
     globally = "daemon off; user root;" if os.getuid() == 0 else "daemon off;"
     nginx = Proc([find_nginx(), "-c", str(configuration), "-g", globally], accepts(listen))
@@ -143,6 +148,17 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
         await asyncio.gather(*filter(None, upstream.connections))
 
 
+@asynccontextmanager
+async def own_proxy(folder: Path) -> AsyncIterator[Proxy]:
+    """One that nobody has asked anything yet, and with a minute's patience."""
+    upstream = Upstream()
+    async with await asyncio.start_server(upstream.answer, "127.0.0.1", 0, limit=2**20) as server:
+        port_of_upstream = server.sockets[0].getsockname()[1]
+        with running_nginx(folder, upstream=port_of_upstream, patience_seconds=60) as port:
+            yield Proxy(port, upstream)
+        await asyncio.gather(*filter(None, upstream.connections))
+
+
 async def test_a_request_reaches_the_api_with_its_callers_address_and_id(proxy: Proxy) -> None:
     async with proxy.client() as client:
         answer = await client.get("/v1/identities?q=ann", headers={"X-Request-ID": "my-id.1", "Host": "idem.example"})
@@ -157,7 +173,7 @@ async def test_a_request_reaches_the_api_with_its_callers_address_and_id(proxy: 
         assert f"{line}\r\n" in head
 
 
-async def test_what_a_caller_claims_of_its_own_address_is_dropped(proxy: Proxy) -> None:
+async def test_h105_what_a_caller_claims_of_its_own_address_is_dropped(proxy: Proxy) -> None:
     claims = {
         "X-Forwarded-For": "6.6.6.6",
         "X-Forwarded-Proto": "gopher",
@@ -181,12 +197,12 @@ async def test_a_request_without_a_proper_id_is_given_one(proxy: Proxy, wrong: s
     assert re.fullmatch(r"[0-9a-f]{32}", given[1])
 
 
-async def test_as_much_as_the_api_takes_goes_through_and_no_more(proxy: Proxy) -> None:
+async def test_h20_as_much_as_the_api_takes_goes_through_and_no_more(tmp_path: Path) -> None:
     settings = Settings(_env_file=None)
     most = MOST_PHOTOS * (settings.max_photo_bytes * 4 // 3 + 4) + FIELDS_BYTES
     limit = int(re.findall(r"client_max_body_size (\d+)m;", CONFIGURATION)[0]) * 2**20
     assert most <= limit < most + 2**20
-    async with proxy.client() as client:
+    async with own_proxy(tmp_path) as proxy, proxy.client() as client:
         assert (await client.post("/v1/identities", content=b"x" * most)).json()["body_bytes"] == most
         before = len(proxy.upstream.heads)
         refused = await client.post("/v1/identities", content=b"x" * (limit + 1))
@@ -213,14 +229,16 @@ def assert_is_problem(answer: httpx.Response, kind: type[errors.Problem], path: 
         ("chunks that stop", b"POST /never-seen HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel"),
     ],
 )
-async def test_a_slow_caller_is_let_go_and_never_reaches_the_api(proxy: Proxy, name: str, request_bytes: bytes) -> None:
+async def test_h101_h21_h22_a_slow_caller_is_let_go_and_never_reaches_the_api(
+    proxy: Proxy, name: str, request_bytes: bytes
+) -> None:
     started = time.monotonic()
     await proxy.raw(request_bytes)
     assert time.monotonic() - started < PATIENCE_SECONDS + 4, name
     assert not [head for head in proxy.upstream.heads if "/never-seen" in head]
 
 
-async def test_a_header_that_trickles_is_cut_off_too(proxy: Proxy) -> None:
+async def test_h101_a_header_that_trickles_is_cut_off_too(proxy: Proxy) -> None:
     """The limit is on the whole header: a byte now and then buys no time."""
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
     writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
@@ -240,12 +258,12 @@ async def test_a_header_that_trickles_is_cut_off_too(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("patience", ["client_header_timeout", "client_body_timeout", "send_timeout"])
-def test_the_shipped_patience_is_ten_seconds(patience: str) -> None:
+def test_h101_the_shipped_patience_is_ten_seconds(patience: str) -> None:
     assert re.findall(rf"^ *{patience} (\w+);", CONFIGURATION, re.MULTILINE) == ["10s"]
 
 
 @pytest.mark.parametrize("headers", [{"X-Long": "x" * 80_000}, {f"X-Header-{n:04}": "a value" for n in range(1_000)}])
-async def test_headers_without_measure_are_refused(proxy: Proxy, headers: dict[str, str]) -> None:
+async def test_h102_headers_without_measure_are_refused(proxy: Proxy, headers: dict[str, str]) -> None:
     async with proxy.client() as client:
         answer = await client.get("/", headers=headers)
     assert answer.status_code == 431
@@ -271,7 +289,7 @@ async def test_a_long_token_is_no_long_header(proxy: Proxy) -> None:
         "X-Nul: a\0b",
     ],
 )
-async def test_a_request_that_could_be_read_in_two_ways_is_refused(proxy: Proxy, lines: str) -> None:
+async def test_h103_a_request_that_could_be_read_in_two_ways_is_refused(proxy: Proxy, lines: str) -> None:
     before = len(proxy.upstream.heads)
     smuggled = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
     answer = await proxy.raw(f"POST / HTTP/1.1\r\nHost: x\r\n{lines}\r\nConnection: close\r\n\r\n".encode() + smuggled)
@@ -279,13 +297,13 @@ async def test_a_request_that_could_be_read_in_two_ways_is_refused(proxy: Proxy,
     assert not [head for head in proxy.upstream.heads[before:] if "/smuggled" in head]
 
 
-async def test_trace_is_not_offered(proxy: Proxy) -> None:
+async def test_h43_trace_is_not_offered(proxy: Proxy) -> None:
     async with proxy.client() as client:
         answer = await client.request("TRACE", "/v1/auth/me")
     assert_is_problem(answer, errors.MethodNotAllowed, "/v1/auth/me")
 
 
-async def test_figures_of_the_installation_are_not_shown_outside(proxy: Proxy) -> None:
+async def test_h108_figures_of_the_installation_are_not_shown_outside(proxy: Proxy) -> None:
     async with proxy.client() as client:
         answer = await client.get("/metrics")
     assert_is_problem(answer, errors.NotFound, "/metrics")
@@ -294,6 +312,35 @@ async def test_figures_of_the_installation_are_not_shown_outside(proxy: Proxy) -
 async def test_a_path_that_json_could_not_hold_is_not_repeated(proxy: Proxy) -> None:
     answer = await proxy.raw(b'TRACE /a"b\\c HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
     assert json.loads(answer.partition("\r\n\r\n")[2])["instance"] == "/a"
+
+
+async def test_h104_more_requests_than_one_address_may_ask_are_told_so(tmp_path: Path) -> None:
+    ask = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    flood = (ask + b"\r\n") * (REQUEST_BURST - 1) + ask + b"Connection: close\r\n\r\n"
+    async with own_proxy(tmp_path) as proxy:
+        flooded = "".join(await asyncio.gather(*(proxy.raw(flood) for _ in range(3))))
+    assert set(re.findall(r"HTTP/1.1 (\d+)", flooded)) == {"200", "429"}
+    assert "urn:idem:problem/rate-limited" in flooded
+    assert "Retry-After: 5" in flooded
+
+
+async def test_h104_more_connections_than_one_address_may_have_are_told_so(tmp_path: Path) -> None:
+    async with own_proxy(tmp_path) as proxy:
+        held = [await asyncio.open_connection("127.0.0.1", proxy.port) for _ in range(CONNECTIONS)]
+        for _, writer in held:
+            writer.write(b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nx")
+        await asyncio.sleep(0.2)
+        crowded = await proxy.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        for _, writer in held:
+            writer.close()
+    assert crowded.startswith("HTTP/1.1 429 ")
+
+
+@pytest.mark.parametrize("name", [*SECURITY_HEADERS, "Cache-Control", "Content-Security-Policy"])
+async def test_what_nginx_answers_by_itself_has_the_same_headers(proxy: Proxy, name: str) -> None:
+    async with proxy.client() as client:
+        for answer in (await client.request("TRACE", "/"), await client.get("/metrics")):
+            assert answer.headers[name] == (SECURITY_HEADERS | OF_DATA)[name]
 
 
 async def test_an_api_that_is_away_is_told_as_such(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from app.documents.galleries import Gallery
+from app.documents.identities import Identity
 from app.runtime import Runtime
 from tests.unit.documents.questions import *  # noqa: F403 - the tests are what is imported
 
@@ -11,3 +12,21 @@ from tests.unit.documents.questions import *  # noqa: F403 - the tests are what 
 async def store(runtime: Runtime) -> None:
     """An empty database."""
     await Gallery.get_pymongo_collection().delete_many({})
+
+
+async def test_a_reference_and_a_tag_are_found_by_their_indexes_and_not_by_looking_at_everybody(store: None) -> None:
+    people = Identity.get_pymongo_collection()
+    everybody = [
+        {
+            "_id": str(i),
+            "gallery_id": "g",
+            "status": "active",
+            "external_ref_hash": bytes([i]),
+            "name_tags": [bytes([i])],
+        }
+        for i in range(50)
+    ]
+    await people.insert_many(everybody)
+    for asked in (Identity.holding([bytes([7])]), {"name_tags": {"$in": [bytes([7])]}}):
+        plan = await people.find({"gallery_id": {"$in": ["g"]}, "status": {"$ne": "erased"}, **asked}).explain()
+        assert plan["executionStats"]["totalDocsExamined"] == 1, asked

@@ -93,7 +93,7 @@ async def test_screening_twice_changes_nothing(runtime: Runtime) -> None:
     assert len(await _verdicts(once)) == 1
 
 
-async def test_one_job_run_by_two_workers_at_once_gives_one_verdict(runtime: Runtime) -> None:
+async def test_h85_one_job_run_by_two_workers_at_once_gives_one_verdict(runtime: Runtime) -> None:
     await active(runtime, "ann")
     newcomer = await enrolled(runtime, "ann", capture=1)
     job = newcomer.screenings[0].job_id
@@ -110,7 +110,7 @@ async def other(runtime: Runtime) -> AsyncIterator[Runtime]:
 
 
 @pytest.mark.parametrize("order", ["first first", "second first", "at once"])
-async def test_of_two_simultaneous_enrolments_exactly_one_ends_active(
+async def test_h68_of_two_simultaneous_enrolments_exactly_one_ends_active(
     runtime: Runtime, other: Runtime, order: str
 ) -> None:
     for race in range(RACES):
@@ -128,7 +128,7 @@ async def test_of_two_simultaneous_enrolments_exactly_one_ends_active(
     assert await Case.count() == RACES
 
 
-async def test_of_six_simultaneous_enrolments_exactly_one_ends_active(runtime: Runtime, other: Runtime) -> None:
+async def test_h68_of_six_simultaneous_enrolments_exactly_one_ends_active(runtime: Runtime, other: Runtime) -> None:
     doors = itertools.cycle([runtime, other])
     newcomers = await asyncio.gather(*(enrolled(next(doors), "ann", capture=i) for i in range(6)))
     await asyncio.gather(*(screened(next(doors), newcomer) for newcomer in newcomers))

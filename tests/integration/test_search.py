@@ -182,7 +182,7 @@ async def test_a_verdict_searched_in_another_epoch_is_not_written(
     assert (await screened(runtime, newcomer)).status == "active"
 
 
-async def test_a_gallery_of_another_model_is_refused(runtime: Runtime) -> None:
+async def test_h72_a_gallery_of_another_model_is_refused(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     runtime.engine = FakeEngine(replace(CARD, contract="sha256:newer"))
     with pytest.raises(ModelMismatch):

@@ -27,7 +27,7 @@ from app.documents.leases import Lease
 from app.domain.callers import Role
 from app.leases import release_of
 from app.runtime import Runtime, open_runtime
-from app.use_cases.accounts import UserFields, ensure_user
+from app.use_cases.keep_users import UserFields, ensure_user
 from storage.generations import BadGeneration
 from tests.builders import portrait
 from tests.fakes import FakeEngine, embedding_of
@@ -140,7 +140,7 @@ def load_settings(mongodb_uri: str, redis_url: str, database: str, folder: Path)
         mongodb_uri=mongodb_uri, mongodb_database=database, mongodb_min_pool_size=0, redis_url=redis_url,
         queue_name=f"load:{database}", key_encryption_key=random_secret(), storage_path=folder / "photos",
         vector_db_path=folder / "index", index_cache_path=folder / "index-copies", index_tail_rows=TAIL_ROWS,
-        index_shadow_every=SHADOW_EVERY,
+        index_shadow_every=SHADOW_EVERY, evidence_path=folder / "evidence",
     )  # fmt: skip
 
 

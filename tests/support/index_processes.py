@@ -146,6 +146,9 @@ async def running_fleet(settings: Settings, logs: Path, planted_pairs: int | Non
         "INDEX_TAIL_ROWS": str(settings.index_tail_rows),
         "INDEX_SHADOW_EVERY": str(settings.index_shadow_every),
         "QUEUE_NAME": settings.queue_name,
+        "EVIDENCE_PATH": str(settings.evidence_path),
+        # A load is what rates are there to keep off.
+        **dict.fromkeys(("RATE_LOGIN", "RATE_FACE", "RATE_WRITE", "RATE_READ"), "9999999/minute"),
     }
     if planted_pairs is not None:
         named[PLANTED_PAIRS] = str(planted_pairs)

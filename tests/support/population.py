@@ -65,7 +65,8 @@ async def populate(
             people.append(identity_id)
             identities.append({
                 "_id": identity_id, "gallery_id": gallery.id, "status": "active", "enrol_seq": samples[0]["seq"],
-                "samples": samples, "screenings": [], "attributes": None, "external_ref_hash": None, "wrapped_key": wrapped,
+                "samples": samples, "screenings": [], "attributes": None, "external_ref_hash": None, "name_tags": [],
+                "wrapped_key": wrapped, "key_generation": key.sealing,
                 "attempts": {"consecutive": 0, "last_failure": None}, "outbox_at": None, "touch": 0, "version": 1,
                 "created_at": moment, "created_by": "test", "updated_at": moment, "erased_at": None,
             })  # fmt: skip

@@ -11,8 +11,10 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
 
-from app.access import TOKEN_CHARACTERS, claims_of, key_id_of
+from app.access.tokens import TOKEN_CHARACTERS, claims_of, key_id_of
 from app.errors import Unauthenticated
 
 ISSUER = "https://idem.example"
@@ -61,7 +63,7 @@ def test_a_genuine_token_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["none", "None", "nOnE", "NONE", ""])
 @pytest.mark.parametrize("signature", ["", "AA"])
-def test_a_token_without_a_signature_is_refused(name: str, signature: str) -> None:
+def test_h46_a_token_without_a_signature_is_refused(name: str, signature: str) -> None:
     assert is_refused(f"{encoded({**HEADER, 'alg': name})}.{encoded(said())}.{signature}")
 
 
@@ -77,7 +79,7 @@ def test_a_token_without_a_signature_is_refused(name: str, signature: str) -> No
     ],
     ids=["pem", "der", "openssh", "raw", "jwk", "empty"],
 )
-def test_the_public_key_is_no_hmac_secret(secret: bytes) -> None:
+def test_h47_the_public_key_is_no_hmac_secret(secret: bytes) -> None:
     text = f"{encoded({**HEADER, 'alg': 'HS256'})}.{encoded(said())}"
     mac = hmac.digest(secret, text.encode(), hashlib.sha256)
     assert is_refused(f"{text}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode()}")
@@ -88,12 +90,12 @@ def test_a_token_of_another_key_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kid", [None, 7, ["k1"], {"k": 1}, "x" * 65536])
-def test_a_key_id_that_is_no_short_text_is_refused(kid: object) -> None:
+def test_h48_a_key_id_that_is_no_short_text_is_refused(kid: object) -> None:
     assert is_refused(signed(said(), {**HEADER, "kid": kid}))
 
 
 @pytest.mark.parametrize("kid", ["../../dev/null", "' OR 1=1", ""])
-def test_a_key_id_is_taken_as_it_stands(kid: str) -> None:
+def test_h48_a_key_id_is_taken_as_it_stands(kid: str) -> None:
     assert key_id_of(signed(said(), {**HEADER, "kid": kid})) == kid
 
 
@@ -101,11 +103,11 @@ def test_a_key_id_is_taken_as_it_stands(kid: str) -> None:
     "extra", [{"crit": ["x"]}, {"crit": ["exp"]}, {"crit": []}, {"b64": False, "crit": ["b64"]}, {"typ": "JWT"},
               {"typ": "idem-assertion+jwt"}, {"typ": None}, {"typ": "AT+JWT "}, {"alg": "Ed448"}, {"alg": None}]
 )  # fmt: skip
-def test_a_header_that_is_not_ours_is_refused(extra: Mapping[str, object]) -> None:
+def test_h49_h51_a_header_that_is_not_ours_is_refused(extra: Mapping[str, object]) -> None:
     assert is_refused(signed(said(), {**HEADER, **extra}))
 
 
-def test_a_key_that_the_token_brings_along_is_not_looked_at() -> None:
+def test_h48_a_key_that_the_token_brings_along_is_not_looked_at() -> None:
     foreign = Ed25519PrivateKey.generate()
     jwk = json.loads(jwt.algorithms.OKPAlgorithm.to_jwk(foreign.public_key(), as_dict=False))
     header = {**HEADER, "jwk": jwk, "jku": "http://127.0.0.1:9/keys", "x5u": "http://127.0.0.1:9/cert"}
@@ -117,7 +119,7 @@ def test_a_key_that_the_token_brings_along_is_not_looked_at() -> None:
     [(-601, -1, None), (-4200, -3600, None), (60, 600, None), (0, 10**18, None), (0, 86_401, None), (0, 600, 60)],
     ids=["expired-1-s", "expired-1-h", "issued-in-future", "never-expires", "too-long", "not-yet"],
 )
-def test_a_token_of_another_time_is_refused(issued: int, expires: int, not_before: int | None) -> None:
+def test_h50_a_token_of_another_time_is_refused(issued: int, expires: int, not_before: int | None) -> None:
     moment = int(time.time())
     nbf = None if not_before is None else moment + not_before
     assert is_refused(signed(said(iat=moment + issued, exp=moment + expires, nbf=nbf)))
@@ -139,11 +141,11 @@ def test_a_token_of_another_time_is_refused(issued: int, expires: int, not_befor
     ],
     ids=str,
 )
-def test_a_token_that_says_anything_else_is_refused(changes: dict[str, object]) -> None:
+def test_h50_h51_a_token_that_says_anything_else_is_refused(changes: dict[str, object]) -> None:
     assert is_refused(signed(said(**changes)))
 
 
-def test_a_token_of_more_than_8_kb_is_refused_before_it_is_decoded() -> None:
+def test_h52_a_token_of_more_than_8_kb_is_refused_before_it_is_decoded() -> None:
     assert is_refused(signed(said(scope="x" * TOKEN_CHARACTERS)))
 
 
@@ -162,15 +164,62 @@ def test_a_token_of_more_than_8_kb_is_refused_before_it_is_decoded() -> None:
         *("{0}.{1}.{2}\n", " {0}.{1}.{2}", "{0}.{1}", "{0}.{1}.", "{0}.{1}.{2}.e30.e30", "{0}.{1}.{2}/", "", ".", ".."),
     ],
 )
-def test_another_spelling_of_a_genuine_token_is_refused(spelling: str) -> None:
+def test_h52_another_spelling_of_a_genuine_token_is_refused(spelling: str) -> None:
     assert is_refused(spelling.format(*signed(said()).split(".")))
 
 
 @pytest.mark.parametrize("part", [b"[]", b"null", b"{", b"\xff", b"[" * 2000, b'"x"'])
-def test_parts_that_are_no_objects_are_refused(part: bytes) -> None:
+def test_h52_parts_that_are_no_objects_are_refused(part: bytes) -> None:
     raw = base64.urlsafe_b64encode(part).rstrip(b"=").decode()
     good = encoded(HEADER)
     text = f"{good}.{raw}"
     signature = base64.urlsafe_b64encode(KEY.sign(text.encode())).rstrip(b"=").decode()
     assert is_refused(f"{text}.{signature}")
     assert is_refused(f"{raw}.{encoded(said())}.{signature}")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.integers(0, len(signed(said())) - 1), st.characters(codec="ascii", categories=["L", "N", "P"]))
+def test_h46_h52_a_genuine_token_with_one_other_character_is_refused(place: int, other: str) -> None:
+    token = signed(said())
+    changed = token[:place] + other + token[place + 1 :]
+    assert is_refused(changed) == (changed != token)
+
+
+def test_h52_the_last_character_of_a_signature_has_one_spelling() -> None:
+    token = signed(said())
+    others = [token[:-1] + last for last in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"]
+    assert [other for other in others if not is_refused(other)] == [token]
+
+
+@given(st.text(max_size=200))
+def test_h52_text_of_any_kind_is_refused_and_no_fault(text: str) -> None:
+    assert is_refused(text)
+    assert is_refused(f"{encoded(HEADER)}.{text}")
+
+
+@given(st.dictionaries(st.sampled_from(["alg", "typ", "kid", "crit", "b64", "jwk", "zip", "enc", "cty"]), JSON))
+def test_h46_h48_h49_a_header_of_any_kind_is_refused_or_ours(changes: dict[str, object]) -> None:
+    header = {**HEADER, **changes}
+    is_ours = header["alg"] == "EdDSA" and header["typ"] == "at+jwt" and isinstance(header["kid"], str)
+    assert is_refused(signed(said(), header)) == (not is_ours or set(header) != set(HEADER))
+
+
+@given(st.dictionaries(st.sampled_from(["iss", "aud", "sub", "kind", "exp", "iat", "nbf", "jti", "ver", "sid"]), JSON))
+def test_h50_h51_claims_of_any_kind_are_refused_or_read_with_their_types(changes: dict[str, object]) -> None:
+    token = signed(said() | changes)
+    try:
+        read = claims_of(token, PUBLIC, ISSUER)
+    except Unauthenticated:
+        return
+    assert {type(read.subject), type(read.token_id)} == {str}
+    assert {type(read.access_version), type(read.expires_at)} == {int}
+    assert read.session_id is None or isinstance(read.session_id, str)
+    assert read.kind in ("user", "client")
+    assert time.time() < read.expires_at <= time.time() + 86_400 + 5

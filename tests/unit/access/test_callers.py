@@ -1,6 +1,10 @@
 """What a caller may do and see."""
 
-from app.domain.callers import Caller, Role
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain.callers import Caller, Role, subscriber
 
 
 def caller(*roles: Role, galleries: tuple[str, ...] | None = None) -> Caller:
@@ -23,3 +27,35 @@ def test_null_means_all_galleries_and_an_empty_list_none() -> None:
     assert not caller(galleries=()).may_see("north")
     assert caller(galleries=("north",)).may_see("north")
     assert not caller(galleries=("north",)).may_see("nort")
+
+
+GALLERIES = st.none() | st.lists(st.sampled_from(["north", "south", "east"]), unique=True).map(tuple)
+
+
+@given(GALLERIES, GALLERIES)
+def test_nobody_keeps_an_account_that_may_see_more_than_they(
+    own: tuple[str, ...] | None, others: tuple[str, ...] | None
+) -> None:
+    keeper, kept = caller(galleries=own), caller(galleries=others)
+    sees_more = any(kept.may_see(name) and not keeper.may_see(name) for name in ("north", "south", "east", "new"))
+    assert keeper.may_keep(others) == (not sees_more)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff::9"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("fe80::1%eth0", "fe80::2"),
+        ("a unix socket", "a unix socket"),
+    ],
+)
+def test_addresses_of_one_subscriber_are_the_same(one: str, other: str) -> None:
+    assert subscriber(one) == subscriber(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("2001:db8:0:1::1", "2001:db8:0:2::1"), ("192.0.2.7", "192.0.2.8"), ("", "192.0.2.7")]
+)
+def test_addresses_of_two_subscribers_differ(one: str, other: str) -> None:
+    assert subscriber(one) != subscriber(other)

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.access import check_password, hash_password, new_secret, password_matches, secret_digest
+from app.access.callers import new_secret, secret_digest
+from app.access.passwords import check_password, hash_password, password_matches
 from app.domain.callers import username_key
 from app.errors import Validation
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 257, 1000, 1_000_000])
-def test_a_password_of_another_length_is_refused_before_any_hashing(length: int) -> None:
+def test_h57_a_password_of_another_length_is_refused_before_any_hashing(length: int) -> None:
     started = time.perf_counter()
     with pytest.raises(Validation):
         check_password("x" * length)
@@ -23,7 +24,7 @@ def test_a_password_of_another_length_is_refused_before_any_hashing(length: int)
 @pytest.mark.parametrize(
     "password", ["x" * 8, "x" * 71, "x" * 72, "x" * 73, "x" * 256, "nul\0inside", "\N{GRINNING FACE}" * 8]
 )
-def test_every_character_of_a_password_counts(password: str) -> None:
+def test_h57_every_character_of_a_password_counts(password: str) -> None:
     check_password(password)
     hashed = hash_password(password)
     assert password_matches(password, hashed)
@@ -44,7 +45,7 @@ def test_a_password_typed_on_another_keyboard_is_the_same() -> None:
     )
 
 
-def test_half_a_surrogate_pair_is_a_wrong_password_and_no_fault() -> None:
+def test_h57_half_a_surrogate_pair_is_a_wrong_password_and_no_fault() -> None:
     assert not password_matches("\ud800correct horse", hash_password("correct horse"))
 
 
@@ -61,7 +62,7 @@ def test_an_unknown_user_is_never_let_in_and_costs_as_much() -> None:
     assert 0.5 < unknown / known < 2
 
 
-def test_an_overlong_password_costs_nothing() -> None:
+def test_h57_an_overlong_password_costs_nothing() -> None:
     started = time.perf_counter()
     assert not password_matches("x" * 1_000_000, None)
     assert time.perf_counter() - started < 0.05

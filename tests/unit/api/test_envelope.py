@@ -1,16 +1,31 @@
 """What every answer has around it, whatever happened inside."""
 
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
 import httpx
-from fastapi import FastAPI
+import pytest
+from fastapi import FastAPI, Request
+from starlette.types import Message
 
 from app.api import problems
-from app.api.envelope import Envelope
+from app.api.envelope import (
+    BODY_BYTES_A_SECOND,
+    DRAINED_BYTES,
+    HEADER_BYTES,
+    MOST_HEADERS,
+    SECURITY_HEADERS,
+    Envelope,
+)
+from app.limits import Allowance
 
 BODY_LIMIT = 64
+DESK = "https://desk.example"
+JSON = {"Content-Type": "application/json"}
 
 
-def _client() -> httpx.AsyncClient:
-    app = FastAPI()
+def _app(*, body_limit: int = BODY_LIMIT, body_seconds: float = 10, origins: frozenset[str] = frozenset()) -> FastAPI:
+    app = FastAPI(redirect_slashes=False)
     problems.install(app)
 
     @app.get("/broken")
@@ -18,19 +33,47 @@ def _client() -> httpx.AsyncClient:
         message = "a secret detail"
         raise RuntimeError(message)
 
-    @app.post("/echo")
-    async def echo(body: dict[str, str]) -> dict[str, str]:
-        return body
+    @app.get("/echo")
+    async def quiet(request: Request) -> dict[str, str]:
+        request.state.allowance = Allowance(is_granted=True, limit=60, remaining=59, reset_seconds=7)
+        return {}
 
-    app.add_middleware(Envelope, body_limit=BODY_LIMIT)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://idem")
+    @app.post("/echo")
+    async def echo(request: Request) -> dict[str, int]:
+        return {"bytes": len(await request.body())}
+
+    @app.post("/deaf")
+    async def deaf() -> None:
+        """Answers without having read what came."""
+
+    app.add_middleware(Envelope, body_limit=body_limit, body_seconds=body_seconds, allowed_origins=origins)
+    return app
+
+
+def _client(app: FastAPI | None = None, base_url: str = "http://idem") -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app or _app()), base_url=base_url)
+
+
+async def _dripping(*pieces: bytes, seconds: float) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(seconds)
+
+
+def _is_problem(answer: httpx.Response, status: int, slug: str) -> bool:
+    page = answer.json()
+    kind = answer.headers["content-type"]
+    return (answer.status_code, kind, page["type"].rpartition(":")[2].rpartition("/")[2]) == (
+        status,
+        "application/problem+json",
+        slug,
+    )
 
 
 async def test_an_unforeseen_fault_is_a_problem_with_a_request_id_and_no_details() -> None:
     async with _client() as client:
         answer = await client.get("/broken", headers={"X-Request-ID": "mine-1"})
-    assert answer.status_code == 500
-    assert answer.headers["content-type"] == "application/problem+json"
+    assert _is_problem(answer, 500, "unexpected")
     assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine-1"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "secret" not in answer.text
@@ -43,24 +86,171 @@ async def test_a_strange_request_id_is_replaced() -> None:
     assert len(answer.headers["x-request-id"]) == 36
 
 
-async def test_another_method_is_told_which_ones_are_allowed() -> None:
+async def test_another_method_is_told_all_that_are_allowed_on_the_path() -> None:
     async with _client() as client:
-        answer = await client.delete("/echo")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-    assert answer.json()["type"].endswith("method-not-allowed")
+        answers = [await client.request(method, "/echo") for method in ("DELETE", "PUT", "TRACE", "BREW")]
+        other = await client.delete("/broken")
+    for answer in answers:
+        assert _is_problem(answer, 405, "method-not-allowed")
+        assert answer.headers["allow"] == "GET, POST"
+    assert other.headers["allow"] == "GET"
 
 
-async def test_a_body_over_the_limit_is_refused_whether_it_was_declared_or_not() -> None:
-    body = b'{"a": "' + b"x" * BODY_LIMIT + b'"}'
-
-    async def in_pieces():  # noqa: ANN202 - an async generator of bytes
-        yield body[:10]
-        yield body[10:]
-
+@pytest.mark.parametrize("tail", ["%0a", "%0d", "%00", "/", "//", "%2f", ";a=b", "/%2e", "%20"])
+async def test_h43_no_path_has_a_second_spelling(tail: str) -> None:
     async with _client() as client:
-        json = {"Content-Type": "application/json"}
-        declared = await client.post("/echo", content=body, headers=json)
-        chunked = await client.post("/echo", content=in_pieces(), headers=json)
-        fitting = await client.post("/echo", content=b'{"a": "b"}', headers=json)
-    assert (declared.status_code, chunked.status_code, fitting.status_code) == (413, 413, 200)
-    assert declared.json()["type"].endswith("too-large")
+        answer = await client.get(f"/echo{tail}")
+    assert _is_problem(answer, 404, "not-found")
+
+
+async def test_h20_a_body_over_the_limit_is_refused_whether_it_was_declared_or_not() -> None:
+    body = b"x" * (BODY_LIMIT + 1)
+    async with _client() as client:
+        declared = await client.post("/echo", content=body)
+        chunked = await client.post("/echo", content=_dripping(body[:10], body[10:], seconds=0))
+        fitting = await client.post("/echo", content=body[:-1])
+    assert _is_problem(declared, 413, "too-large")
+    assert _is_problem(chunked, 413, "too-large")
+    assert fitting.json() == {"bytes": BODY_LIMIT}
+
+
+async def test_h22_a_body_that_drips_is_given_up_in_time() -> None:
+    async with _client(_app(body_seconds=0.1)) as client:
+        answer = await client.post("/echo", content=_dripping(*[b"x"] * 60, seconds=0.05))
+    assert _is_problem(answer, 408, "request-timeout")
+
+
+async def test_h22_a_long_body_that_keeps_coming_has_longer() -> None:
+    piece = b"x" * (BODY_BYTES_A_SECOND // 2)
+    async with _client(_app(body_limit=2**20, body_seconds=0.1)) as client:
+        answer = await client.post("/echo", content=_dripping(*[piece] * 4, seconds=0.06))
+    assert answer.json() == {"bytes": 4 * len(piece)}
+
+
+async def test_h21_a_body_that_ends_early_is_nobodys_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    scope = {
+        "type": "http", "method": "POST", "path": "/echo", "raw_path": b"/echo", "query_string": b"", "root_path": "",
+        "headers": [(b"content-length", b"50")], "client": ("192.0.2.1", 1), "server": ("idem", 80), "scheme": "http",
+    }  # fmt: skip
+    coming: list[Message] = [
+        {"type": "http.request", "body": b"half", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return coming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await _app()(scope, receive, send)
+    assert sent[0]["status"] == 408
+    assert "unexpected_error" not in caplog.text
+
+
+async def test_what_is_left_of_a_small_body_is_taken_in_and_of_a_large_one_is_not() -> None:
+    async with _client(_app(body_limit=2**30)) as client:
+        small = await client.post("/deaf", content=b"x" * DRAINED_BYTES)
+        large = await client.post("/deaf", content=b"x" * (DRAINED_BYTES + 1))
+        endless = await client.post("/deaf", content=_dripping(*[b"x" * 4096] * 40, seconds=0))
+        none = await client.post("/deaf")
+        expected = await client.post("/deaf", content=b"x", headers={"Expect": "100-continue"})
+    assert [one.headers.get("connection") for one in (small, large, endless, none, expected)] == [
+        None, "close", "close", None, "close",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"X-Long": "x" * 80_000}, {f"X-{number}": "v" for number in range(1000)}],
+    ids=["80 kB", "1000 headers"],
+)
+async def test_h102_headers_without_measure_are_refused(headers: Mapping[str, str]) -> None:
+    async with _client() as client:
+        answer = await client.get("/echo", headers=headers)
+    assert _is_problem(answer, 431, "headers-too-large")
+
+
+async def test_headers_with_measure_are_not() -> None:
+    long = {"Authorization": "Bearer " + "x" * (HEADER_BYTES // 2)}
+    many = {f"X-{number}": "v" for number in range(MOST_HEADERS - 10)}
+    async with _client() as client:
+        assert (await client.get("/echo", headers=long)).status_code == 200
+        assert (await client.get("/echo", headers=many)).status_code == 200
+
+
+async def test_h103_a_length_that_is_given_in_two_ways_is_refused() -> None:
+    both = {"Content-Length": "4", "Transfer-Encoding": "chunked"}
+    async with _client() as client:
+        answer = await client.post("/echo", content=b"body", headers=both)
+    assert _is_problem(answer, 400, "unreadable")
+    assert answer.headers["connection"] == "close"
+
+
+async def test_security_headers_are_on_every_answer() -> None:
+    async with _client() as client:
+        answers = [
+            await client.get("/echo"),
+            await client.get("/nowhere"),
+            await client.get("/broken"),
+            await client.delete("/echo"),
+            await client.post("/echo", content=b"x" * 1000),
+            await client.get("/echo", headers={"X-Long": "x" * 80_000}),
+        ]
+    assert [one.status_code for one in answers] == [200, 404, 500, 405, 413, 431]
+    for answer in answers:
+        for name, value in (SECURITY_HEADERS | {"Cache-Control": "no-store"}).items():
+            assert answer.headers[name] == value, answer.status_code
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-request-id"]
+        assert "strict-transport-security" not in answer.headers
+
+
+async def test_a_browser_that_came_by_tls_is_told_to_stay_with_it() -> None:
+    async with _client(base_url="https://idem") as client:
+        answer = await client.get("/nowhere")
+    assert answer.headers["strict-transport-security"].startswith("max-age=31536000")
+
+
+async def test_what_is_left_of_a_callers_rate_is_told() -> None:
+    async with _client() as client:
+        answer = await client.get("/echo")
+        free = await client.get("/nowhere")
+    told = {name: value for name, value in answer.headers.items() if name.startswith("ratelimit")}
+    assert told == {"ratelimit-limit": "60", "ratelimit-remaining": "59", "ratelimit-reset": "7"}
+    assert not [name for name in free.headers if name.startswith("ratelimit")]
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", DESK.upper(), f"{DESK}.evil.example", f"{DESK}/"])
+@pytest.mark.parametrize("allowed", [frozenset[str](), frozenset({DESK})])
+async def test_h106_a_foreign_page_may_read_nothing(origin: str, allowed: frozenset[str]) -> None:
+    async with _client(_app(origins=allowed)) as client:
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        preflight = await client.options("/echo", headers=asked)
+        answer = await client.get("/echo", headers={"Origin": origin})
+    assert preflight.status_code == 405
+    for one in (preflight, answer):
+        assert not [name for name in one.headers if name.startswith("access-control")]
+
+
+async def test_h106_a_page_of_an_allowed_origin_may_ask_and_read_but_brings_no_cookies() -> None:
+    async with _client(_app(origins=frozenset({DESK}))) as client:
+        asked = {"Origin": DESK, "Access-Control-Request-Method": "PATCH"}
+        preflight = await client.options("/nowhere", headers=asked)
+        answers = [await client.get(path, headers={"Origin": DESK}) for path in ("/echo", "/broken")]
+        plain = await client.get("/echo")
+    assert preflight.status_code == 204
+    assert "PATCH" in preflight.headers["access-control-allow-methods"]
+    assert "Authorization" in preflight.headers["access-control-allow-headers"]
+    for one in (preflight, *answers):
+        assert one.headers["access-control-allow-origin"] == DESK
+        assert "access-control-allow-credentials" not in one.headers
+    assert plain.headers["vary"] == "Origin"
+    assert "access-control-allow-origin" not in plain.headers
+
+
+async def test_h106_an_unasked_options_is_no_preflight() -> None:
+    async with _client(_app(origins=frozenset({DESK}))) as client:
+        answer = await client.options("/echo", headers={"Origin": DESK})
+    assert answer.status_code == 405

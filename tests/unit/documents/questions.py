@@ -3,6 +3,7 @@
 A module that imports these brings the fixture `store`: Beanie's documents on an empty database.
 """
 
+import os
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from app.documents.identities import Identity, Sample, Screening
 from app.domain.policy import Decision, GalleryPolicy, Status
 from app.domain.quality import QualityReport
 from app.errors import Validation
-from app.keys import KeyRing
+from app.keys import KEY_BYTES, KeyRing, WrappedKeys
 from tests.fakes import CARD
 
 QUALITY = QualityReport(score=1, sharpness=1, brightness=0.5, yaw=0, pitch=0, roll=0, face_size=112)
@@ -48,7 +49,8 @@ async def _identity(
 
 
 async def _gallery(name: str) -> Gallery:
-    gallery = Gallery.fresh(name, CARD, GalleryPolicy(), id_=new_id(), wrapped_key=b"w", key_id="k")
+    wrapped_keys = WrappedKeys(root=b"r", generations={"1": b"w"}, sealing=1)
+    gallery = Gallery.fresh(name, CARD, GalleryPolicy(), id_=new_id(), wrapped_keys=wrapped_keys)
     await gallery.insert()
     return gallery
 
@@ -198,7 +200,13 @@ async def test_what_has_expired_counts_as_unseen(store: None) -> None:
     assert not await Once.is_first("a", timedelta(hours=1))
 
 
-KEYS = KeyRing(random_secret())
+def _ring() -> KeyRing:
+    ring = KeyRing(random_secret())
+    ring.adopt_root(os.urandom(KEY_BYTES))
+    return ring
+
+
+KEYS = _ring()
 
 
 def _request(path: str = "/v1/identities", query: str = "") -> Request:
@@ -262,7 +270,7 @@ async def test_a_cursor_serves_its_own_list_and_key_only(store: None) -> None:
     foreign = [
         (_request(query="status=pending"), KEYS, cursor),
         (_request(path="/v1/other", query="status=active"), KEYS, cursor),
-        (_request(query="status=active"), KeyRing(random_secret()), cursor),
+        (_request(query="status=active"), _ring(), cursor),
         (_request(query="status=active"), KEYS, cursor[:-2] + ("AA" if cursor[-2:] != "AA" else "BB")),
         (_request(query="status=active"), KEYS, "not base64 at all"),
         (_request(query="status=active"), KEYS, ""),
@@ -270,6 +278,29 @@ async def test_a_cursor_serves_its_own_list_and_key_only(store: None) -> None:
     for request, keys, given in foreign:
         with pytest.raises(Validation):
             await page_of(Identity, {}, Page(1, given), request, keys)
+
+
+async def test_those_whose_time_is_over_are_the_living_that_were_enrolled_before_it_the_oldest_first(
+    store: None,
+) -> None:
+    old = [await _identity(seconds=-100 - i, status=status) for i, status in enumerate(("active", "failed", "revoked"))]
+    await _identity(seconds=-500, status="erased")
+    await _identity(gallery_id=ELSEWHERE, seconds=-500)
+    await _identity(seconds=100)
+    expected = [identity.id for identity in reversed(old)]
+    assert await Identity.kept_since_before(HERE, now(), 10) == expected
+    assert await Identity.kept_since_before(HERE, now(), 2) == expected[:2]
+
+
+async def test_those_wrapped_with_an_older_generation_are_told_with_their_wrapped_key(store: None) -> None:
+    people = [await _identity() for _ in range(3)]
+    for identity, generation in zip(people, (1, 2, None), strict=True):
+        await identity.set({"key_generation": generation})
+    ((id_, wrapped),) = await Identity.wrapped_before(HERE, 2, 10)
+    assert (id_, bytes(wrapped)) == (people[0].id, b"w")
+    assert len(await Identity.wrapped_before(HERE, 3, 10)) == 2
+    assert len(await Identity.wrapped_before(HERE, 3, 1)) == 1
+    assert await Identity.wrapped_before(ELSEWHERE, 3, 10) == []
 
 
 async def test_those_with_several_samples_are_found_among_many(store: None) -> None:

@@ -3,6 +3,8 @@
 import io
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -220,6 +222,39 @@ def test_a_large_photo_is_reduced_and_says_so(kind: str) -> None:
     there = photo.in_photo(face(10, 20, 100))
     assert there.box == (20, 40, 200, 200)
     assert there.landmarks[0] == pytest.approx([80, 120])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(1700, 1601), (3200, 1025), (3300, 2047)])
+def test_a_photo_converted_by_bands_is_the_photo_converted_whole(kind: str, mode: str, size: tuple[int, int]) -> None:
+    grain = np.random.default_rng(1).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
+    picture = Image.fromarray(grain, mode)
+    photo = decode(encoded(grain, kind, lossless=True, method=0, quality=0), max_pixels=LIMIT)
+    whole = picture.reduce(photo.reduction) if photo.reduction > 1 else picture
+    if mode == "RGBA":
+        whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+    assert np.array_equal(photo.pixels, np.asarray(whole.convert("RGB")))
+
+
+def test_h02_the_largest_photos_of_any_kind_take_turns_and_little_memory() -> None:
+    """Of five at once only one is decoded whole at a time; a process of its own, whose peak is theirs."""
+    program = """
+import io, resource, threading
+from PIL import Image
+from app.domain.photo import decode
+flat = io.BytesIO()
+Image.new("RGBA", (5000, 5000), (90, 120, 150, 128)).save(flat, "WEBP", lossless=True, method=0, quality=0)
+open("/proc/self/clear_refs", "w").write("5")
+peak = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+before = peak("VmRSS:")
+threads = [threading.Thread(target=decode, args=(flat.getvalue(),), kwargs={"max_pixels": 25_000_000}) for _ in range(5)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print((peak("VmHWM:") - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) < 300  # MiB
 
 
 def test_nobody_is_no_face() -> None:

@@ -97,9 +97,12 @@ def test_thresholds_move_only_when_a_gallery_doubles(samples: int) -> None:
     assert effective_size(samples) == expected[samples]
 
 
-@pytest.mark.parametrize("field", ["verify_fmr", "identify_fpir", "dedup_fpir", "verify_threshold", "dedup_threshold"])
-@pytest.mark.parametrize("value", [0, 1, -0.1, 1.1, float("nan"), float("inf")])
-def test_a_policy_refuses_rates_and_thresholds_that_mean_nothing(field: str, value: float) -> None:
+@pytest.mark.parametrize(
+    "field",
+    ["verify_fmr", "identify_fpir", "dedup_fpir", "verify_threshold", "identify_threshold", "dedup_threshold"],
+)
+@pytest.mark.parametrize("value", [-1, 0, 1, -0.1, 1.1, float("nan"), float("inf"), float("-inf")])
+def test_h72_a_policy_refuses_rates_and_thresholds_that_mean_nothing(field: str, value: float) -> None:
     with pytest.raises(ValidationError):
         GalleryPolicy.model_validate({field: value})
 

@@ -11,7 +11,7 @@ def _caller(*roles: Role) -> Caller:
 
 
 @given(st.floats(-1, 1))
-def test_relying_apps_see_two_decimals_and_officers_all(score: float) -> None:
+def test_h67_relying_apps_see_two_decimals_and_officers_all(score: float) -> None:
     assert shown_score(_caller(Role.OFFICER), score) == score
     assert shown_score(_caller(Role.RELYING_APP, Role.OFFICER), score) == score
     for caller in (_caller(Role.RELYING_APP), _caller(Role.ADMIN, Role.AUDITOR), None):
@@ -19,7 +19,7 @@ def test_relying_apps_see_two_decimals_and_officers_all(score: float) -> None:
 
 
 @given(st.floats(-1, 1), st.floats(-1, 1))
-def test_a_higher_score_is_never_shown_lower(one: float, other: float) -> None:
+def test_h67_a_higher_score_is_never_shown_lower(one: float, other: float) -> None:
     lower, higher = sorted((one, other))
     app = _caller(Role.RELYING_APP)
     assert shown_score(app, lower) <= shown_score(app, higher)

@@ -49,7 +49,7 @@ def test_rubbish_never_ends_otherwise_than_as_refused_or_read(tmp_path: Path, da
         return
 
 
-def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+def test_h94_a_cut_file_is_refused(tmp_path: Path) -> None:
     whole = onnx_file(tmp_path / "a.onnx", (1, 3, 8, 8), (1, 8)).read_bytes()
     (tmp_path / "a.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(NotOnnx):

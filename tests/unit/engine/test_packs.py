@@ -65,7 +65,7 @@ def test_two_recognisers_need_a_manifest(tmp_path: Path, release: Path) -> None:
     assert "pack.toml may say which" in found(tmp_path, release.name).reason
 
 
-def test_a_file_under_a_published_name_with_other_bytes_is_refused_with_both_digests(
+def test_h94_a_file_under_a_published_name_with_other_bytes_is_refused_with_both_digests(
     tmp_path: Path, release: Path
 ) -> None:
     file = (release / "two.onnx").rename(release / "w600k_mbf.onnx")
@@ -107,7 +107,7 @@ def test_a_manifest_that_does_not_fit_is_refused_with_the_reason(
     assert words in refusal.value.detail
 
 
-def test_a_missing_pack_is_refused_and_never_replaced(tmp_path: Path) -> None:
+def test_h94_a_missing_pack_is_refused_and_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="idem models"):
         choose("buffalo_l", tmp_path)
 
@@ -163,14 +163,14 @@ def test_a_network_that_normalises_by_itself_gets_plain_pixels(tmp_path: Path, r
     assert pack.preprocessing.scale == (1, 1, 1)
 
 
-def test_weights_that_change_after_they_were_chosen_are_not_loaded(tmp_path: Path, release: Path) -> None:
+def test_h94_weights_that_change_after_they_were_chosen_are_not_loaded(tmp_path: Path, release: Path) -> None:
     engine = open_engine(Settings(face_model=release.name, model_dir=tmp_path), device="cpu").engine
     (release / "two.onnx").write_bytes(b"something else")
     with pytest.raises(ModelUnavailable, match="expected SHA-256"):
         engine.warm()
 
 
-def test_a_graphics_card_that_was_asked_for_is_never_silently_replaced() -> None:
+def test_h95_a_graphics_card_that_was_asked_for_is_never_silently_replaced() -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -1,0 +1,186 @@
+"""Users over HTTP: the people who may log in, kept by admins."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, with_config
+from typing_extensions import TypedDict
+
+from app.api.bodies import StrictRoute
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer
+from app.api.paging import Page, Paged, page_of
+from app.api.problems import problems
+from app.api.shapes import Body, Galleries, Moment, PlainText, Roles
+from app.audit import Action
+from app.documents.accounts import User, kept_by
+from app.domain.callers import USERNAME_MAXIMUM, Role
+from app.errors import (
+    Conflict,
+    DependencyUnavailable,
+    Forbidden,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
+    NotFound,
+    NotReady,
+    Unauthenticated,
+    Validation,
+)
+from app.use_cases import keep_users
+from app.use_cases.keep_users import UserFields
+
+router = APIRouter(route_class=StrictRoute)
+
+Username = Annotated[PlainText, Field(min_length=1, max_length=USERNAME_MAXIMUM)]
+
+
+class NewUser(Body):
+    """A user to be made. galleries: names; null means all, [] none."""
+
+    username: Username
+    password: str
+    roles: Roles
+    galleries: Galleries = None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class UserPatch(TypedDict, total=False):
+    """A merge patch (RFC 7396): what is left out stays, `galleries: null` means all.
+
+    second_factor: false takes it away from somebody who lost it; only they themselves can have one.
+    """
+
+    username: Username
+    password: str
+    roles: Roles
+    galleries: Galleries
+    disabled: StrictBool
+    second_factor: Literal[False]
+
+
+class UserAnswer(BaseModel):
+    """A user."""
+
+    id: str
+    username: str
+    roles: list[Role]
+    galleries: list[str] | None
+    disabled: bool
+    second_factor: bool
+    created_at: Moment
+    updated_at: Moment
+
+
+_GUARDED = problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable)
+_CHANGES = problems(
+    Unauthenticated,
+    Forbidden,
+    Conflict,
+    IdempotencyInProgress,
+    Validation,
+    IdempotencyKeyReused,
+    NotReady,
+    DependencyUnavailable,
+)
+_ONE = problems(NotFound)
+
+
+@router.get("/v1/users", tags=["users"], responses=_GUARDED | problems(Validation))
+async def list_users(
+    request: Request,
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("user.list", Role.ADMIN, is_read=True))],
+    page: Annotated[Page, Depends()],
+) -> Paged[UserAnswer]:
+    """All users, newest first."""
+    users, cursor = await page_of(User, kept_by(action.caller), page, request, runtime.keys)
+    return Paged[UserAnswer](items=[_user(user) for user in users], next_cursor=cursor)
+
+
+@router.post("/v1/users", tags=["users"], status_code=201, responses=_CHANGES)
+async def create_user(
+    request: Request,
+    response: Response,
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("user.create", Role.ADMIN))],
+    body: NewUser,
+    key: IdempotencyKey = None,
+) -> UserAnswer:
+    """Make a user."""
+    first = await first_answer(runtime, request, action, key, body.model_dump())
+    if first is None:
+        fields = UserFields(body.username, body.roles, body.galleries)
+        user = await keep_users.create_user(runtime, action, fields, body.password)
+    else:
+        user = await _user_of(action, first[0].subject.id)
+    response.headers["Location"] = f"/v1/users/{user.id}"
+    return _user(user)
+
+
+@router.get("/v1/users/{user_id}", tags=["users"], responses=_GUARDED | _ONE)
+async def show_user(
+    user_id: str, action: Annotated[Action, Depends(acting("user.read", Role.ADMIN, is_read=True))]
+) -> UserAnswer:
+    """One user."""
+    return _user(await _user_of(action, user_id))
+
+
+@router.patch("/v1/users/{user_id}", tags=["users"], responses=_CHANGES | _ONE)
+async def update_user(
+    user_id: str,
+    request: Request,
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("user.update", Role.ADMIN))],
+    patch: UserPatch,
+    key: IdempotencyKey = None,
+) -> UserAnswer:
+    """Change a user: other roles void the access tokens, another password or disabling ends the logins."""
+    if await first_answer(runtime, request, action, key, patch) is not None:
+        return _user(await _user_of(action, user_id))
+    password = patch.get("password")
+    return _user(
+        await keep_users.update_user(runtime, action, user_id, lambda old: _patched_user(old, patch), password)
+    )
+
+
+@router.delete("/v1/users/{user_id}", tags=["users"], status_code=204, responses=_CHANGES | _ONE)
+async def delete_user(
+    user_id: str,
+    request: Request,
+    runtime: CurrentRuntime,
+    action: Annotated[Action, Depends(acting("user.delete", Role.ADMIN))],
+    key: IdempotencyKey = None,
+) -> None:
+    """Remove a user; the tokens hold no more."""
+    if await first_answer(runtime, request, action, key, None) is None:
+        await keep_users.delete_user(runtime, action, user_id)
+
+
+def _patched_user(old: UserFields, patch: UserPatch) -> UserFields:
+    return UserFields(
+        username=patch.get("username", old.username),
+        roles=patch.get("roles", old.roles),
+        galleries=patch.get("galleries", old.galleries),
+        disabled=patch.get("disabled", old.disabled),
+        has_second_factor=patch.get("second_factor", old.has_second_factor),
+    )
+
+
+async def _user_of(action: Action, user_id: str | None) -> User:
+    user = None if user_id is None else await User.find_one({"_id": user_id, **kept_by(action.caller)})
+    if user is None:
+        message = "There is no such user."
+        raise NotFound(message)
+    return user
+
+
+def _user(user: User) -> UserAnswer:
+    return UserAnswer(
+        id=user.id,
+        username=user.username,
+        roles=sorted(user.roles),
+        galleries=user.galleries,
+        disabled=user.disabled,
+        second_factor=user.totp_confirmed,
+        created_at=user.created_at,
+        updated_at=user.updated_at,
+    )

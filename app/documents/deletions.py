@@ -1,0 +1,92 @@
+"""The ledger of erasures: who was erased, when, and what of it is still to be done.
+
+An entry is made in the erasure's transaction, and written to the evidence store afterwards: a restored backup knows of
+neither, so the copy outside tells whom to erase again. It names ids only.
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import ClassVar, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from pymongo import IndexModel
+
+from app.documents.base import Stored, now
+
+#: Where the entries lie in the evidence store.
+LEDGER: Final = "deletions/"
+
+
+class LedgerLine(BaseModel):
+    """An entry as the evidence store holds it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    identity_id: str
+    gallery_id: str
+    erased_at: datetime
+    event_id: str
+
+
+class Deletion(Stored):
+    """One erasure; its id is the erased identity's.
+
+    receipt: the signed answer, as it was given. photo_keys: photos that the store could not delete yet. unsettled_since: when
+    there was something left to do, None once nothing is: photos, personal parts of events, the entry outside.
+    """
+
+    gallery_id: str
+    erased_at: datetime
+    event_id: str
+    samples: int = 0
+    index_purge_by: datetime | None = None
+    receipt: str | None = None
+    photo_keys: list[str] = Field(default_factory=list)
+    unsettled_since: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "deletions"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel("unsettled_since", partialFilterExpression={"unsettled_since": {"$type": "date"}}),
+            IndexModel([("gallery_id", 1), ("erased_at", 1)]),
+        ]
+
+    @property
+    def ledger_name(self) -> str:
+        """Its name in the evidence store: by time, then by identity."""
+        moment = self.erased_at.astimezone(UTC)
+        return f"{LEDGER}{moment:%Y%m%dT%H%M%S}{moment.microsecond // 1000:03d}Z-{self.id}.json"
+
+    @property
+    def ledger_line(self) -> bytes:
+        """Its bytes in the evidence store: the same for the same erasure."""
+        line = LedgerLine(
+            identity_id=self.id, gallery_id=self.gallery_id, erased_at=self.erased_at, event_id=self.event_id
+        )
+        return json.dumps(line.model_dump(mode="json"), sort_keys=True).encode()
+
+    @classmethod
+    def from_ledger(cls, data: bytes) -> Self:
+        """The erasure that a line of the evidence store tells of. Raises ValueError."""
+        line = LedgerLine.model_validate_json(data)
+        return cls(id=line.identity_id, gallery_id=line.gallery_id, erased_at=line.erased_at, event_id=line.event_id)
+
+    @classmethod
+    async def unsettled(cls, before: datetime, limit: int) -> list[Self]:
+        """Those with something left to do since before that moment, the longest waiting first."""
+        waiting = {"unsettled_since": {"$lt": before}}
+        return await cls.find(waiting).sort("unsettled_since").limit(limit).to_list()
+
+    async def photos_are_gone(self) -> None:
+        """The store holds none of its photos any more."""
+        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"photo_keys": []}})
+
+    async def settled(self) -> None:
+        """Nothing is left to do."""
+        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"unsettled_since": None}})
+
+    async def put_off(self) -> None:
+        """Something could not be done; whoever waits behind it comes first next time."""
+        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"unsettled_since": now()}})

@@ -1,0 +1,148 @@
+"""Failed logins that are remembered: how many in a row, and until when the next one has to wait.
+
+Times are MongoDB's own (`$$NOW`): one clock for all processes, and none that a process's clock could jump over.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from pymongo import ASCENDING, IndexModel, ReturnDocument
+from pymongo.errors import DuplicateKeyError
+
+from app.documents.base import Stored
+
+#: Failures are forgotten after this time without another, behind the last wait: at the longest wait of 15 minutes an
+#: attacker gains nothing by keeping quiet.
+FORGOTTEN_AFTER_SECONDS = 3600
+#: How long a success makes an address a known one of its user.
+KNOWN_SECONDS = 30 * 24 * 3600
+#: 2 to this power is more than any wait.
+_DOUBLINGS = 20
+
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+_LEFT = {"$subtract": [{"$ifNull": ["$wait_until", _LONG_AGO]}, "$$NOW"]}
+_IS_WAITING = {"$gt": [_LEFT, 0]}
+_IS_FORGOTTEN = {"$lte": [{"$ifNull": ["$forgotten_at", _LONG_AGO]}, "$$NOW"]}
+_IS_KNOWN = {"$gt": [{"$ifNull": ["$known_until", _LONG_AGO]}, "$$NOW"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What failures cost: after `failures` of them `first_seconds`, then twice as long each, `longest_seconds` at most."""
+
+    failures: int
+    first_seconds: int
+    longest_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What is known of a name, an address, or both together. left_seconds: of its wait, 0 when there is none."""
+
+    failures: int
+    left_seconds: float
+    is_known: bool
+
+
+NOTHING = Remembered(failures=0, left_seconds=0, is_known=False)
+
+
+class FailedLogins(Stored):
+    """Failures of one name, of one address, or of one name from one address; the id is a keyed hash of which.
+
+    of: for a name at an address, the id of the name. known_until: until then the address is one from which the name
+    succeeded lately.
+    """
+
+    of: str | None = None
+    failures: int
+    wait_until: datetime
+    forgotten_at: datetime
+    known_until: datetime | None = None
+    expires_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "failed_logins"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("expires_at", ASCENDING)], expireAfterSeconds=0, name="purge"),
+            IndexModel([("of", ASCENDING)], sparse=True, name="of"),
+        ]
+
+    @classmethod
+    async def remembered(cls, ids: Sequence[str]) -> dict[str, Remembered]:
+        """What is known of each of these, as of now; nothing of those that are missing."""
+        cursor = await cls.get_pymongo_collection().aggregate(
+            [{"$match": {"_id": {"$in": list(ids)}}}, {"$project": _SEEN}]
+        )
+        return {row["_id"]: _remembered(row) async for row in cursor}
+
+    @classmethod
+    async def note_failure(cls, id_: str, waits: Waits, of: str | None = None) -> Remembered:
+        """Count a failure, unless a wait is on. Returns what was known just before: whoever waits was not counted."""
+        beyond = {"$max": [0, {"$min": [_DOUBLINGS, {"$subtract": ["$$n", waits.failures]}]}]}
+        seconds = {"$min": [waits.longest_seconds, {"$multiply": [waits.first_seconds, {"$pow": [2, beyond]}]}]}
+        wait = {"$cond": [{"$lt": ["$$n", waits.failures]}, 0, {"$multiply": [1000, seconds]}]}
+        forgotten_at = {"$add": ["$$NOW", "$$wait", FORGOTTEN_AFTER_SECONDS * 1000]}
+        counted: dict[str, Any] = {
+            "failures": "$$n",
+            "wait_until": {"$add": ["$$NOW", "$$wait"]},
+            "forgotten_at": forgotten_at,
+            "expires_at": {"$max": ["$expires_at", forgotten_at]},
+        }
+        if of is not None:
+            counted["of"] = of
+        number = {"$cond": [_IS_FORGOTTEN, 1, {"$add": ["$failures", 1]}]}
+        merged = {"$mergeObjects": ["$$ROOT", counted]}
+        then = {"$let": {"vars": {"n": number}, "in": {"$let": {"vars": {"wait": wait}, "in": merged}}}}
+        return await cls._change(id_, [{"$replaceWith": {"$cond": [_IS_WAITING, "$$ROOT", then]}}])
+
+    @classmethod
+    async def make_known(cls, id_: str, of: str) -> Remembered:
+        """Forget the failures of a name at an address where it has just succeeded. Returns what was known before."""
+        known_until = {"$add": ["$$NOW", KNOWN_SECONDS * 1000]}
+        fresh = {"failures": 0, "wait_until": "$$NOW", "forgotten_at": "$$NOW", "known_until": known_until}
+        return await cls._change(id_, [{"$set": {"of": of, **fresh, "expires_at": known_until}}])
+
+    @classmethod
+    async def take_back(cls, id_: str, failures: int) -> None:
+        """Take so many failures back."""
+        left = {"$max": [0, {"$subtract": ["$failures", failures]}]}
+        await cls.get_pymongo_collection().update_one({"_id": id_}, [{"$set": {"failures": left}}])
+
+    @classmethod
+    async def forget(cls, id_: str) -> None:
+        """Forget everything about it."""
+        await cls.get_pymongo_collection().delete_one({"_id": id_})
+
+    @classmethod
+    async def forgive(cls, name: str) -> None:
+        """Forget the failures of a name, wherever they were."""
+        await cls.forget(name)
+        none = {"failures": 0, "wait_until": "$$NOW"}
+        await cls.get_pymongo_collection().update_many({"of": name}, [{"$set": none}])
+
+    @classmethod
+    async def _change(cls, id_: str, pipeline: list[dict[str, Any]]) -> Remembered:
+        try:
+            row = await cls.get_pymongo_collection().find_one_and_update(
+                {"_id": id_}, pipeline, _SEEN, upsert=True, return_document=ReturnDocument.BEFORE
+            )
+        except DuplicateKeyError:  # two first failures at the same moment: the other one has inserted it
+            return await cls._change(id_, pipeline)
+        return NOTHING if row is None else _remembered(row)
+
+
+#: What of a document is looked at, worked out by MongoDB's clock.
+_SEEN: Mapping[str, Any] = {
+    "failures": {"$cond": [_IS_FORGOTTEN, 0, "$failures"]},
+    "left": {"$max": [0, _LEFT]},
+    "is_known": _IS_KNOWN,
+}
+
+
+def _remembered(row: Mapping[str, Any]) -> Remembered:
+    return Remembered(int(row["failures"]), float(row["left"]) / 1000, bool(row["is_known"]))

@@ -1,0 +1,210 @@
+"""The Merkle tree over the audit log: its size, its nodes, its signed heads, and the keys that sign them."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import ClassVar, Final, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field
+from pymongo import IndexModel
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import DuplicateKeyError
+
+from app.documents.base import Stored, as_text, now
+from app.documents.events import AuditEvent
+from app.domain.log_check import Head
+from app.domain.log_export import canonical, head_bytes
+from app.domain.merkle import Growth, Node, fold
+from app.keys import KeyRing
+
+_TREE_ID: Final = "tree"
+
+
+class AuditTree(Stored):
+    """The one tree: every growth compares and sets this document, so that no event is numbered twice or passed over.
+
+    peaks: hashes of its complete subtrees, the largest first. signed_*: of the newest head, None before the first.
+    forgotten_until: events before that have no personal values left.
+    """
+
+    size: int = 0
+    peaks: list[bytes] = Field(default_factory=list)
+    signed_size: int | None = None
+    signed_at: datetime | None = None
+    signed_by: str | None = None
+    forgotten_until: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection; asked by its id only."""
+
+        name = "audit_tree"
+
+    @classmethod
+    async def current(cls, session: AsyncClientSession | None = None) -> Self:
+        """The tree as it stands."""
+        tree = await cls.get(_TREE_ID, session=session)
+        assert tree is not None  # noqa: S101 - made when a process opens the store
+        return tree
+
+    @classmethod
+    async def ensure(cls) -> None:
+        """Make the empty tree where there is none."""
+        if await cls.get(_TREE_ID) is None:
+            try:
+                await cls(id=_TREE_ID).insert()
+            except DuplicateKeyError:
+                return  # another process was faster
+
+    def growth(self) -> Growth:
+        """The tree, to be grown."""
+        return Growth(self.size, self.peaks)
+
+
+class TreeNode(Stored):
+    """The hash of one complete subtree above the leaves; its id is `level:place`. Written once."""
+
+    hash: bytes
+
+    class Settings(Stored.Settings):
+        """Collection; asked by id only."""
+
+        name = "audit_nodes"
+
+    @staticmethod
+    def name(node: Node) -> str:
+        """A node's id."""
+        return f"{node[0]}:{node[1]}"
+
+
+class AuditKey(Stored):
+    """A key that signs tree heads; its id is the beginning of its public key's SHA-256. One is in use, none is ever deleted.
+
+    sealed_private: under the key-encryption key; None once it was replaced, so that it signs nothing any more.
+    """
+
+    public: bytes
+    sealed_private: bytes | None
+    is_active: bool = True
+    created_at: datetime
+    retired_at: datetime | None = None
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "audit_keys"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel("is_active", unique=True, partialFilterExpression={"is_active": True})
+        ]
+
+    @classmethod
+    def fresh(cls, keys: KeyRing) -> Self:
+        """A new key, sealed."""
+        private = Ed25519PrivateKey.generate()
+        public = private.public_key().public_bytes_raw()
+        id_ = hashlib.sha256(public).hexdigest()[:16]
+        sealed = keys.seal_with_master(private.private_bytes_raw(), cls.bound(id_))
+        return cls(id=id_, public=public, sealed_private=sealed, created_at=now())
+
+    @classmethod
+    async def active(cls, session: AsyncClientSession | None = None) -> Self:
+        """The key in use."""
+        key = await cls.find_one({"is_active": True}, session=session)
+        assert key is not None  # noqa: S101 - made when a process opens the store
+        return key
+
+    @classmethod
+    async def ensure(cls, keys: KeyRing) -> None:
+        """Make the first key where there is none."""
+        if await cls.find_one({"is_active": True}) is None:
+            try:
+                await cls.fresh(keys).insert()
+            except DuplicateKeyError:
+                return  # another process was faster
+
+    def sign(self, keys: KeyRing, message: bytes) -> bytes:
+        """The message's Ed25519 signature; 64 bytes. Raises SealBroken; ValueError when the key is no longer in use."""
+        if self.sealed_private is None:
+            message_ = f"audit key {self.id} was replaced"
+            raise ValueError(message_)
+        return Ed25519PrivateKey.from_private_bytes(
+            keys.open_with_master(self.sealed_private, self.bound(self.id))
+        ).sign(message)
+
+    @staticmethod
+    def bound(key_id: str) -> bytes:
+        """Where the sealed private key opens, and nowhere else."""
+        return f"idem/1|audit-key|{key_id}".encode()
+
+
+class TreeHead(Stored):
+    """A signed tree head; at most one for each size and key. is_delivered: whether it lies in the evidence store."""
+
+    size: int
+    root_hash: str
+    time: datetime
+    key_id: str
+    signature: str
+    is_delivered: bool = False
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "audit_heads"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("time", -1)]),
+            IndexModel([("is_delivered", 1), ("time", 1)], partialFilterExpression={"is_delivered": False}),
+        ]
+
+    @classmethod
+    def signed(cls, tree: AuditTree, key: AuditKey, keys: KeyRing, time: datetime) -> Self:
+        """A head over the tree as it stands. Raises SealBroken."""
+        root = fold(tree.peaks).hex()
+        signature = key.sign(keys, head_bytes(tree.size, root, as_text(time), key.id)).hex()
+        id_ = f"{tree.size:012d}-{key.id}"
+        return cls(id=id_, size=tree.size, root_hash=root, time=time, key_id=key.id, signature=signature)
+
+    @classmethod
+    async def newest(cls) -> Self | None:
+        """The newest head; None before the first."""
+        return await cls.find_all().sort("-time").first_or_none()
+
+    @classmethod
+    async def undelivered(cls, limit: int) -> list[Self]:
+        """Heads that the evidence store does not hold yet, the oldest first."""
+        return await cls.find({"is_delivered": False}).sort("+time").limit(limit).to_list()
+
+    @property
+    def head(self) -> Head:
+        """The head as it is shown and checked."""
+        return Head(self.size, self.root_hash, as_text(self.time), self.key_id, self.signature)
+
+    @property
+    def evidence(self) -> tuple[str, bytes]:
+        """The name and the bytes that it has in the evidence store; names are in the order of their times."""
+        stamp = self.time.strftime("%H%M%S") + f"{self.time.microsecond // 1000:03d}"
+        return f"heads/{self.time:%Y-%m-%d}/{stamp}-{self.id}.json", canonical(self.head.as_json())
+
+
+TREE_DOCUMENTS = [AuditTree, TreeNode, AuditKey, TreeHead]
+
+
+async def node_hashes(nodes: Sequence[Node]) -> dict[Node, bytes]:
+    """The hashes of these nodes, which must be complete: leaves from their events, the others from where growth put them.
+
+    Raises KeyError when one is missing, which no growth leaves behind.
+    """
+    found: dict[Node, bytes] = {}
+    if leaves := [place for level, place in nodes if level == 0]:
+        rows = AuditEvent.get_pymongo_collection().find({"seq": {"$in": leaves}}, {"seq": 1, "leaf_hash": 1, "_id": 0})
+        found |= {(0, row["seq"]): bytes.fromhex(row["leaf_hash"]) async for row in rows}
+    if inner := {TreeNode.name(node): node for node in nodes if node[0]}:
+        rows = TreeNode.get_pymongo_collection().find({"_id": {"$in": list(inner)}})
+        found |= {inner[row["_id"]]: row["hash"] async for row in rows}
+    return {node: found[node] for node in nodes}
+
+
+async def proof(path: Sequence[Sequence[Node]]) -> list[bytes]:
+    """The hashes of a path, each folded from its subtrees; a few reads in two questions, whatever the tree's size."""
+    hashes = await node_hashes([node for parts in path for node in parts])
+    return [fold([hashes[node] for node in parts]) for parts in path]

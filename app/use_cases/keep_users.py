@@ -1,0 +1,245 @@
+"""Keeping users: making, changing and removing people who may log in.
+
+Each change and its audit event are one transaction. An admin who is bound to galleries keeps the people of those only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import DuplicateKeyError
+
+from app import audit
+from app.access.callers import check_roles
+from app.access.passwords import check_password
+from app.audit import Action, by_system
+from app.documents.accounts import User
+from app.documents.base import now
+from app.documents.events import Detail
+from app.domain.callers import Role, username_key
+from app.errors import Advice, Conflict, Forbidden, NotFound, Validation
+from app.runtime import Runtime
+
+_WITHOUT_FACTOR: Final[dict[str, object]] = {"sealed_totp": None, "totp_confirmed": False, "totp_step": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class UserFields:
+    """What an admin may change of a user, besides the password. has_second_factor: only ever taken away."""
+
+    username: str
+    roles: tuple[Role, ...]
+    galleries: tuple[str, ...] | None
+    disabled: bool = False
+    has_second_factor: bool = False
+
+    @classmethod
+    def of(cls, user: User) -> "UserFields":
+        """A user's fields as they are."""
+        galleries = None if user.galleries is None else tuple(user.galleries)
+        return cls(user.username, tuple(user.roles), galleries, user.disabled, user.totp_confirmed)
+
+    @property
+    def is_acting_admin(self) -> bool:
+        """Whether this is an admin who may log in."""
+        return Role.ADMIN in self.roles and not self.disabled
+
+
+async def create_user(runtime: Runtime, action: Action, fields: UserFields, password: str) -> User:
+    """A new user.
+
+    Raises Validation (password, roles), Forbidden (galleries that the caller does not have) and Conflict (the username is
+    taken).
+    """
+    _check_user_roles(fields.roles)
+    check_password(password)
+    _require_own_galleries(action, fields)
+    user = User(
+        username=fields.username,
+        username_key=username_key(fields.username),
+        password_hash=await runtime.passwords.hashed(password),
+        roles=list(fields.roles),
+        galleries=None if fields.galleries is None else list(fields.galleries),
+        disabled=fields.disabled,
+    )
+
+    async def body(session: AsyncClientSession) -> None:
+        await user.insert(session=session)
+        detail: Detail = {"roles": " ".join(sorted(fields.roles))}
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail, status_code=201)
+
+    try:
+        await runtime.transaction(body)
+    except DuplicateKeyError as error:
+        raise _username_taken() from error
+    return user
+
+
+async def update_user(
+    runtime: Runtime,
+    action: Action,
+    user_id: str,
+    edit: Callable[[UserFields], UserFields],
+    password: str | None = None,
+) -> User:
+    """Change a user. `edit` gives the new fields for the present ones; it may be asked more than once.
+
+    Other roles void the access tokens, another password or disabling ends the logins; another password forgives the failed
+    ones. Raises NotFound, Validation, Forbidden (as `create_user`), and Conflict when the username is taken or no enabled
+    admin would be left.
+    """
+    if password is not None:
+        check_password(password)
+    hashed = None if password is None else await runtime.passwords.hashed(password)
+
+    async def body(session: AsyncClientSession) -> User:
+        user = await _kept(action, user_id, session)
+        before = UserFields.of(user)
+        after = edit(before)
+        _check_user_roles(after.roles)
+        _require_own_galleries(action, after)
+        if before.is_acting_admin and not after.is_acting_admin:
+            await _require_another_admin(user.id, session)
+        has_other_roles = set(after.roles) != set(before.roles)
+        ends_logins = hashed is not None or (after.disabled and not before.disabled)
+        loses_factor = before.has_second_factor and not after.has_second_factor
+        changes: dict[str, object] = {
+            "username": after.username,
+            "username_key": username_key(after.username),
+            "roles": list(after.roles),
+            "galleries": None if after.galleries is None else list(after.galleries),
+            "disabled": after.disabled,
+            "access_version": user.access_version + has_other_roles,
+            "session_version": user.session_version + ends_logins,
+            "updated_at": now(),
+        }
+        if hashed is not None:
+            changes["password_hash"] = hashed
+        if loses_factor:
+            changes |= _WITHOUT_FACTOR
+        await user.update({"$set": changes}, session=session)
+        await audit.record(
+            session,
+            action,
+            subject_kind="user",
+            subject_id=user.id,
+            detail={
+                "roles": " ".join(sorted(after.roles)),
+                "disabled": after.disabled,
+                "renamed": after.username != before.username,
+                "galleries_changed": after.galleries != before.galleries,
+                "password_changed": hashed is not None,
+                "second_factor_removed": loses_factor,
+            },
+        )
+        return user
+
+    try:
+        user = await runtime.transaction(body)
+    except DuplicateKeyError as error:
+        raise _username_taken() from error
+    if hashed is not None:
+        await runtime.backoff.forgive(f"user:{user.username_key}")
+    runtime.access.forget()
+    return user
+
+
+async def delete_user(runtime: Runtime, action: Action, user_id: str) -> None:
+    """Remove a user; their tokens hold no more. Raises NotFound, and Conflict for the last enabled admin."""
+
+    async def body(session: AsyncClientSession) -> None:
+        user = await _kept(action, user_id, session)
+        if UserFields.of(user).is_acting_admin:
+            await _require_another_admin(user.id, session)
+        await user.delete(session=session)
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, status_code=204)
+
+    await runtime.transaction(body)
+    runtime.access.forget()
+
+
+async def ensure_admin(runtime: Runtime, username: str, password: str) -> bool:
+    """Make the first admin; nothing where an enabled one is there already. Returns whether one was made.
+
+    Raises Validation (password) and Conflict (the name is a user's who is no admin, or disabled).
+    """
+    if await User.find_one({"roles": Role.ADMIN.value, "disabled": False}) is not None:
+        return False
+    await create_user(runtime, by_system("user.create"), UserFields(username, (Role.ADMIN,), None), password)
+    return True
+
+
+async def ensure_user(runtime: Runtime, fields: UserFields, password: str) -> User:
+    """Make a user, or bring the one of this name to these fields and this password: for development credentials.
+
+    Changes nothing, and ends no login, where all is so already.
+    """
+    user = await User.find_one({"username_key": username_key(fields.username)})
+    if user is None:
+        return await create_user(runtime, by_system("user.create"), fields, password)
+    is_same_password = await runtime.passwords.matches(password, user.password_hash)
+    if is_same_password and UserFields.of(user) == fields:
+        return user
+    new_password = None if is_same_password else password
+    return await update_user(runtime, by_system("user.update"), user.id, lambda _: fields, new_password)
+
+
+async def unlock_user(runtime: Runtime, action: Action, username: str, *, takes_factor: bool = False) -> User:
+    """Forgive a user's failed logins; takes_factor: and take their second factor away. Raises NotFound."""
+
+    async def body(session: AsyncClientSession) -> User:
+        user = await User.find_one({"username_key": username_key(username)}, session=session)
+        if user is None:
+            message = f"There is no user {username}."
+            raise NotFound(message)
+        if takes_factor:
+            await user.update({"$set": _WITHOUT_FACTOR}, session=session)
+        detail: Detail = {"second_factor_removed": takes_factor}
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail)
+        return user
+
+    user = await runtime.transaction(body)
+    await runtime.backoff.forgive(f"user:{user.username_key}")
+    return user
+
+
+async def _kept(action: Action, user_id: str, session: AsyncClientSession) -> User:
+    """The user, where the caller may keep them. Raises NotFound."""
+    user = await User.get(user_id, session=session)
+    if user is None or (action.caller is not None and not action.caller.may_keep(user.galleries)):
+        message = "There is no such user."
+        raise NotFound(message)
+    return user
+
+
+def _require_own_galleries(action: Action, fields: UserFields) -> None:
+    if action.caller is not None and not action.caller.may_keep(fields.galleries):
+        message = "You can give your own galleries only."
+        raise Forbidden(message, errors=(Advice("galleries", "not-yours", message),))
+
+
+async def _require_another_admin(user_id: str, session: AsyncClientSession) -> None:
+    """Raises Conflict when no other enabled admin is there.
+
+    The other one is written to, so that two admins who remove each other at the same moment conflict, and the later
+    one sees what the earlier one did.
+    """
+    other = await User.get_pymongo_collection().find_one_and_update(
+        {"_id": {"$ne": user_id}, "roles": Role.ADMIN.value, "disabled": False}, {"$inc": {"touch": 1}}, session=session
+    )
+    if other is None:
+        message = "This is the last enabled admin; make another one first."
+        raise Conflict(message)
+
+
+def _check_user_roles(roles: tuple[Role, ...]) -> None:
+    check_roles(roles)
+    if Role.RELYING_APP in roles:
+        message = "`relying_app` is a role of client applications only."
+        raise Validation(message, errors=(Advice("roles", "clients-only", message),))
+
+
+def _username_taken() -> Conflict:
+    message = "The username is taken."
+    return Conflict(message, errors=(Advice("username", "taken", message),))

@@ -1,0 +1,38 @@
+"""What the audit log asks for from time to time: that strangers' refusals are told, and old names forgotten."""
+
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from app.audit import tell_of_strangers
+from app.documents.base import now
+from app.documents.events import AuditEvent
+from app.documents.tree import AuditTree
+from app.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+#: More addresses than these wait for the next time.
+TOLD_AT_ONCE: Final = 500
+
+
+async def tend(runtime: Runtime) -> None:
+    """Both; safe to run at any moment, twice at once too."""
+    for _ in range(TOLD_AT_ONCE):
+        if not await runtime.transaction(tell_of_strangers):
+            break
+    await forget_old_names(runtime)
+
+
+async def forget_old_names(runtime: Runtime) -> int:
+    """Delete the salts and clear values of events older than AUDIT_PERSONAL_DAYS; returns of how many events."""
+    tree = await AuditTree.current()
+    until = now() - timedelta(days=runtime.settings.audit_personal_days)
+    # Only what came of age since the last time is looked at.
+    since = {} if tree.forgotten_until is None else {"$gte": tree.forgotten_until}
+    count = await AuditEvent.forget_personal({"time": {**since, "$lt": until}})
+    await AuditTree.get_pymongo_collection().update_one({"_id": tree.id}, {"$max": {"forgotten_until": until}})
+    if count:
+        log.info("audit_names_forgotten", events=count)
+    return count
