@@ -4,7 +4,6 @@ A window slides (`limits`' counters of this window and the last, weighted), so n
 Redis is no truth here either: what it forgets, callers may ask once more. docs/adr/0027-rates-and-what-they-do-without-redis.md
 """
 
-import ipaddress
 import math
 import time
 from dataclasses import dataclass
@@ -36,8 +35,6 @@ MOST_COUNTED_ALONE = 10_000
 #: A refused caller becomes an event once in so long, not at each try.
 NEWS_SECONDS = 60.0
 MOST_NEWS = 10_000
-#: One subscriber has at least so many bits of an IPv6 address to choose from (RFC 6177), and is one caller.
-IPV6_SUBSCRIBER_BITS = 64
 
 RATE_LIMITED = Counter("idem_rate_limited", "Requests refused for their rate", ["kind"])
 COUNTED_ALONE = Counter("idem_rates_counted_alone", "Requests counted without Redis", ["kind"])
@@ -74,7 +71,7 @@ class RateLimits:
         self._told: dict[tuple[RateClass, str], float] = {}
 
     async def spend(self, kind: RateClass, who: str) -> Allowance:
-        """Count one request of a caller (their id) or of an address (see `subscriber`).
+        """Count one request of a caller (their id) or of an address (`address:` and `domain.callers.subscriber`).
 
         Raises NotReady for a login that nobody can count: it fails closed. Whatever else nobody can count is granted.
         """
@@ -140,17 +137,6 @@ class RateLimits:
             )
             self._shared = SlidingWindowCounterRateLimiter(storage)
         return self._shared
-
-
-def subscriber(ip: str) -> str:
-    """Whom an address stands for: itself, or the network that an IPv6 subscriber is given. Odd text stands for itself."""
-    try:
-        address = ipaddress.ip_address(ip.partition("%")[0])
-    except ValueError:
-        return f"address:{ip[:64]}"
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
-        return f"address:{ipaddress.ip_network((address, IPV6_SUBSCRIBER_BITS), strict=False)}"
-    return f"address:{getattr(address, 'ipv4_mapped', None) or address}"
 
 
 async def _counted(

@@ -17,7 +17,7 @@ from app.config import RateClass
 from app.documents.claims import IdempotencyClaim
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
-from app.domain.callers import Caller, Role
+from app.domain.callers import Caller, Role, subscriber
 from app.errors import (
     Advice,
     AlreadyCreated,
@@ -29,7 +29,6 @@ from app.errors import (
     Unauthenticated,
     Validation,
 )
-from app.limits import subscriber
 from app.runtime import Runtime
 
 _bearer = OAuth2PasswordBearer(tokenUrl="/v1/auth/token", auto_error=False)
@@ -97,7 +96,7 @@ class Strangers(Admission):
     async def admit(self, request: Request) -> None:
         """See Admission. Raises RateLimited, or NotReady for logins that nobody can count."""
         if not hasattr(request.state, "allowance"):
-            await _spend(request, self.kind, subscriber(client_ip(request) or ""))
+            await _spend(request, self.kind, f"address:{subscriber(client_ip(request) or '')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ class Acting(Admission):
             except Unauthenticated as error:
                 refusal = error
         # Counted by address, and only now: whoever shares one with somebody who guesses is not refused for it.
-        await _spend(request, "read", subscriber(client_ip(request) or ""))
+        await _spend(request, "read", f"address:{subscriber(client_ip(request) or '')}")
         raise refusal
 
 

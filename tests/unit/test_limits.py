@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from app import limits
 from app.config import DEVELOPMENT_RATE, PRODUCTION_RATES, Settings
+from app.domain.callers import subscriber
 from app.errors import NotReady
 from app.keys import KeyRing
-from app.limits import ALONE_SHARE, RateLimits, subscriber
+from app.limits import ALONE_SHARE, RateLimits
 
 
 def _limits(**settings: str) -> RateLimits:
