@@ -46,8 +46,8 @@ check: $(STAMP) ## Format, lint, types, imports, unit tests
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q tests/unit
 
-test: $(TEST_STAMP) ## All tests, on real servers and real faces
-	$(BIN)/pytest -q tests
+test: $(TEST_STAMP) ## The tests on real servers and real faces; `check` runs those that need none
+	$(BIN)/pytest -q tests/contract tests/integration tests/e2e
 
 coverage: $(TEST_STAMP) ## Every branch of access, audit, keys and the states of an identity is tested
 	$(BIN)/pytest -q $(GUARDS) $(addprefix --cov=,$(GUARDED)) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100

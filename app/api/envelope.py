@@ -31,10 +31,10 @@ BODY_BYTES_A_SECOND = 64 * 1024
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
 #: Pages that bring scripts and styles of their own; everything else is data.
 PAGES = ("/", "/docs", "/redoc", "/docs/oauth2-redirect")
-DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+DATA_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "worker-src blob:; frame-ancestors 'none'"
+    "worker-src blob:; base-uri 'none'; frame-ancestors 'none'"
 )
 #: On every answer, whatever it is.
 SECURITY_HEADERS: Final = {

@@ -293,7 +293,9 @@ def test_h39_a_cursor_is_its_own_callers_and_querys(service: Service) -> None:
     assert service.admin.get("/v1/galleries", params={"cursor": cursor}).status_code == 200
     problem(service.officer.get("/v1/galleries", params={"cursor": cursor}), 422, "validation")
     problem(service.admin.get("/v1/users", params={"cursor": cursor}), 422, "validation")
-    for forged in (cursor[:-2] + "AA", cursor[:10] + "B" + cursor[11:], cursor + "AAAA", cursor[: len(cursor) // 2]):
+    other = "C" if cursor[10] == "B" else "B"
+    tail = "AAAA" if cursor[-4:] != "AAAA" else "BBBB"
+    for forged in (cursor[:-4] + tail, cursor[:10] + other + cursor[11:], cursor + "AAAA", cursor[: len(cursor) // 2]):
         problem(service.admin.get("/v1/galleries", params={"cursor": forged}), 422, "validation")
 
 

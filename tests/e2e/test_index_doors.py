@@ -89,6 +89,9 @@ def test_a_changed_byte_is_found_told_in_readiness_and_mended_by_the_worker(
     assert _idem(stack, stack_environment, "publish", "--gallery", gallery).returncode == 0
     page = service.officer.get(f"/v1/galleries/{gallery}").json()
     (vectors,) = Path(stack.data_dir).glob(f"index/{page['id']}/*/vectors.f16")
+    # Once this host has its verified copy nobody but the command reads the share again.
+    copy = Path(stack.data_dir, "index-copies", page["id"], vectors.parent.name, vectors.name)
+    _until(copy.exists)
     data = bytearray(vectors.read_bytes())
     data[3] ^= 1
     vectors.chmod(0o600)

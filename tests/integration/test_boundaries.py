@@ -116,6 +116,7 @@ async def test_h76_a_primary_that_steps_down_and_comes_back_gives_one_result(run
         nonlocal tries
         tries += 1
         if tries == 1:
+            await Gallery.get_pymongo_collection().find_one({}, session=session)  # begun: it cannot outlive the step
             with suppress(PyMongoError):
                 await runtime.mongo.admin.command("replSetStepDown", 1, force=True)
         await Gallery.get_pymongo_collection().update_one({}, {"$inc": {"policy_version": 1}}, session=session)

@@ -27,7 +27,7 @@ from app.use_cases.keep_users import UserFields, create_user
 from tests.builders import active, suspected
 
 #: `make fuzz` asks for more.
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1"))
 LIMIT_SECONDS = 600 + 10 * EXAMPLES
 REPOSITORY = Path(__file__).parents[2]
 PASSWORD = "correct horse battery staple"
