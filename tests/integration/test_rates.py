@@ -1,11 +1,9 @@
 """Rates over HTTP and across processes, with a real Redis: shared, away, frozen, back again."""
 
 import asyncio
-import gc
 import json
 import statistics
 import time
-import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -52,10 +50,6 @@ async def _processes(url: str, number: int = 1, **rates: object) -> AsyncIterato
     finally:
         for one in opened:
             await one.close()
-        with warnings.catch_warnings():
-            # redis-py drops a connection that is given up while it opens, and Python closes it when it sees that: now.
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
 
 async def test_all_processes_count_together(redis_server: services.Server) -> None:
@@ -248,7 +242,8 @@ async def test_a_stranger_is_told_so_before_anything_that_they_bring_is_looked_a
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = runtime.settings.model_copy(update={"rate_read": "900000/hour"})
-    monkeypatch.setattr(runtime, "limits", RateLimits(wide, runtime.keys))
+    await runtime.limits.close()
+    monkeypatch.setattr(runtime, "limits", limits := RateLimits(wide, runtime.keys))
     app = _app(runtime)
     said = {}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://idem") as client:
@@ -263,6 +258,7 @@ async def test_a_stranger_is_told_so_before_anything_that_they_bring_is_looked_a
                 door.method, f"{path}?limit=x", content=b"{", headers={"Content-Type": kind, "If-Match": "x"}
             )
             said[f"{door.method} {door.path}"] = answer.status_code
+    await limits.close()
     assert len(said) > 50
     assert {what: status for what, status in said.items() if status != 401} == {}
 
