@@ -16,8 +16,8 @@ from app.errors import NotReady
 log = structlog.get_logger(__name__)
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-#: Kept of the grace for the answers themselves, and for letting go of the stores.
-RESERVE_SECONDS: Final = 1.0
+#: Kept of the grace for the answers themselves, each with its event (fifty took over a second), and for letting go of the stores.
+RESERVE_SECONDS: Final = 2.5
 
 
 class Drain:
