@@ -64,8 +64,13 @@ class Proc:
         self._reap()
 
     def freeze(self) -> None:
-        """Let it hang: connections are still accepted by the kernel, nothing is answered."""
+        """Let it hang: connections are still accepted by the kernel, nothing is answered.
+
+        Returns when each of its threads has stopped: the signal alone leaves one on another core time for an answer.
+        """
         self._signal(signal.SIGSTOP)
+        if self._process is not None:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         """Let it go on."""
