@@ -8,6 +8,8 @@ STAMP := .venv/.setup-stamp
 TEST_STAMP := .venv/.test-setup-stamp
 # Certificates of the system, as pip does: a company's own authority is known there.
 export UV_SYSTEM_CERTS ?= true
+# The tests start hundreds of processes, and each would compile again what the ones before it did not write down.
+export PYTHONDONTWRITEBYTECODE :=
 FACES ?= ../shared/faces
 SOAK ?= docs/soak.jsonl
 TORTURE ?= docs/torture.jsonl

@@ -27,7 +27,7 @@ from app.config import Settings
 from app.documents.accounts import Client, Login, RevokedToken, User
 from app.documents.base import now
 from app.domain.callers import Caller, Role
-from app.errors import Advice, Validation
+from app.errors import Advice, Forbidden, Validation
 from app.keys import KeyRing
 
 #: How old a caller's standing may be: "within a second on every process" with time to spare.
@@ -223,8 +223,14 @@ def client_as_caller(client: Client, *, token_id: str = "") -> Caller:
     return Caller(client.id, "client", client.name, frozenset(client.roles), galleries, token_id, None, audiences)
 
 
-def check_roles(roles: tuple[Role, ...]) -> None:
-    """Refuse no roles, and one that comes twice. Raises Validation."""
+def check_grant(giver: Caller | None, roles: tuple[Role, ...], galleries: tuple[str, ...] | None) -> None:
+    """What an account may be given: roles, each once, by anybody; galleries by who has them (None: the system has all).
+
+    Raises Validation and Forbidden.
+    """
     if not roles or len(set(roles)) != len(roles):
         message = "One or more different roles are needed."
         raise Validation(message, errors=(Advice("roles", "roles", message),))
+    if giver is not None and not giver.may_keep(galleries):
+        message = "You can give your own galleries only."
+        raise Forbidden(message, errors=(Advice("galleries", "not-yours", message),))

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from app.access.signing import PUBLISHED_FOR_SECONDS
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, Strangers, acting, first_answer, unknown_callers
-from app.api.problems import problems
+from app.api.problems import CHANGES, problems
 from app.api.shapes import NO_STORE, Body
 from app.audit import Action
 from app.domain.callers import Caller, Role
@@ -20,8 +20,6 @@ from app.errors import (
     Conflict,
     DependencyUnavailable,
     Forbidden,
-    IdempotencyInProgress,
-    IdempotencyKeyReused,
     NotReady,
     RateLimited,
     Unauthenticated,
@@ -145,10 +143,7 @@ class Jwks(BaseModel):
 
 
 _GUARDED = problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable)
-_CHANGES = problems(
-    Unauthenticated, Forbidden, Conflict, IdempotencyInProgress, Validation, IdempotencyKeyReused, RateLimited, NotReady,
-    DependencyUnavailable,
-)  # fmt: skip
+_CHANGES = problems(Unauthenticated, Forbidden, RateLimited) | CHANGES
 _TOKEN_ANSWERS = problems(Validation, RateLimited, NotReady, DependencyUnavailable)
 _TOKEN_ANSWERS[400] = {"model": OAuthError, "description": "OAuth's error object"}
 

@@ -9,10 +9,10 @@ from typing_extensions import TypedDict
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer
 from app.api.paging import Page, Paged, page_of
-from app.api.problems import problems
+from app.api.problems import CHANGES, problems
 from app.api.shapes import NO_STORE, Body, Galleries, Moment, PlainText, Roles
 from app.audit import Action
-from app.documents.accounts import Client, kept_by
+from app.documents.accounts import Client, kept_account, kept_by
 from app.domain.callers import Role
 from app.errors import (
     AlreadyCreated,
@@ -20,16 +20,19 @@ from app.errors import (
     DependencyUnavailable,
     Forbidden,
     IdempotencyInProgress,
-    IdempotencyKeyReused,
     NotFound,
-    NotReady,
     Unauthenticated,
     Validation,
 )
 from app.use_cases import keep_clients
 from app.use_cases.keep_clients import ClientFields
 
-router = APIRouter(route_class=StrictRoute)
+router = APIRouter(
+    route_class=StrictRoute,
+    prefix="/v1/clients",
+    tags=["clients"],
+    responses=problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable),
+)
 
 #: A month is long enough to bring a new secret to every kiosk.
 OVERLAP_HOURS_MAXIMUM = 720
@@ -89,22 +92,11 @@ class Rotation(Body):
     overlap_hours: Annotated[int, Field(ge=0, le=OVERLAP_HOURS_MAXIMUM)] | None = None
 
 
-_GUARDED = problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable)
-_CHANGES = problems(
-    Unauthenticated,
-    Forbidden,
-    Conflict,
-    IdempotencyInProgress,
-    Validation,
-    IdempotencyKeyReused,
-    NotReady,
-    DependencyUnavailable,
-)
 _ONE = problems(NotFound)
 _SECRET = problems(Conflict, IdempotencyInProgress, AlreadyCreated)
 
 
-@router.get("/v1/clients", tags=["clients"], responses=_GUARDED | problems(Validation))
+@router.get("")
 async def list_clients(
     request: Request,
     runtime: CurrentRuntime,
@@ -116,7 +108,7 @@ async def list_clients(
     return Paged[ClientAnswer](items=[_client(client) for client in clients], next_cursor=cursor)
 
 
-@router.post("/v1/clients", tags=["clients"], status_code=201, responses=_CHANGES | _SECRET)
+@router.post("", status_code=201, responses=CHANGES | _SECRET)
 async def create_client(
     request: Request,
     response: Response,
@@ -134,15 +126,15 @@ async def create_client(
     return ClientWithSecret(**_client(client).model_dump(), client_secret=secret)
 
 
-@router.get("/v1/clients/{client_id}", tags=["clients"], responses=_GUARDED | _ONE)
+@router.get("/{client_id}", responses=_ONE)
 async def show_client(
     client_id: str, action: Annotated[Action, Depends(acting("client.read", Role.ADMIN, is_read=True))]
 ) -> ClientAnswer:
     """One client application."""
-    return _client(await _client_of(action, client_id))
+    return _client(await kept_account(Client, client_id, action.caller))
 
 
-@router.patch("/v1/clients/{client_id}", tags=["clients"], responses=_CHANGES | _ONE)
+@router.patch("/{client_id}", responses=CHANGES | _ONE)
 async def update_client(
     client_id: str,
     request: Request,
@@ -153,13 +145,13 @@ async def update_client(
 ) -> ClientAnswer:
     """Change a client application; other roles void its access tokens."""
     if await first_answer(runtime, request, action, key, patch) is not None:
-        return _client(await _client_of(action, client_id))
+        return _client(await kept_account(Client, client_id, action.caller))
     return _client(
         await keep_clients.update_client(runtime, action, client_id, lambda old: _patched_client(old, patch))
     )
 
 
-@router.delete("/v1/clients/{client_id}", tags=["clients"], status_code=204, responses=_CHANGES | _ONE)
+@router.delete("/{client_id}", status_code=204, responses=CHANGES | _ONE)
 async def delete_client(
     client_id: str,
     request: Request,
@@ -172,7 +164,7 @@ async def delete_client(
         await keep_clients.delete_client(runtime, action, client_id)
 
 
-@router.post("/v1/clients/{client_id}/rotate", tags=["clients"], responses=_CHANGES | _SECRET | _ONE)
+@router.post("/{client_id}/rotate", responses=CHANGES | _SECRET | _ONE)
 async def rotate_client_secret(
     client_id: str,
     request: Request,
@@ -198,14 +190,6 @@ def _patched_client(old: ClientFields, patch: ClientPatch) -> ClientFields:
         galleries=patch.get("galleries", old.galleries),
         audiences=patch.get("audiences", old.audiences),
     )
-
-
-async def _client_of(action: Action, client_id: str) -> Client:
-    client = await Client.find_one({"_id": client_id, **kept_by(action.caller)})
-    if client is None:
-        message = "There is no such client."
-        raise NotFound(message)
-    return client
 
 
 def _client(client: Client) -> ClientAnswer:

@@ -26,8 +26,11 @@ from starlette.routing import Match
 from app.audit import Action, refuse
 from app.errors import (
     Advice,
+    Conflict,
     DependencyUnavailable,
     HeadersTooLarge,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
     MethodNotAllowed,
     NotFound,
     NotReady,
@@ -84,6 +87,10 @@ def problems(*kinds: type[Problem], **others: dict[str, Any]) -> Responses:
         })  # fmt: skip
         page["description"] = " · ".join(filter(None, [page["description"], f"`{kind.slug()}`"]))
     return pages
+
+
+#: What a change of users, client applications or one's own account may answer besides its own.
+CHANGES = problems(Conflict, IdempotencyInProgress, Validation, IdempotencyKeyReused, NotReady, DependencyUnavailable)
 
 
 def render(request: Request, problem: Problem) -> JSONResponse:

@@ -9,26 +9,27 @@ from typing_extensions import TypedDict
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer
 from app.api.paging import Page, Paged, page_of
-from app.api.problems import problems
+from app.api.problems import CHANGES, problems
 from app.api.shapes import Body, Galleries, Moment, PlainText, Roles
 from app.audit import Action
-from app.documents.accounts import User, kept_by
+from app.documents.accounts import User, kept_account, kept_by
 from app.domain.callers import USERNAME_MAXIMUM, Role
 from app.errors import (
-    Conflict,
     DependencyUnavailable,
     Forbidden,
-    IdempotencyInProgress,
-    IdempotencyKeyReused,
     NotFound,
-    NotReady,
     Unauthenticated,
     Validation,
 )
 from app.use_cases import keep_users
 from app.use_cases.keep_users import UserFields
 
-router = APIRouter(route_class=StrictRoute)
+router = APIRouter(
+    route_class=StrictRoute,
+    prefix="/v1/users",
+    tags=["users"],
+    responses=problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable),
+)
 
 Username = Annotated[PlainText, Field(min_length=1, max_length=USERNAME_MAXIMUM)]
 
@@ -70,21 +71,10 @@ class UserAnswer(BaseModel):
     updated_at: Moment
 
 
-_GUARDED = problems(Unauthenticated, Forbidden, Validation, DependencyUnavailable)
-_CHANGES = problems(
-    Unauthenticated,
-    Forbidden,
-    Conflict,
-    IdempotencyInProgress,
-    Validation,
-    IdempotencyKeyReused,
-    NotReady,
-    DependencyUnavailable,
-)
 _ONE = problems(NotFound)
 
 
-@router.get("/v1/users", tags=["users"], responses=_GUARDED | problems(Validation))
+@router.get("")
 async def list_users(
     request: Request,
     runtime: CurrentRuntime,
@@ -96,7 +86,7 @@ async def list_users(
     return Paged[UserAnswer](items=[_user(user) for user in users], next_cursor=cursor)
 
 
-@router.post("/v1/users", tags=["users"], status_code=201, responses=_CHANGES)
+@router.post("", status_code=201, responses=CHANGES)
 async def create_user(
     request: Request,
     response: Response,
@@ -111,20 +101,20 @@ async def create_user(
         fields = UserFields(body.username, body.roles, body.galleries)
         user = await keep_users.create_user(runtime, action, fields, body.password)
     else:
-        user = await _user_of(action, first[0].subject.id)
+        user = await kept_account(User, first[0].subject.id or "", action.caller)
     response.headers["Location"] = f"/v1/users/{user.id}"
     return _user(user)
 
 
-@router.get("/v1/users/{user_id}", tags=["users"], responses=_GUARDED | _ONE)
+@router.get("/{user_id}", responses=_ONE)
 async def show_user(
     user_id: str, action: Annotated[Action, Depends(acting("user.read", Role.ADMIN, is_read=True))]
 ) -> UserAnswer:
     """One user."""
-    return _user(await _user_of(action, user_id))
+    return _user(await kept_account(User, user_id, action.caller))
 
 
-@router.patch("/v1/users/{user_id}", tags=["users"], responses=_CHANGES | _ONE)
+@router.patch("/{user_id}", responses=CHANGES | _ONE)
 async def update_user(
     user_id: str,
     request: Request,
@@ -135,14 +125,14 @@ async def update_user(
 ) -> UserAnswer:
     """Change a user: other roles void the access tokens, another password or disabling ends the logins."""
     if await first_answer(runtime, request, action, key, patch) is not None:
-        return _user(await _user_of(action, user_id))
+        return _user(await kept_account(User, user_id, action.caller))
     password = patch.get("password")
     return _user(
         await keep_users.update_user(runtime, action, user_id, lambda old: _patched_user(old, patch), password)
     )
 
 
-@router.delete("/v1/users/{user_id}", tags=["users"], status_code=204, responses=_CHANGES | _ONE)
+@router.delete("/{user_id}", status_code=204, responses=CHANGES | _ONE)
 async def delete_user(
     user_id: str,
     request: Request,
@@ -163,14 +153,6 @@ def _patched_user(old: UserFields, patch: UserPatch) -> UserFields:
         disabled=patch.get("disabled", old.disabled),
         has_second_factor=patch.get("second_factor", old.has_second_factor),
     )
-
-
-async def _user_of(action: Action, user_id: str | None) -> User:
-    user = None if user_id is None else await User.find_one({"_id": user_id, **kept_by(action.caller)})
-    if user is None:
-        message = "There is no such user."
-        raise NotFound(message)
-    return user
 
 
 def _user(user: User) -> UserAnswer:

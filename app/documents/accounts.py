@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from beanie import Document
 from pydantic import Field
 from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, now
 from app.domain.callers import Caller, Role, username_key
+from app.errors import NotFound
 
 
 class User(Stored):
@@ -172,12 +174,26 @@ def totp_bound(user_id: str) -> bytes:
     return f"idem/1|totp|{user_id}".encode()
 
 
+Account = TypeVar("Account", User, Client)
+
+
 def kept_by(caller: Caller | None) -> dict[str, object]:
     """The filter of accounts that a caller may see and keep: those bound to galleries of theirs (`Caller.may_keep`)."""
     if caller is None or caller.galleries is None:
         return {}
     beyond = {"$elemMatch": {"$nin": list(caller.galleries)}}
     return {"galleries": {"$ne": None, "$not": beyond}}
+
+
+async def kept_account(
+    kind: type[Account], account_id: str, caller: Caller | None, session: AsyncClientSession | None = None
+) -> Account:
+    """The user or client application of this id, where the caller may keep it. Raises NotFound."""
+    account = await kind.find_one({"_id": account_id, **kept_by(caller)}, session=session)
+    if account is None:
+        message = f"There is no such {kind.__name__.lower()}."
+        raise NotFound(message)
+    return account
 
 
 async def mark_for_development(usernames: Sequence[str]) -> None:

@@ -10,13 +10,12 @@ from datetime import timedelta
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app import audit
-from app.access.callers import check_roles, new_secret
+from app.access.callers import check_grant, new_secret
 from app.audit import Action, by_system
-from app.documents.accounts import Client
+from app.documents.accounts import Client, kept_account
 from app.documents.base import new_id, now
 from app.documents.events import Detail
 from app.domain.callers import Role
-from app.errors import Advice, Forbidden, NotFound
 from app.runtime import Runtime
 
 
@@ -55,11 +54,10 @@ async def update_client(
     """
 
     async def body(session: AsyncClientSession) -> Client:
-        client = await _kept(action, client_id, session)
+        client = await kept_account(Client, client_id, action.caller, session)
         before = ClientFields.of(client)
         after = edit(before)
-        check_roles(after.roles)
-        _require_own_galleries(action, after)
+        check_grant(action.caller, after.roles, after.galleries)
         has_other_roles = set(after.roles) != set(before.roles)
         changes: dict[str, object] = {
             "name": after.name,
@@ -102,7 +100,7 @@ async def rotate_client_secret(
     secret_hash = runtime.access.client_secret_hash(secret)
 
     async def body(session: AsyncClientSession) -> Client:
-        client = await _kept(action, client_id, session)
+        client = await kept_account(Client, client_id, action.caller, session)
         changes: dict[str, object] = {
             "secret_hash": secret_hash,
             "former_hash": client.secret_hash if hours else None,
@@ -124,7 +122,7 @@ async def delete_client(runtime: Runtime, action: Action, client_id: str) -> Non
     """Remove a client application; its tokens hold no more. Raises NotFound."""
 
     async def body(session: AsyncClientSession) -> None:
-        client = await _kept(action, client_id, session)
+        client = await kept_account(Client, client_id, action.caller, session)
         await client.delete(session=session)
         await audit.record(session, action, subject_kind="client", subject_id=client.id, status_code=204)
 
@@ -154,8 +152,7 @@ async def ensure_client(runtime: Runtime, client_id: str, client_secret: str, fi
 
 
 async def _insert(runtime: Runtime, action: Action, client_id: str, secret: str, fields: ClientFields) -> Client:
-    check_roles(fields.roles)
-    _require_own_galleries(action, fields)
+    check_grant(action.caller, fields.roles, fields.galleries)
     client = Client(
         id=client_id,
         name=fields.name,
@@ -172,18 +169,3 @@ async def _insert(runtime: Runtime, action: Action, client_id: str, secret: str,
 
     await runtime.transaction(body)
     return client
-
-
-async def _kept(action: Action, client_id: str, session: AsyncClientSession) -> Client:
-    """The client, where the caller may keep it. Raises NotFound."""
-    client = await Client.get(client_id, session=session)
-    if client is None or (action.caller is not None and not action.caller.may_keep(client.galleries)):
-        message = "There is no such client."
-        raise NotFound(message)
-    return client
-
-
-def _require_own_galleries(action: Action, fields: ClientFields) -> None:
-    if action.caller is not None and not action.caller.may_keep(fields.galleries):
-        message = "You can give your own galleries only."
-        raise Forbidden(message, errors=(Advice("galleries", "not-yours", message),))

@@ -11,14 +11,14 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from app import audit
-from app.access.callers import check_roles
+from app.access.callers import check_grant
 from app.access.passwords import check_password
 from app.audit import Action, by_system
-from app.documents.accounts import User
+from app.documents.accounts import User, kept_account
 from app.documents.base import now
 from app.documents.events import Detail
 from app.domain.callers import Role, username_key
-from app.errors import Advice, Conflict, Forbidden, NotFound, Validation
+from app.errors import Advice, Conflict, NotFound, Validation
 from app.runtime import Runtime
 
 _WITHOUT_FACTOR: Final[dict[str, object]] = {"sealed_totp": None, "totp_confirmed": False, "totp_step": -1}
@@ -52,9 +52,8 @@ async def create_user(runtime: Runtime, action: Action, fields: UserFields, pass
     Raises Validation (password, roles), Forbidden (galleries that the caller does not have) and Conflict (the username is
     taken).
     """
-    _check_user_roles(fields.roles)
+    _check_grant(action, fields)
     check_password(password)
-    _require_own_galleries(action, fields)
     user = User(
         username=fields.username,
         username_key=username_key(fields.username),
@@ -94,11 +93,10 @@ async def update_user(
     hashed = None if password is None else await runtime.passwords.hashed(password)
 
     async def body(session: AsyncClientSession) -> User:
-        user = await _kept(action, user_id, session)
+        user = await kept_account(User, user_id, action.caller, session)
         before = UserFields.of(user)
         after = edit(before)
-        _check_user_roles(after.roles)
-        _require_own_galleries(action, after)
+        _check_grant(action, after)
         if before.is_acting_admin and not after.is_acting_admin:
             await _require_another_admin(user.id, session)
         has_other_roles = set(after.roles) != set(before.roles)
@@ -149,7 +147,7 @@ async def delete_user(runtime: Runtime, action: Action, user_id: str) -> None:
     """Remove a user; their tokens hold no more. Raises NotFound, and Conflict for the last enabled admin."""
 
     async def body(session: AsyncClientSession) -> None:
-        user = await _kept(action, user_id, session)
+        user = await kept_account(User, user_id, action.caller, session)
         if UserFields.of(user).is_acting_admin:
             await _require_another_admin(user.id, session)
         await user.delete(session=session)
@@ -204,21 +202,6 @@ async def unlock_user(runtime: Runtime, action: Action, username: str, *, takes_
     return user
 
 
-async def _kept(action: Action, user_id: str, session: AsyncClientSession) -> User:
-    """The user, where the caller may keep them. Raises NotFound."""
-    user = await User.get(user_id, session=session)
-    if user is None or (action.caller is not None and not action.caller.may_keep(user.galleries)):
-        message = "There is no such user."
-        raise NotFound(message)
-    return user
-
-
-def _require_own_galleries(action: Action, fields: UserFields) -> None:
-    if action.caller is not None and not action.caller.may_keep(fields.galleries):
-        message = "You can give your own galleries only."
-        raise Forbidden(message, errors=(Advice("galleries", "not-yours", message),))
-
-
 async def _require_another_admin(user_id: str, session: AsyncClientSession) -> None:
     """Raises Conflict when no other enabled admin is there.
 
@@ -233,9 +216,9 @@ async def _require_another_admin(user_id: str, session: AsyncClientSession) -> N
         raise Conflict(message)
 
 
-def _check_user_roles(roles: tuple[Role, ...]) -> None:
-    check_roles(roles)
-    if Role.RELYING_APP in roles:
+def _check_grant(action: Action, fields: UserFields) -> None:
+    check_grant(action.caller, fields.roles, fields.galleries)
+    if Role.RELYING_APP in fields.roles:
         message = "`relying_app` is a role of client applications only."
         raise Validation(message, errors=(Advice("roles", "clients-only", message),))
 
