@@ -17,12 +17,11 @@ from app.documents.base import now
 from app.documents.claims import IdempotencyClaim, Once
 from app.documents.events import ActorRef, AuditEvent, Detail, Outcome, Personal, StrangerCount, Subject
 from app.documents.tree import AuditKey
-from app.domain.callers import Caller
-from app.domain.log_export import canonical, personal_hash
-from app.errors import AuditRefused, IdempotencyInProgress, Problem, Unauthenticated
+from app.domain.callers import Caller, subscriber
+from app.domain.log_export import SALT_BYTES, canonical, personal_hash
+from app.errors import AuditRefused, IdempotencyInProgress, Problem
 from app.keys import KeyRing
 
-SALT_BYTES = 16
 STRANGER_PERIOD: Final = timedelta(minutes=2)
 
 
@@ -119,10 +118,12 @@ async def record(  # noqa: PLR0913 - an event is that wide
 async def is_first_of_stranger(action: Action) -> bool:
     """Count a refusal of somebody unknown; whether it is the first from that address in this minute, and so an event by itself.
 
-    What comes after it in the minute is told by one event more (`tell_of_strangers`).
+    All addresses of one IPv6 network of 64 bits are one. What comes after it in the minute is told by one event more
+    (`tell_of_strangers`).
     """
     minute = now().replace(second=0, microsecond=0)
-    address = action.ip or ""
+    # An IPv6 subscriber has more addresses than a log has room.
+    address = subscriber(action.ip) if action.ip else ""
     digest = hashlib.sha256(f"{address}|{minute:%Y-%m-%dT%H:%M}".encode()).hexdigest()
     counted = {"$inc": {"refused": 1}, "$setOnInsert": {"minute": minute, "ip": address, "action": action.name}}
     await StrangerCount.get_pymongo_collection().update_one({"_id": f"{digest}|{action.name}"}, counted, upsert=True)
@@ -156,13 +157,13 @@ async def tell_of_strangers(session: AsyncClientSession) -> bool:
 async def refuse(action: Action, problem: Problem) -> None:
     """Record that the action was refused: denied for 401 and 403, a failure otherwise.
 
-    Strangers without a valid token get one event per address and minute at once, so that they cannot fill the log; the others
-    are counted.
+    Strangers, who have no valid token or none at all, get one event per address and minute at once, so that they cannot fill
+    the log; the others are counted.
     """
     outcome: Outcome = "denied" if problem.status in (401, 403) else "failure"
     if action.is_read and outcome != "denied":
         return
-    if isinstance(problem, Unauthenticated) and action.caller is None and not await is_first_of_stranger(action):
+    if action.caller is None and not await is_first_of_stranger(action):
         return
     detail: Detail = {"problem": problem.slug(), "status": problem.status}
     await _event(action, action.subject, outcome, action.gallery, detail).insert()

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from app.config import Settings
 from storage.evidence import EvidenceStore, EvidenceUnavailable
+from storage.generations import GenerationStoreUnavailable
 from storage.photos import PhotoStore, PhotoStoreUnavailable, StoredPhoto
 
 log = structlog.get_logger(__name__)
@@ -91,15 +92,21 @@ class Boundary:
             self._refuse()
 
     async def call(
-        self, work: Callable[[], Awaitable[T]], operation: str = "call", *, is_part_of_more: bool = False
+        self,
+        work: Callable[[], Awaitable[T]],
+        operation: str = "call",
+        *,
+        is_part_of_more: bool = False,
+        limit: asyncio.Timeout | None = None,
     ) -> T:
         """Do the work within the time limit. Raises what it raises, or the dependency's own error when refused or late.
 
-        is_part_of_more: of something that was let through before, which must come to its end.
+        is_part_of_more: of something that was let through before, which must come to its end. limit: instead of the
+        dependency's own, for whoever moves it on while the work gets on.
         """
         if not is_part_of_more:
             self._admit()
-        limit = asyncio.timeout(self._timeout_seconds)
+        limit = limit or asyncio.timeout(self._timeout_seconds)
         try:
             async with limit:
                 answer = await self._carry_out(work, operation)
@@ -161,6 +168,7 @@ class Boundaries:
     queue: Boundary
     photos: Boundary
     evidence: Boundary
+    share: Boundary
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -180,11 +188,15 @@ class Boundaries:
             ),
             # The store has a deadline of its own.
             evidence=often("evidence", EvidenceUnavailable, counted=(EvidenceUnavailable,), timeout_seconds=None),
+            share=often(
+                "share", GenerationStoreUnavailable, counted=(GenerationStoreUnavailable,),
+                timeout_seconds=settings.share_timeout_seconds,
+            ),
         )  # fmt: skip
 
     def states(self) -> dict[str, State]:
         """The state of each, by the dependency's name."""
-        return {one.name: one.state for one in (self.mongo, self.queue, self.photos, self.evidence)}
+        return {one.name: one.state for one in (self.mongo, self.queue, self.photos, self.evidence, self.share)}
 
 
 class BoundedMongoClient(AsyncMongoClient[dict[str, object]]):
@@ -272,6 +284,10 @@ class BoundedEvidence:
     async def names(self, prefix: str = "") -> list[str]:
         """See EvidenceStore."""
         return await self._boundary.call(partial(self._store.names, prefix), "names")
+
+    async def entries(self, folder: str = "") -> list[str]:
+        """See EvidenceStore."""
+        return await self._boundary.call(partial(self._store.entries, folder), "entries")
 
     async def close(self) -> None:
         """See EvidenceStore."""

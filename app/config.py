@@ -94,6 +94,7 @@ class Settings(BaseSettings):
     boundary_failures: Annotated[int, Field(ge=1, le=1000)] = 5
     boundary_pause_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
     photo_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
+    share_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
 
     # Photos
     photo_store: Literal["local", "minio"] = "local"

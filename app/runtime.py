@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import cv2
 import faiss
 import pymongo
+import structlog
 from beanie import Document, init_beanie
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -56,9 +57,12 @@ from app.limits import RateLimits
 from app.queue import Queue
 from app.restoring import admitted, application_name, leaving_for_a_restore
 from app.search import Limits, Search
-from storage.evidence import BucketEvidence, EvidenceStore, FolderEvidence
+from app.share import Share
+from storage.evidence import BucketEvidence, EvidenceStore, EvidenceUnavailable, FolderEvidence
 from storage.generations import GenerationStore
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
+
+log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,6 +112,7 @@ class Runtime:
     passwords: PasswordPool = field(init=False)
     backoff: Backoff = field(init=False)
     limits: RateLimits = field(init=False)
+    share: Share = field(init=False)
     search: Search = field(init=False)
     _executor: ThreadPoolExecutor = field(init=False)
     _waiting: int = 0
@@ -120,10 +125,12 @@ class Runtime:
         self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
         self.backoff = Backoff(self.settings, self.keys)
         self.limits = RateLimits(self.settings, self.keys)
+        self.share = Share(self.boundaries.share, self.settings.share_timeout_seconds)
         self.search = Search(
             self.keys,
             self.compute,
             GenerationStore(self.settings.vector_db_path, self.settings.index_cache_path),
+            self.share,
             Limits(self.settings.index_memory_mib, self.settings.index_shadow_every, self.settings.index_device),
         )
 
@@ -270,10 +277,11 @@ def _open_photos(settings: Settings) -> PhotoStore:
     )
 
 
-def _open_evidence(settings: Settings) -> EvidenceStore:
+async def _open_evidence(settings: Settings, *, serves: bool) -> EvidenceStore:
+    """Raises UnsafeProduction for a bucket whose objects could be replaced; one that is away is asked before it is written to."""
     if not settings.evidence_bucket:
         return FolderEvidence(settings.evidence_path)
-    return BucketEvidence(
+    store = BucketEvidence(
         endpoint=settings.minio_endpoint,
         access_key=settings.minio_access_key,
         secret_key=settings.minio_secret_key.get_secret_value(),
@@ -281,7 +289,19 @@ def _open_evidence(settings: Settings) -> EvidenceStore:
         region=settings.minio_region,
         secure=settings.minio_secure,
         retention_days=settings.evidence_retention_days,
+        needs_lock=settings.is_production,
     )
+    try:
+        is_locked = not serves or await store.is_locked()
+    except EvidenceUnavailable:
+        return store
+    if not is_locked:
+        if settings.is_production:
+            await store.close()
+            message = f"EVIDENCE_BUCKET {settings.evidence_bucket} has no object lock: name another, it is made with it"
+            raise UnsafeProduction(message)
+        log.critical("evidence_bucket_unlocked", bucket=settings.evidence_bucket)
+    return store
 
 
 @asynccontextmanager
@@ -332,7 +352,7 @@ async def open_runtime(
         runtime = Runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason,
             photos=BoundedPhotos(_open_photos(settings), boundaries.photos),
-            evidence=BoundedEvidence(_open_evidence(settings), boundaries.evidence),
+            evidence=BoundedEvidence(await _open_evidence(settings, serves=keep_up), boundaries.evidence),
             keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys), boundaries=boundaries,
         )  # fmt: skip
         if settings.is_production and (known := await accounts.development_users()):

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
@@ -28,9 +29,10 @@ from app.documents.sealed import gallery_key
 from app.domain.faces import Embedding
 from app.errors import GalleryTooLarge, NotReady
 from app.keys import KeyRing, SealBroken
+from app.share import Share
 from app.vectors import Compute, Turning, changes_of
 from storage import rows
-from storage.generations import BadGeneration, GenerationName, GenerationStore, Manifest
+from storage.generations import BadGeneration, GenerationStore, Manifest, Progress
 from storage.gpu import DeviceLost, GpuIndex, can_use_gpu
 from storage.layered import LayeredIndex
 from storage.onebit import Margin, OneBitIndex
@@ -50,7 +52,7 @@ KEEP_UP_SECONDS: Final = 1.0
 TIDY_SECONDS: Final = 60.0
 #: How long a look at the share may take before it counts as gone.
 SHARE_SECONDS: Final = 0.5
-#: Generations that are copied, hashed and opened side by side.
+#: Generations that are copied, and copies that are hashed and opened, side by side.
 OPENED_AT_ONCE: Final = 2
 NICENESS: Final = 10
 #: A generation that was refused is looked at again after this time: a share may have been away.
@@ -147,7 +149,7 @@ class State:
 class Search:
     """The galleries' vectors in this process."""
 
-    def __init__(self, keys: KeyRing, compute: Compute, store: GenerationStore, limits: Limits) -> None:
+    def __init__(self, keys: KeyRing, compute: Compute, store: GenerationStore, share: Share, limits: Limits) -> None:
         """Raises ValueError for a device that is not there."""
         if limits.device == "gpu" and not can_use_gpu():
             message = (
@@ -159,14 +161,15 @@ class Search:
         self.unreadable: set[str] = set()
         self._keys = keys
         self._compute = compute
+        self._share = share
         self._limits = limits
         self._copies: dict[str, _Copy] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[tuple[str, int], float] = {}
         self._searches = 0
-        self._looking: asyncio.Task[list[GenerationName]] | None = None
         self._behind: set[asyncio.Task[None]] = set()
+        self._fetching = asyncio.Semaphore(OPENED_AT_ONCE)
         self._aside = ThreadPoolExecutor(OPENED_AT_ONCE, thread_name_prefix="index", initializer=_give_way)
 
     async def range(self, gallery: Gallery, probe: Embedding, threshold: float) -> Hits:
@@ -204,16 +207,16 @@ class Search:
     async def shares(self, gallery: Gallery) -> bool:
         """Whether the gallery's published files are to be seen on the share; searches go on without, and publications do not.
 
-        Also False while the share hangs: one look at a time waits for it.
+        Also False while the share hangs.
         """
         if gallery.published is None:
             return True
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(asyncio.to_thread(self.store.listed, gallery.id))
-        done, _ = await asyncio.wait({self._looking}, timeout=SHARE_SECONDS)
-        if not done or self._looking.exception() is not None:
+        try:
+            async with asyncio.timeout(SHARE_SECONDS):
+                listed = await self._share.run(self.store.listed, gallery.id)
+        except OSError:  # a TimeoutError is one
             return False
-        return (gallery.epoch, gallery.published.number) in self._looking.result()
+        return (gallery.epoch, gallery.published.number) in listed
 
     async def warm(self, gallery: Gallery) -> int:
         """Catch up without a query; returns how many vectors are in memory."""
@@ -318,18 +321,25 @@ class Search:
                 if head is not None and head.published not in (gallery.published, None) and head.epoch == gallery.epoch:
                     return await self._from_generations(head, known)  # its files had to go: a newer one has come
                 await self._refuse(gallery, generation, error)
-        # Not aside: whoever asks waits for this one, and there they may stand behind a slow share, and be nicer than all others.
+        # Not aside: whoever asks waits for this one, and there they may stand behind others, and be nicer than all.
         return None if known is not None else await self._compute(self._copy_of, gallery, None, None, None)
 
     async def _built_upon(self, gallery: Gallery, generation: Generation) -> _Copy:
-        folder, manifest = await self._run_aside(
-            self.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
-        )
+        wanted = (gallery.id, gallery.epoch, generation.number, generation.digest)
+        # What this host has copied is opened whatever becomes of the share.
+        here = await self._run_aside(self.store.copied, *wanted)
+        if here is None:
+            here = await self._fetched(partial(self.store.fetch, *wanted))
+        folder, manifest = here
         base = await self._run_aside(_opened, folder, manifest, self._limits.device)
         return await self._run_aside(self._copy_of, gallery, generation, manifest, base)
 
+    async def _fetched(self, fetch: Callable[[Progress], T]) -> T:
+        async with self._fetching:  # before the share's time limit begins
+            return await self._share.run_long("fetch", fetch)
+
     async def _run_aside(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Where files are copied and hashed for seconds: neither the loop nor photos and searches wait for it."""
+        """Where this host's copies are hashed for seconds: neither the loop nor photos and searches wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, lambda: work(*args, **kwargs))
 
     async def _tidy(self, galleries: list[Gallery]) -> None:

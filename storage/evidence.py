@@ -11,9 +11,10 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 from xml.etree.ElementTree import ParseError
@@ -31,8 +32,10 @@ _SEGMENT: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _NAME: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
 _PREFIX: Final = re.compile(rf"(?:{_SEGMENT}/){{0,7}}(?:{_SEGMENT})?")
 
-#: Nobody waits for evidence but background work, and it comes again.
+#: Of one step. Nobody waits for evidence but background work, and it comes again.
 _DEADLINE_SECONDS: Final = 10.0
+#: Names of one step of a listing: a page of a bucket. Years of evidence take long to list, and each step has its own deadline.
+LISTED_AT_ONCE: Final = 1000
 _NO_LOCK: Final = frozenset({"ObjectLockConfigurationNotFoundError", "NotImplemented", "MethodNotAllowed"})
 
 _Result = TypeVar("_Result")
@@ -66,14 +69,22 @@ class EvidenceStore(Protocol):
         """What was first kept under `name`. Raises EvidenceNotFound."""
 
     async def names(self, prefix: str = "") -> list[str]:
-        """Every name that starts with `prefix`, sorted."""
+        """Every name that starts with `prefix`, sorted. However many there are: the deadline is each step's."""
+
+    async def entries(self, folder: str = "") -> list[str]:
+        """What lies right below `folder` (which ends in a slash): ends of names, and `segment/` for more below it; sorted."""
 
     async def close(self) -> None:
         """Let go of threads and connections; calls still queued are cancelled."""
 
 
 class FolderEvidence:
-    """Files below a folder (0700; files 0600), best on another disk than the database's. `chattr +a` on the folder suits it."""
+    """Files below a folder (0700; files 0600), best on another disk than the database's.
+
+    It outlives the database and what a backup sets back, and gives nothing more: this service's user can change all of it, and no
+    attribute helps (of `chattr +a` the folders of days inherit nothing). Against that user: a bucket with object lock, or
+    another host that comes and takes copies.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -92,7 +103,19 @@ class FolderEvidence:
     async def names(self, prefix: str = "") -> list[str]:
         """See EvidenceStore."""
         _checked_prefix(prefix)
-        return await self._thread.run(lambda: self._names(prefix))
+        found: list[str] = []
+        folders = [prefix.rpartition("/")[0]]
+        while folders:
+            async for name, is_folder in self._listed(folders.pop()):
+                if name.startswith(prefix):
+                    (folders if is_folder else found).append(name)
+        return await self._thread.run(lambda: sorted(found))
+
+    async def entries(self, folder: str = "") -> list[str]:
+        """See EvidenceStore."""
+        _checked_folder(folder)
+        found = [name.removeprefix(folder) + "/" * is_folder async for name, is_folder in self._listed(folder[:-1])]
+        return sorted(found)
 
     async def close(self) -> None:
         """See EvidenceStore."""
@@ -126,13 +149,24 @@ class FolderEvidence:
         except OSError as problem:
             raise _unavailable(problem) from problem
 
-    def _names(self, prefix: str) -> list[str]:
-        folder = self._root / prefix.rpartition("/")[0]
+    async def _listed(self, folder: str) -> AsyncIterator[tuple[str, bool]]:
+        """What lies right below, with whether it is a folder."""
+        listing = self._scanned(folder)
+        while some := await self._thread.run(lambda: list(islice(listing, LISTED_AT_ONCE))):
+            for one in some:
+                yield one
+
+    def _scanned(self, folder: str) -> Iterator[tuple[str, bool]]:
         try:
-            if not folder.is_dir():
-                return []
-            found = (path.relative_to(self._root).as_posix() for path in folder.rglob("*") if path.is_file())
-            return sorted(name for name in found if name.startswith(prefix) and _NAME.fullmatch(name))
+            with os.scandir(self._root / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    # Links to folders are not followed: they could lead around in a circle.
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    if (is_folder or entry.is_file()) and _NAME.fullmatch(name):
+                        yield name, is_folder
+        except (FileNotFoundError, NotADirectoryError):
+            return
         except OSError as problem:
             raise _unavailable(problem) from problem
 
@@ -160,7 +194,7 @@ class BucketEvidence:
     A lock keeps versions, not names: what counts is the first version of each, whatever was written or marked deleted over it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a client is opened by that many settings
         self,
         *,
         endpoint: str,
@@ -170,11 +204,16 @@ class BucketEvidence:
         region: str,
         secure: bool,
         retention_days: int,
+        needs_lock: bool = False,
         timeout_seconds: float = 5.0,
     ) -> None:
-        """retention_days: how long the server refuses to delete a version, where the bucket has object lock; 0: no period."""
+        """retention_days: how long the server refuses to delete a version, where the bucket has object lock; 0: no period.
+
+        needs_lock: keep nothing in a bucket without it, whose objects anybody with the same credentials may replace.
+        """
         self._bucket = bucket
         self._retention = timedelta(days=retention_days)
+        self._needs_lock = needs_lock
         self._connections = urllib3.PoolManager(
             maxsize=1,
             timeout=urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds),
@@ -207,24 +246,49 @@ class BucketEvidence:
     async def names(self, prefix: str = "") -> list[str]:
         """See EvidenceStore. A name whose versions are hidden by a delete marker is still there."""
         _checked_prefix(prefix)
-        return await self._run(lambda: sorted({found for found, _ in self._versions(prefix) if _NAME.fullmatch(found)}))
+        found = {name async for name in self._listed(prefix, is_deep=True)}
+        return await self._run(lambda: sorted(found))
+
+    async def entries(self, folder: str = "") -> list[str]:
+        """See EvidenceStore."""
+        _checked_folder(folder)
+        return sorted({name.removeprefix(folder) async for name in self._listed(folder, is_deep=False)})
+
+    async def is_locked(self) -> bool:
+        """Whether the server keeps every version for its time; the bucket is made where it is missing."""
+        return await self._run(self._ensure_bucket)
 
     async def close(self) -> None:
         """See EvidenceStore."""
         self._thread.close()
         self._connections.clear()
 
+    async def _listed(self, prefix: str, *, is_deep: bool) -> AsyncIterator[str]:
+        """Names, one for each version; and where it is not deep, `folder/` in the place of all below it."""
+        listing = self._client.list_objects(self._bucket, prefix, recursive=is_deep, include_version=True)
+        while some := await self._run(lambda: self._step(listing)):
+            for found in some:
+                name = found.object_name or ""
+                # Tools make objects `folder/` to show an empty one: that is no name.
+                shape = name if is_deep else name.removesuffix("/")
+                if not found.is_delete_marker and name != prefix and _NAME.fullmatch(shape):
+                    yield name
+
     async def _run(self, call: Callable[[], _Result]) -> _Result:
         def bounded() -> _Result:
             try:
                 return call()
+            except EvidenceUnavailable:
+                raise
             except (MinioException, HTTPError, OSError, ParseError, UnicodeDecodeError) as problem:
                 raise _unavailable(problem) from problem
 
         return await self._thread.run(bounded)
 
     def _append(self, name: str, data: bytes) -> None:
-        self._ensure_bucket()
+        if not self._ensure_bucket() and self._needs_lock:
+            message = f"bucket {self._bucket} has no object lock: what it keeps could be replaced"
+            raise EvidenceUnavailable(message)
         kept = self._first(name)
         if kept is None:
             self._put(name, data)
@@ -262,24 +326,28 @@ class BucketEvidence:
             answer.release_conn()
 
     def _versions(self, prefix: str) -> list[tuple[str, str | None]]:
-        try:
-            listed: list[Object] = list(
-                self._client.list_objects(self._bucket, prefix, recursive=True, include_version=True)
-            )
-        except S3Error as problem:
-            if problem.code == "NoSuchBucket":
-                return []
-            raise
+        listing = self._client.list_objects(self._bucket, prefix, recursive=True, include_version=True)
+        listed: list[Object] = []
+        while some := self._step(listing):
+            listed += some
         return [
             (found.object_name, found.version_id)
             for found in listed
             if found.object_name is not None and not found.is_delete_marker
         ]
 
-    def _ensure_bucket(self) -> None:
-        """Once a process: make the bucket where it is missing, and learn whether it locks its objects."""
+    def _step(self, listing: Iterator[Object]) -> list[Object]:
+        try:
+            return list(islice(listing, LISTED_AT_ONCE))
+        except S3Error as problem:
+            if problem.code == "NoSuchBucket":
+                return []
+            raise
+
+    def _ensure_bucket(self) -> bool:
+        """Make the bucket where it is missing; whether it locks its objects. Asked once a process."""
         if self._is_locked is not None:
-            return
+            return self._is_locked
         if not self._client.bucket_exists(self._bucket):
             try:
                 self._client.make_bucket(self._bucket, object_lock=True)
@@ -294,6 +362,7 @@ class BucketEvidence:
             self._is_locked = False
         else:
             self._is_locked = True
+        return self._is_locked
 
 
 class _Thread:
@@ -324,6 +393,12 @@ def _checked(name: str, data: bytes = b"-") -> str:
 def _checked_prefix(prefix: str) -> None:
     if not _PREFIX.fullmatch(prefix):
         message = "a prefix is the beginning of a name"
+        raise ValueError(message)
+
+
+def _checked_folder(folder: str) -> None:
+    if folder and (not folder.endswith("/") or not _PREFIX.fullmatch(folder)):
+        message = "a folder is the beginning of a name, up to a slash"
         raise ValueError(message)
 
 

@@ -11,11 +11,13 @@ itself. Nobody maps the share: a file that another host replaces or deletes unde
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ _MANIFEST_LIMIT: Final = 256 * 1024
 _SIZE_LIMIT: Final = 2**39
 #: SHA-256 runs at 1.4 GB/s in such blocks, with a processor that knows it; larger ones gain nothing.
 _BLOCK: Final = 1024 * 1024
+#: How long dropping copies waits for somebody who makes one, and how often whoever waits looks.
+_PATIENCE_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.02
 
 _VANISHED: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _NOT_PLAIN: Final = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO})
@@ -71,6 +76,10 @@ class BadGeneration(Exception):
 
 class GenerationStoreUnavailable(OSError):
     """The share cannot be reached or written, or this host's cache is full or closed. Publishing anew would not help."""
+
+
+class _Busy(Exception):
+    """Another process or thread of this host has the lock."""
 
 
 class GenerationExists(Exception):
@@ -221,15 +230,25 @@ class GenerationStore:
         has gone bad is made anew. Open what you need at once: once `drop_copies` has removed it, only what is open or
         mapped remains. Raises BadGeneration.
         """
+        # First without the lock: a process that hangs in the middle of copying holds up nobody who has a copy.
+        if (here := self.copied(gallery_id, epoch, number, digest, progress)) is not None:
+            return here
         wanted = _Wanted(_checked_gallery(gallery_id), epoch, number, digest)
         copy = self._cache / gallery_id / wanted.folder
-        # First without the lock: a process that hangs in the middle of copying holds up nobody who has a copy.
-        if (manifest := _intact(copy, wanted, progress)) is not None:
-            return copy, manifest
-        with self._locked(gallery_id):
-            if (manifest := _intact(copy, wanted, progress)) is None:
-                manifest = self._copy(copy, wanted, progress)
+        with self._locked(gallery_id, progress) as lock:
+            told = _beating(lock, progress)
+            if (manifest := _intact(copy, wanted, told)) is None:
+                manifest = self._copy(copy, wanted, told)
         return copy, manifest
+
+    def copied(
+        self, gallery_id: str, epoch: str, number: int, digest: str, progress: Progress | None = None
+    ) -> tuple[Path, Manifest] | None:
+        """What `fetch` returns, without a look at the share: None when this host has no good copy."""
+        wanted = _Wanted(_checked_gallery(gallery_id), epoch, number, digest)
+        copy = self._cache / gallery_id / wanted.folder
+        manifest = _intact(copy, wanted, progress)
+        return None if manifest is None else (copy, manifest)
 
     def verify(
         self, gallery_id: str, epoch: str, number: int, digest: str, progress: Progress | None = None
@@ -266,12 +285,16 @@ class GenerationStore:
         return any(entry not in kept for entry in entries if _generation_name(entry) or _temporary_name(entry))
 
     def drop_copies(self, gallery_id: str, keep: Collection[tuple[str, int]]) -> list[GenerationName]:
-        """Delete this host's copies by the rule of `drop`; what processes have mapped stays until they let go."""
+        """Delete this host's copies by the rule of `drop`; what processes have mapped stays until they let go.
+
+        None goes while somebody else of this host copies for long: a copying that hangs must hold up nobody.
+        """
         copies = self._cache / _checked_gallery(gallery_id)
         if not copies.is_dir():
             return []
-        with self._locked(gallery_id), _writing(self._cache):
+        with suppress(_Busy), self._locked(gallery_id, seconds=_PATIENCE_SECONDS), _writing(self._cache):
             return _drop_older(copies, keep)
+        return []
 
     def drop_gallery(self, gallery_id: str) -> bool:
         """Delete all of a gallery that is no more, from the share and from this host's cache; False: some of it remains.
@@ -366,12 +389,16 @@ class GenerationStore:
     def _drop_copies_of(self, gallery_id: str) -> bool:
         if not os.path.lexists(self._cache / gallery_id):
             return True
-        with self._locked(gallery_id), _writing(self._cache):
+        with suppress(_Busy), self._locked(gallery_id, seconds=_PATIENCE_SECONDS), _writing(self._cache):
             return _remove_tree(self._cache / gallery_id)
+        return False
 
     @contextmanager
-    def _locked(self, gallery_id: str) -> Iterator[None]:
-        """One process of this host, and one thread of it, at a time. The kernel lets go when a process dies."""
+    def _locked(self, gallery_id: str, waiting: Progress | None = None, *, seconds: float = math.inf) -> Iterator[int]:
+        """One process of this host, and one thread of it, at a time. The kernel lets go when a process dies.
+
+        waiting: told when whoever has the lock gets on, see `_beating`. Raises _Busy when he has it for so many seconds more.
+        """
         with _writing(self._cache):
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._cache.stat().st_uid != os.geteuid():
@@ -381,8 +408,8 @@ class GenerationStore:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             lock = os.open(self._cache / f".{gallery_id}.lock", flags, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            _take(lock, waiting, seconds)
+            yield lock
         finally:
             os.close(lock)
 
@@ -435,6 +462,34 @@ class _Meter:
         self._done += size
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def _take(lock: int, waiting: Progress | None, seconds: float) -> None:
+    """Wait for the lock. Raises _Busy."""
+    until, beat = time.monotonic() + seconds, os.fstat(lock).st_mtime_ns
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            if time.monotonic() >= until:
+                raise _Busy from problem
+        else:
+            return
+        before, beat = beat, os.fstat(lock).st_mtime_ns
+        if waiting is not None and beat != before:
+            waiting(0, 1)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _beating(lock: int, progress: Progress | None) -> Progress:
+    """Progress that whoever waits for the lock sees too, by the time of its file."""
+
+    def told(done: int, total: int) -> None:
+        os.utime(lock)
+        if progress is not None:
+            progress(done, total)
+
+    return told
 
 
 def _intact(copy: Path, wanted: _Wanted, progress: Progress | None) -> Manifest | None:

@@ -61,6 +61,10 @@ class RowsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Raises OSError when the last rows find no room."""
         self._ids.close()
         self._vectors.close()
 

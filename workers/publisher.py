@@ -13,6 +13,7 @@ from app.errors import Problem
 from app.logs import configure_logging
 from app.runtime import open_runtime
 from app.use_cases.publish import publish
+from storage.generations import GenerationStoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +35,7 @@ def main() -> int:
     configure_logging(settings.log_level)
     try:
         asyncio.run(_publish(settings, gallery_id, holder))
-    except Problem as problem:
+    except (Problem, GenerationStoreUnavailable) as problem:
         log.warning("publication_given_up", gallery=gallery_id, reason=str(problem))
         return 1
     return 0

@@ -5,7 +5,8 @@ address. An address from which the name succeeded lately stands for itself: ther
 count, so that nobody elsewhere can keep somebody out, and one person's slips do not make a whole office wait.
 
 Whoever waits learns nothing: not before the password is looked at, and not after it, when the wait began in between.
-So however many guesses come at once, no more are answered than were left.
+So however many guesses come at once, no more are answered than were left. Only who shares an address can tell, while it
+waits, which names stand for themselves there (docs/adr/0025).
 """
 
 import math

@@ -5,6 +5,7 @@ the way of faces and searches, which have an executor of their own.
 """
 
 import asyncio
+import importlib
 import os
 import secrets
 import threading
@@ -66,11 +67,17 @@ class PasswordPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def check_password(password: str) -> None:
-    """Refuse a new password by its length, before any hashing. Raises Validation."""
+def check_password(password: str, *, refuse_common: bool) -> None:
+    """Refuse a new password by its length, before any hashing, or as one that everybody tries. Raises Validation.
+
+    refuse_common: in production; a development stack may have a password that its people remember.
+    """
     if not PASSWORD_MINIMUM <= len(password) <= PASSWORD_MAXIMUM:
         message = f"A password has {PASSWORD_MINIMUM} to {PASSWORD_MAXIMUM} characters."
         raise Validation(message, errors=(Advice("password", "length", message),))
+    if refuse_common and _normal(password).casefold() in _common_passwords():
+        message = "This password is among those that are tried first."
+        raise Validation(message, errors=(Advice("password", "common", message),))
 
 
 def hash_password(password: str) -> str:
@@ -95,6 +102,13 @@ def _normal(password: str) -> str:
 @cache
 def _decoy_hash() -> str:
     return hash_password(secrets.token_urlsafe())
+
+
+@cache
+def _common_passwords() -> frozenset[str]:
+    """The most common ones of zxcvbn's list (30,000) that are long enough, in lower case. The package takes 0.1 s to load."""
+    listed = importlib.import_module("zxcvbn.frequency_lists").FREQUENCY_LISTS["passwords"]
+    return frozenset(password for password in listed if len(password) >= PASSWORD_MINIMUM)
 
 
 def _in_the_background() -> None:

@@ -16,7 +16,7 @@ from app.audit import Action, record
 from app.documents.events import AuditEvent, Detail, Outcome
 from app.documents.tree import AuditKey, AuditTree, TreeHead, node_hashes, proof
 from app.domain.callers import Role
-from app.domain.log_export import Form, Json, Line, encoded, heading
+from app.domain.log_export import Form, Json, Line, encoded, heading, without_events
 from app.domain.merkle import consistency_path, inclusion_path, subtrees
 from app.errors import Advice, Forbidden, NotFound, NotReady, Unauthenticated, Validation
 from app.runtime import Runtime
@@ -176,7 +176,8 @@ async def export_events(
     """The events of a time as a stream, in the order of their numbers, with what proves offline that they are as they were.
 
     It holds everything that was committed before the request, and ends with a signed tree head. Events that are left out (of
-    another time, of galleries that the caller may not see) are stood for by hashes.
+    another time, of galleries that the caller may not see) are stood for by hashes. Where no event fits there is one line, null
+    in every field but `end`.
     """
     filters = _within(action, after, before)
     event = await record(None, action, subject_kind="audit", subject_id=None, detail={"format": form})
@@ -194,13 +195,12 @@ async def _lines(filters: dict[str, Any], head: TreeHead, form: Form) -> AsyncIt
         if last is not None:
             yield encoded(last, form)
         last = line
-    if last is not None:
-        number = last["seq"]
-        assert isinstance(number, int)  # noqa: S101 - of an event in the tree
-        rest = list(subtrees(number + 1, head.size))
-        hashes = await node_hashes(rest)
-        end: Json = {"head": head.head.as_json(), "skipped": [hashes[node].hex() for node in rest]}
-        yield encoded(last | {"end": end}, form)
+    number = -1 if last is None else last["seq"]
+    assert isinstance(number, int)  # noqa: S101 - of an event in the tree
+    rest = list(subtrees(number + 1, head.size))
+    hashes = await node_hashes(rest)
+    end: Json = {"head": head.head.as_json(), "skipped": [hashes[node].hex() for node in rest]}
+    yield encoded(without_events(end) if last is None else last | {"end": end}, form)
 
 
 async def _exported(filters: dict[str, Any], size: int) -> AsyncIterator[Line]:

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
 from app.access.signing import PUBLISHED_FOR_SECONDS
+from app.access.tokens import TOKEN_CHARACTERS
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, Strangers, acting, first_answer, unknown_callers
 from app.api.problems import CHANGES, problems
@@ -36,15 +37,12 @@ from app.use_cases.own_account import (
 router = APIRouter(route_class=StrictRoute)
 
 
-def _storable(text: str) -> str:
-    # A form with an odd charset can bring halves of surrogate pairs, which MongoDB cannot even look for.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        message = "characters that do not exist"
-        raise ValueError(message)
-    return text
+def _bounded(text: str) -> str:
+    # Nothing that is right is longer than a token. What is longer stays wrong when it is cut, and is answered like what is wrong.
+    return text[: TOKEN_CHARACTERS + 1]
 
 
-FormText = Annotated[str, AfterValidator(_storable)]
+FormText = Annotated[str, AfterValidator(_bounded)]
 
 
 class TokenForm(BaseModel):
@@ -148,7 +146,12 @@ _TOKEN_ANSWERS = problems(Validation, RateLimited, NotReady, DependencyUnavailab
 _TOKEN_ANSWERS[400] = {"model": OAuthError, "description": "OAuth's error object"}
 
 
-@router.post("/v1/auth/token", tags=["auth"], responses=_TOKEN_ANSWERS, dependencies=[Depends(Strangers("login"))])
+@router.post(
+    "/v1/auth/token",
+    tags=["auth"],
+    responses=_TOKEN_ANSWERS,
+    dependencies=[Depends(Strangers("login", "auth.login"))],
+)
 async def give_token(
     request: Request,
     response: Response,
@@ -176,7 +179,7 @@ async def give_token(
     response_class=Response,
     openapi_extra={"requestBody": {"required": False}},
     responses=problems(Validation, DependencyUnavailable),
-    dependencies=[Depends(Strangers("write"))],
+    dependencies=[Depends(Strangers("write", "auth.revoke"))],
 )
 async def revoke_token(request: Request, runtime: CurrentRuntime, form: Annotated[RevocationForm, Form()]) -> Response:
     """Log out with an access or a refresh token (RFC 7009); 200 also for a token that nobody knows."""

@@ -85,9 +85,10 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Strangers(Admission):
-    """Anybody, as often as an address may."""
+    """Anybody, as often as an address may. action: by whose name a refusal for its rate is recorded; None: it is not."""
 
     kind: RateClass
+    action: str | None = None
 
     async def __call__(self, request: Request) -> None:
         """As a dependency."""
@@ -95,8 +96,11 @@ class Strangers(Admission):
 
     async def admit(self, request: Request) -> None:
         """See Admission. Raises RateLimited, or NotReady for logins that nobody can count."""
-        if not hasattr(request.state, "allowance"):
-            await _spend(request, self.kind, f"address:{subscriber(client_ip(request) or '')}")
+        if hasattr(request.state, "allowance"):
+            return
+        request.state.action = None if self.action is None else unknown_callers(request, self.action)
+        await _spend(request, self.kind, f"address:{subscriber(client_ip(request) or '')}")
+        request.state.action = None  # whoever came in is the route's to tell of
 
 
 @dataclass(frozen=True, slots=True)

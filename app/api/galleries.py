@@ -145,7 +145,9 @@ async def create_gallery(
     action: Annotated[Action, Depends(acting("gallery.create", Role.ADMIN))],
     key: IdempotencyKey = None,
 ) -> GalleryView:
-    """Make an empty gallery, bound to the model that is running."""
+    """Make an empty gallery, bound to the model that is running; by an admin bound to galleries one of theirs only."""
+    if action.caller is not None and not action.caller.may_see(body.name):
+        raise Forbidden("You can make your own galleries only.")
     first = await first_answer(runtime, request, action, key, body.model_dump())
     if first is not None:
         known = await Gallery.get(first[0].subject.id)

@@ -72,6 +72,8 @@ MOST_PHOTOS = 5
 #: Pages that one search by name opens at most, where the first letters of the name are many people's.
 MOST_NAME_PAGES = 10
 WAIT_MAXIMUM_SECONDS = 30
+#: Of int64, and far from where Python refuses to read a number.
+VERSION_DIGITS = 18
 
 Reading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, is_read=True))]
 
@@ -352,7 +354,7 @@ def _version(if_match: str | None) -> int | None:
     if if_match is None or if_match.strip() == "*":
         return None
     text = if_match.strip().removeprefix("W/").strip('"')
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > VERSION_DIGITS:
         raise PreconditionFailed("If-Match is the version in quotes, as ETag gave it.")
     return int(text)
 

@@ -3,7 +3,10 @@
 import base64
 import binascii
 import hashlib
-from collections.abc import Awaitable, Callable
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,13 +16,18 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.api.bodies import check_text, parsed, refuse_encodings
+from app.api.bodies import MOST_MARKS, parsed, refuse_encodings
 from app.api.dependencies import CurrentRuntime
 from app.errors import Advice, TooLarge, UnsupportedMediaType, Validation
 
 #: Room for the fields, part headers and boundaries around the photos.
 FIELDS_BYTES = 64 * 1024
 MAXIMUM_FIELDS = 32
+#: Of a text in JSON, as it is spelt: a longer one is a photo's. Metadata, all of it escaped, has a little less.
+LONGEST_TEXT = 32 * 1024
+#: What the parser of forms may work on one body; five photos take it a tenth. It walks through padding behind a boundary, and
+#: through what only begins like one, at a millionth of a second a byte.
+PARSER_SECONDS = 0.5
 
 F = TypeVar("F", bound=BaseModel)
 
@@ -54,7 +62,7 @@ def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, C
         elif kind == "application/json":
             request.state.body_limit = len(names) * most * (limit * 4 // 3 + 4) + FIELDS_BYTES
             # Off the event loop: this may be five photos of ten megabytes in base64.
-            fields, photos = await runtime.compute(_from_json, await request.body(), names, most)
+            fields, photos = await runtime.compute(_from_json, await request.body(), names, most, limit)
         else:
             raise UnsupportedMediaType("Send multipart/form-data or application/json.")
         for name in names:
@@ -113,8 +121,12 @@ def _check(name: str, photos: list[bytes], most: int, limit: int) -> None:
         message = f"At most {most} photos are taken here."
         raise Validation(message, errors=(Advice(name, "too-many-photos", message),))
     if any(len(data) > limit for data in photos):
-        message = f"A photo may have {limit} bytes at most."
-        raise TooLarge(message, errors=(Advice(name, "too-large", message),))
+        raise _too_large(name, limit)
+
+
+def _too_large(name: str, limit: int) -> TooLarge:
+    message = f"A photo may have {limit} bytes at most."
+    return TooLarge(message, errors=(Advice(name, "too-large", message),))
 
 
 async def _multipart(
@@ -124,7 +136,7 @@ async def _multipart(
     # One file more than allowed is let in, so that the answer can say so.
     parser = _InMemoryParser(
         request.headers,
-        request.stream(),
+        _in_bounded_time(request.stream()),
         max_files=most_files + 1,
         max_fields=MAXIMUM_FIELDS,
         max_part_size=FIELDS_BYTES,
@@ -137,9 +149,6 @@ async def _multipart(
     fields: dict[str, Any] = {}
     photos: dict[str, list[bytes]] = {}
     try:
-        check_text(
-            (name, text) for name, value in form.multi_items() for text in (name, value) if isinstance(text, str)
-        )
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in names:
@@ -159,8 +168,25 @@ async def _multipart(
     return fields, photos
 
 
-def _from_json(data: bytes, names: tuple[str, ...], most: int) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
-    fields = parsed("body", data)
+async def _in_bounded_time(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The body as it comes, while the parser that takes it gets by with PARSER_SECONDS. Raises MultiPartException."""
+    taken = 0.0
+    async for piece in pieces:
+        began = time.thread_time()
+        yield piece
+        taken += time.thread_time() - began
+        if taken > PARSER_SECONDS:
+            message = "It takes too long to find the parts."
+            raise MultiPartException(message)
+
+
+def _from_json(
+    data: bytes, names: tuple[str, ...], most: int, limit: int
+) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    rest, long_texts = _long_texts_apart(data)
+    if len(rest) > FIELDS_BYTES + len(names) * most * LONGEST_TEXT:
+        raise TooLarge(f"Beside its photos a body may have {FIELDS_BYTES} bytes at most.")
+    fields = parsed("body", rest)
     photos: dict[str, list[bytes]] = {}
     for name in names:
         one, several = f"{name}_base64", f"{name}s_base64"
@@ -169,15 +195,39 @@ def _from_json(data: bytes, names: tuple[str, ...], most: int) -> tuple[dict[str
             more = fields.pop(several)
             texts += more if isinstance(more, list) else [more]
         if texts:
-            photos[name] = [_decoded(one, text) for text in texts]
+            photos[name] = [_decoded(one, text, long_texts, limit) for text in texts]
+    if long_texts:
+        message = f"But for photos, no text has more than {LONGEST_TEXT} bytes."
+        raise Validation(message, errors=(Advice("body", "too-long", message),))
     return fields, photos
 
 
-def _decoded(name: str, text: object) -> bytes:
+def _long_texts_apart(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+    """The body with a stand-in for each long stretch between two quotes, and what the stand-ins stand for.
+
+    Nothing but photos is long, and to the JSON parser a byte may cost a hundred; so it is given the rest only. A stretch is one
+    whole text where its stand-in comes out of the parser as one, and it can be read as one by itself. A stand-in that is no
+    photo's in the end is a reason to refuse the body.
+    """
+    pieces, apart = data.split(b'"', MOST_MARKS), {}
+    for place, piece in enumerate(pieces):
+        if len(piece) > LONGEST_TEXT:
+            stand_in = secrets.token_hex()  # nobody can have written it into the body
+            apart[stand_in], pieces[place] = piece, stand_in.encode()
+    return b'"'.join(pieces), apart
+
+
+def _decoded(name: str, text: object, long_texts: dict[str, bytes], limit: int) -> bytes:
     message = "Not standard base64."
     if not isinstance(text, str):
         raise Validation(message, errors=(Advice(name, "base64", message),))
+    spelt = long_texts.pop(text, None)
+    if spelt is not None and len(spelt) > 2 * (limit * 4 // 3 + 4):
+        # Escapes may take as much as the photo; what they stand for is not looked at in vain.
+        raise _too_large(name, limit)
     try:
+        if spelt is not None:
+            text = str(json.loads(f'"{spelt.decode("ascii")}"'))
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Validation(message, errors=(Advice(name, "base64", message),)) from error

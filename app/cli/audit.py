@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, TypeVar, cast
 
@@ -10,6 +11,7 @@ import typer
 from pymongo.errors import PyMongoError
 
 from app.cli.stores import DataDirOption, settings_of
+from app.documents.base import as_text
 from app.documents.tree import AuditKey, TreeHead
 from app.domain.log_check import Head, Report, check_export
 from app.domain.log_export import Form, Json
@@ -33,11 +35,21 @@ def verify(
     export: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What /v1/audit/export answered.")],
     key: Annotated[
         list[Path],
-        typer.Option(exists=True, dir_okay=False, help="A file as `idem audit key` prints it; repeat for several."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Public keys, as `idem audit key` prints or /v1/audit/keys answers them; repeat for several files.",
+        ),
     ],
     heads: Annotated[
         Path | None,
         typer.Option(exists=True, help="Signed heads kept elsewhere: a file with one, or a folder of such files."),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            help="When the export was asked for, as 2026-11-21T09:30:00Z: heads signed later may be over more events.",
+        ),
     ] = None,
     form: Annotated[str | None, typer.Option("--format", help="ndjson or csv; default: by the file's name.")] = None,
     *,
@@ -55,13 +67,14 @@ def verify(
         message = "ndjson or csv"
         raise typer.BadParameter(message, param_hint="--format")
     known = {key_id: public for path in key for key_id, public in _keys_in(path)}
+    taken_at = None if at is None else _moment(at)
     kept = {} if heads is None else {path: _head_in(path) for path in _files(heads)}
     with export.open("rb") as lines:
         good = [head for head in kept.values() if head is not None]
-        report = check_export(lines, cast("Form", wanted), known, good, is_partial=partial)
+        report = check_export(lines, cast("Form", wanted), known, good, is_partial=partial, taken_at=taken_at)
     for path in [path for path, head in kept.items() if head is None]:
         report.find(None, f"{path} does not hold a signed tree head")
-    _tell(report)
+    _tell(report, at)
     if report.findings:
         raise typer.Exit(1)
 
@@ -89,9 +102,13 @@ def heads(
 
 def _keys_in(path: Path) -> list[tuple[str, bytes]]:
     try:
-        lines = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
+        text = path.read_text(encoding="ascii")
+        if text.startswith("{"):
+            lines = [(known["key_id"], known["public_key"]) for known in json.loads(text)["keys"]]
+        else:
+            lines = [(key_id, public) for key_id, public in map(str.split, filter(str.strip, text.splitlines()))]
         found = [(key_id, bytes.fromhex(public)) for key_id, public in lines]
-    except ValueError:
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = []
     if not found or any(len(public) != PUBLIC_KEY_BYTES for _, public in found):
         message = f"{path} does not hold lines of an id and a public key in hex"
@@ -99,21 +116,34 @@ def _keys_in(path: Path) -> list[tuple[str, bytes]]:
     return found
 
 
+def _moment(text: str) -> str:
+    """The time as heads have theirs."""
+    try:
+        return as_text(datetime.fromisoformat(text))
+    except (ValueError, OverflowError) as error:
+        message = f"{text} is no time like 2026-11-21T09:30:00Z"
+        raise typer.BadParameter(message, param_hint="--at") from error
+
+
 def _files(heads: Path) -> list[Path]:
     """The files of heads; in a whole evidence folder they have one of their own."""
     if heads.is_file():
         return [heads]
-    return sorted((heads / "heads" if (heads / "heads").is_dir() else heads).rglob("*.json"))
+    found = sorted((heads / "heads" if (heads / "heads").is_dir() else heads).rglob("*.json"))
+    if not found:  # whoever names the wrong folder must not be told that all is well
+        message = f"there are no heads in {heads}"
+        raise typer.BadParameter(message, param_hint="--heads")
+    return found
 
 
 def _head_in(path: Path) -> Head | None:
     try:
         return Head.of(cast("Json", json.loads(path.read_bytes())))
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
-def _tell(report: Report) -> None:
+def _tell(report: Report, at: str | None) -> None:
     for finding in report.findings:
         where = "" if finding.seq is None else f"event {finding.seq}: "
         typer.echo(f"{where}{finding.what}", err=True)
@@ -122,8 +152,15 @@ def _tell(report: Report) -> None:
         typer.echo(f"left out of the export, and unchanged by their hashes: {start} to {stop - 1}")
     if report.unplaced:
         typer.echo(f"{report.unplaced} heads end where this export tells nothing, and were not compared with it")
-    if report.head is not None and not report.findings:
-        typer.echo(f"whole up to the head of {report.head.time}, over {report.head.size} events")
+    if report.newer:
+        typer.echo(
+            f"{report.newer} heads were signed after it was taken, over more events, and were not compared with it"
+        )
+    if report.beyond and not at:
+        typer.echo("if it was taken before those heads were signed, say when (--at)")
+    if report.head is not None:
+        told = "the export's own head is that" if report.findings else "whole up to the head"
+        typer.echo(f"{told} of {report.head.time}, over {report.head.size} events")
 
 
 def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> T:

@@ -20,7 +20,7 @@ from app.config import Settings
 from app.errors import Problem
 from app.logs import configure_logging
 from app.runtime import Runtime, open_runtime
-from app.use_cases import back_up
+from app.use_cases import back_up, sequence
 from app.use_cases import restore as restoring
 from app.use_cases.erase import erase_again
 from storage.archive import BackupBroken, BackupBusy, BackupMissing
@@ -111,7 +111,9 @@ def restore(
         def opened() -> AbstractAsyncContextManager[Runtime]:
             return open_runtime(settings, restoring=True)
 
-        done = await restoring.restore(opened, erase_again, folder, tell, set_id=set_id, replace=replace)
+        done = await restoring.restore(
+            opened, erase_again, sequence.close, folder, tell, set_id=set_id, replace=replace
+        )
         return dataclasses.asdict(done)
 
     done = _run(data_dir, restored, as_json=as_json)
@@ -125,7 +127,11 @@ def restore(
         for misfit in restoring.Restored(**done).log:  # type: ignore[arg-type] # its own fields
             typer.echo(f"The log: {misfit}.", err=True)
         for name in restoring.Restored(**done).unreadable:  # type: ignore[arg-type]
-            typer.echo(f"The ledger of erasures: {name} cannot be read; see who that is, and erase them.", err=True)
+            typer.echo(
+                f"The ledger of erasures: {name} is torn, or was not written by this store, and was not obeyed; find out whether "
+                "that person asked to be erased.",
+                err=True,
+            )
 
 
 def _say(found: dict[str, object], text: str, *, as_json: bool) -> None:
@@ -167,7 +173,7 @@ def _run(data_dir: Path | None, work: Callable[[Settings, Tell], Awaitable[T]], 
         typer.echo(f"{problem.title}: {problem.detail}", err=True)
     except (
         BackupBroken, BackupBusy, BackupMissing, OtherKey, back_up.MomentGone,
-        restoring.NotEmpty, restoring.RestoreBusy, restoring.StillServing,
+        restoring.EvidenceAway, restoring.NotEmpty, restoring.RestoreBusy, restoring.StillServing,
     ) as refused:  # fmt: skip
         typer.echo(f"{refused}.", err=True)
     except (PyMongoError, OSError, ValueError) as error:

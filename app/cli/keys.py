@@ -108,7 +108,7 @@ def rotate(
     signing: Annotated[bool, typer.Option("--signing", help="The key that signs tokens and receipts.")] = False,
     audit: Annotated[bool, typer.Option("--audit", help="The key that signs the heads of the audit log.")] = False,
     compromised: Annotated[
-        bool, typer.Option("--compromised", help="With --signing: former tokens are refused at once, all log in again.")
+        bool, typer.Option("--compromised", help="With --signing: former access tokens are refused at once.")
     ] = False,
 ) -> None:
     """Renew keys while the service runs: by default those of the galleries.

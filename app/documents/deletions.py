@@ -1,9 +1,11 @@
 """The ledger of erasures: who was erased, when, and what of it is still to be done.
 
 An entry is made in the erasure's transaction, and written to the evidence store afterwards: a restored backup knows of
-neither, so the copy outside tells whom to erase again. It names ids only.
+neither, so the copy outside tells whom to erase again. It names ids only, and bears a tag that only this store can make: who
+can write there must not be able to have somebody erased.
 """
 
+import hmac
 import json
 from datetime import UTC, datetime
 from typing import ClassVar, Final, Self
@@ -12,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from pymongo import IndexModel
 
 from app.documents.base import Stored, now
+from app.keys import KeyRing
 
 #: Where the entries lie in the evidence store.
 LEDGER: Final = "deletions/"
 
 
 class LedgerLine(BaseModel):
-    """An entry as the evidence store holds it."""
+    """An entry as the evidence store holds it. tag: over the others, in hex, under a key from the store's root secret."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -26,6 +29,12 @@ class LedgerLine(BaseModel):
     gallery_id: str
     erased_at: datetime
     event_id: str
+    tag: str = ""
+
+    def expected_tag(self, keys: KeyRing) -> str:
+        """The tag that it has when this store wrote it."""
+        told = json.dumps(self.model_dump(mode="json", exclude={"tag"}), sort_keys=True)
+        return keys.keyed_hash("erasure-ledger", told.encode()).hex()
 
 
 class Deletion(Stored):
@@ -59,25 +68,28 @@ class Deletion(Stored):
         moment = self.erased_at.astimezone(UTC)
         return f"{LEDGER}{moment:%Y%m%dT%H%M%S}{moment.microsecond // 1000:03d}Z-{self.id}.json"
 
-    @property
-    def ledger_line(self) -> bytes:
+    def ledger_line(self, keys: KeyRing) -> bytes:
         """Its bytes in the evidence store: the same for the same erasure."""
         line = LedgerLine(
             identity_id=self.id, gallery_id=self.gallery_id, erased_at=self.erased_at, event_id=self.event_id
         )
-        return json.dumps(line.model_dump(mode="json"), sort_keys=True).encode()
+        tagged = line.model_copy(update={"tag": line.expected_tag(keys)})
+        return json.dumps(tagged.model_dump(mode="json"), sort_keys=True).encode()
 
     @classmethod
-    def from_ledger(cls, data: bytes) -> Self:
-        """The erasure that a line of the evidence store tells of. Raises ValueError."""
+    def from_ledger(cls, data: bytes, keys: KeyRing) -> Self:
+        """The erasure that a line of the evidence store tells of. Raises ValueError when this store did not write it so."""
         line = LedgerLine.model_validate_json(data)
+        if not hmac.compare_digest(line.tag.encode(), line.expected_tag(keys).encode()):
+            message = "the line does not bear this store's tag"
+            raise ValueError(message)
         return cls(id=line.identity_id, gallery_id=line.gallery_id, erased_at=line.erased_at, event_id=line.event_id)
 
     @classmethod
-    async def unsettled(cls, before: datetime, limit: int) -> list[Self]:
-        """Those with something left to do since before that moment, the longest waiting first."""
-        waiting = {"unsettled_since": {"$lt": before}}
-        return await cls.find(waiting).sort("unsettled_since").limit(limit).to_list()
+    async def unsettled(cls, before: datetime, limit: int) -> list[str]:
+        """The ids of those with something left to do since before that moment, the longest waiting first."""
+        waiting = cls.get_pymongo_collection().find({"unsettled_since": {"$lt": before}}, {"_id": 1})
+        return [row["_id"] async for row in waiting.sort("unsettled_since").limit(limit)]
 
     async def photos_are_gone(self) -> None:
         """The store holds none of its photos any more."""
@@ -87,6 +99,7 @@ class Deletion(Stored):
         """Nothing is left to do."""
         await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"unsettled_since": None}})
 
-    async def put_off(self) -> None:
+    @classmethod
+    async def put_off(cls, id_: str) -> None:
         """Something could not be done; whoever waits behind it comes first next time."""
-        await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"unsettled_since": now()}})
+        await cls.get_pymongo_collection().update_one({"_id": id_}, {"$set": {"unsettled_since": now()}})

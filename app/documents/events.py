@@ -8,7 +8,7 @@ from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, Value, as_text
-from app.domain.log_export import Json, Line
+from app.domain.log_export import SALT_BYTES, Json, Line, personal_hash
 
 Outcome = Literal["success", "denied", "failure"]
 Detail = dict[str, str | int | float | bool | None]
@@ -107,9 +107,18 @@ class AuditEvent(Stored):
             "gallery": self.gallery, "request_id": self.request_id, "detail": dict(self.detail),
         }  # fmt: skip
 
+    @property
+    def borne_out(self) -> dict[str, str]:
+        """Of the values kept in the clear those that the leaf bears out: what lies beside an event proves nothing by itself."""
+        if self.personal is None or len(self.personal.salt) != SALT_BYTES:
+            return {}
+        salt = self.personal.salt
+        leaf = {"actor.name": self.actor.name, "actor.ip": self.actor.ip, "request_id": self.request_id}
+        return {name: value for name, value in self.personal.clear.items() if personal_hash(salt, value) == leaf[name]}
+
     def shown(self) -> Line:
-        """The event as readers see it: with the clear values while they are kept, and their hashes after."""
-        clear = {} if self.personal is None else self.personal.clear
+        """The event as readers see it: with the clear values while they are kept and true, and their hashes else."""
+        clear = self.borne_out
         actor: Json = {
             "kind": self.actor.kind, "id": self.actor.id, "name": clear.get("actor.name", self.actor.name),
             "ip": clear.get("actor.ip", self.actor.ip),
@@ -121,8 +130,8 @@ class AuditEvent(Stored):
     def exported(self) -> Line:
         """The event in an export: with what its leaf can be hashed again from; `skipped` and `end` are the export's to fill."""
         personal: Json = None
-        if self.personal is not None and self.personal.clear:
-            personal = {"fields": list(self.personal.clear), "salt": self.personal.salt.hex()}
+        if self.personal is not None and self.borne_out:
+            personal = {"fields": list(self.borne_out), "salt": self.personal.salt.hex()}
         return self.shown() | {"personal": personal, "skipped": [], "end": None}
 
 

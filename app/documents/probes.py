@@ -34,8 +34,8 @@ class Place:
 class Probe(Stored):
     """One selfie's likeness, sealed under the identity's data key for as long as the selfie itself would be refused.
 
-    The id is the identity's with the number of a slot, so that two selfies at the same moment want the same one and their
-    transactions conflict: neither is overlooked.
+    The id is the identity's with the number of a slot, so that two matches (or two non-matches) at the same moment want the
+    same one and their transactions conflict: neither is overlooked.
     """
 
     identity_id: str

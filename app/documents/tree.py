@@ -1,9 +1,10 @@
 """The Merkle tree over the audit log: its size, its nodes, its signed heads, and the keys that sign them."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, NamedTuple, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
@@ -18,7 +19,14 @@ from app.domain.log_export import canonical, head_bytes
 from app.domain.merkle import Growth, Node, fold
 from app.keys import KeyRing
 
+#: Where heads and public keys lie in the evidence store.
+HEADS: Final = "heads/"
+KEYS: Final = "keys/"
+
 _TREE_ID: Final = "tree"
+_HEAD_NAME: Final = re.compile(
+    rf"{HEADS}[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}/[0-9]{{9}}-([0-9]{{12,18}})-([0-9a-f]{{16}})\.json"
+)
 
 
 class AuditTree(Stored):
@@ -80,12 +88,14 @@ class TreeNode(Stored):
 class AuditKey(Stored):
     """A key that signs tree heads; its id is the beginning of its public key's SHA-256. One is in use, none is ever deleted.
 
-    sealed_private: under the key-encryption key; None once it was replaced, so that it signs nothing any more.
+    sealed_private: under the key-encryption key; None once it was replaced, so that it signs nothing any more. is_delivered:
+    whether its public part lies in the evidence store, where a restore does not forget it.
     """
 
     public: bytes
     sealed_private: bytes | None
     is_active: bool = True
+    is_delivered: bool = False
     created_at: datetime
     retired_at: datetime | None = None
 
@@ -121,6 +131,16 @@ class AuditKey(Stored):
                 await cls.fresh(keys).insert()
             except DuplicateKeyError:
                 return  # another process was faster
+
+    @classmethod
+    async def undelivered(cls) -> list[Self]:
+        """Keys whose public part the evidence store does not hold yet."""
+        return await cls.find({"is_delivered": {"$ne": True}}).to_list()
+
+    @property
+    def evidence(self) -> tuple[str, bytes]:
+        """The name and the bytes that its public part has in the evidence store: a line as `idem audit key` prints it."""
+        return f"{KEYS}{self.id}.txt", f"{self.id} {self.public.hex()}\n".encode()
 
     def sign(self, keys: KeyRing, message: bytes) -> bytes:
         """The message's Ed25519 signature; 64 bytes. Raises SealBroken; ValueError when the key is no longer in use."""
@@ -181,9 +201,33 @@ class TreeHead(Stored):
 
     @property
     def evidence(self) -> tuple[str, bytes]:
-        """The name and the bytes that it has in the evidence store; names are in the order of their times."""
-        stamp = self.time.strftime("%H%M%S") + f"{self.time.microsecond // 1000:03d}"
-        return f"heads/{self.time:%Y-%m-%d}/{stamp}-{self.id}.json", canonical(self.head.as_json())
+        """The name and the bytes that it has in the evidence store."""
+        return KeptHead.name_of(self.head), canonical(self.head.as_json())
+
+
+class KeptHead(NamedTuple):
+    """A head in the evidence store, by its name alone. Names are in the order of the heads' times."""
+
+    name: str
+    size: int
+    key_id: str
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """None for a name that no head has."""
+        known = _HEAD_NAME.fullmatch(name)
+        return None if known is None else cls(name, int(known[1]), known[2])
+
+    @classmethod
+    def name_of(cls, head: Head) -> str:
+        """The name that a head has there."""
+        return f"{cls.names_at(head.time)}-{head.size:012d}-{head.key_id}.json"
+
+    @staticmethod
+    def names_at(time: str) -> str:
+        """How the names of heads of that time (as the contract writes it) begin."""
+        day, _, clock = time.partition("T")
+        return HEADS + day + "/" + clock.translate(str.maketrans("", "", ":.Z"))
 
 
 TREE_DOCUMENTS = [AuditTree, TreeNode, AuditKey, TreeHead]

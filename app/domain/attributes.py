@@ -6,7 +6,7 @@ import unicodedata
 from datetime import date
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypeAliasType
 
 #: Beginnings of names are looked up by so many characters at most; what is longer is compared after opening.
@@ -14,6 +14,10 @@ PREFIX_CHARACTERS = 12
 #: Words of a name from which on it can be looked up.
 NAME_WORDS = 8
 METADATA_BYTES, METADATA_KEYS, METADATA_DEPTH = 4096, 32, 3
+REFERENCE_MAXIMUM, NAME_MAXIMUM = 128, 256
+#: So many code points become one in NFC at most. What is longer is refused before: to order the marks on one letter takes the
+#: square of their number.
+COMPOSED_OF = 4
 #: General categories that have no place in a name or a reference: controls, formats, surrogates, private use, unassigned.
 UNCLEAN = ("Cc", "Cf", "Cs", "Co", "Cn")
 #: Zero-width joiner and non-joiner are formats that Persian and Indic names are spelt with.
@@ -33,10 +37,6 @@ def _clean(text: str) -> str:
     return text
 
 
-#: Text without control, format or broken characters, in NFC, trimmed, not empty.
-CleanText = Annotated[str, AfterValidator(_clean)]
-
-
 def _depth(value: Json) -> int:
     if isinstance(value, dict):
         return 1 + max((_depth(item) for item in value.values()), default=0)
@@ -51,15 +51,21 @@ def _keys(value: Json) -> list[str]:
     return [key for item in value for key in _keys(item)] if isinstance(value, list) else []
 
 
-def _small(metadata: dict[str, Json]) -> dict[str, Json]:
+def _small(metadata: object) -> object:
     try:
         size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
-    except (ValueError, UnicodeEncodeError, RecursionError) as error:
+    except (ValueError, TypeError, UnicodeEncodeError, RecursionError) as error:
         message = "holds numbers or text that JSON cannot"
         raise ValueError(message) from error
+    if size > METADATA_BYTES:
+        message = f"is larger than {METADATA_BYTES} bytes"
+        raise ValueError(message)
+    return metadata
+
+
+def _simple(metadata: dict[str, Json]) -> dict[str, Json]:
     keys = _keys(metadata)
     faults = {
-        f"is larger than {METADATA_BYTES} bytes": size > METADATA_BYTES,
         f"has more than {METADATA_KEYS} keys": len(keys) > METADATA_KEYS,
         f"is nested deeper than {METADATA_DEPTH}": _depth(metadata) > METADATA_DEPTH,
         "has a key that begins with $ or holds a dot": any(key.startswith("$") or "." in key for key in keys),
@@ -70,9 +76,21 @@ def _small(metadata: dict[str, Json]) -> dict[str, Json]:
     return metadata
 
 
-Metadata = Annotated[dict[str, Json], AfterValidator(_small)]
-ExternalRef = Annotated[CleanText, StringConstraints(min_length=1, max_length=128)]
-FullName = Annotated[CleanText, StringConstraints(min_length=1, max_length=256)]
+#: Its size comes first: to tell the type of each value takes a thousand times as long.
+Metadata = Annotated[dict[str, Json], BeforeValidator(_small), AfterValidator(_simple)]
+#: Text without control, format or broken characters, in NFC, trimmed, not empty.
+ExternalRef = Annotated[
+    str,
+    Field(max_length=COMPOSED_OF * REFERENCE_MAXIMUM),
+    AfterValidator(_clean),
+    Field(min_length=1, max_length=REFERENCE_MAXIMUM),
+]
+FullName = Annotated[
+    str,
+    Field(max_length=COMPOSED_OF * NAME_MAXIMUM),
+    AfterValidator(_clean),
+    Field(min_length=1, max_length=NAME_MAXIMUM),
+]
 
 
 WRITTEN_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")

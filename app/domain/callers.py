@@ -11,7 +11,7 @@ CallerKind = Literal["user", "client"]
 
 #: A provider gives at least this much of IPv6 to one customer (RFC 6177), who may use any address of it.
 _IPV6_PREFIX: Final = 64
-#: Longer usernames are nobody's; they are not even looked for.
+#: Longer usernames are nobody's: they are not even looked for, and compared as they are.
 USERNAME_MAXIMUM: Final = 64
 
 
@@ -70,6 +70,8 @@ def shown_score(caller: Caller | None, score: float) -> float:
 
 def username_key(username: str) -> str:
     """A username as it is compared: compatibility forms and letter case do not tell two people apart."""
+    if len(username) > USERNAME_MAXIMUM:
+        return username  # to order the marks on one letter takes the square of their number, while everybody waits
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
 
 

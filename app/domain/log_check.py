@@ -6,21 +6,25 @@ Everything here is also in `scripts/verify_audit.py`, which an auditor can read 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from app.domain.log_export import BadLine, Form, Json, Line, decoded, head_bytes, heading, leaf_bytes
+from app.domain.log_export import BadLine, Form, Json, Line, decoded, head_bytes, heading, leaf_bytes, without_events
 from app.domain.merkle import Growth, leaf_hash, subtrees
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
+#: The one form of a time, so that text order is time order.
+_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
+_KEY_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A signed tree head. time: as it was signed, RFC 3339 in UTC, so that text order is time order; hashes in hex."""
+    """A signed tree head. time: as it was signed, RFC 3339 in UTC with milliseconds; hashes in hex."""
 
     size: int
     root_hash: str
@@ -36,7 +40,8 @@ class Head:
                 "size": int(size), "root_hash": str(root), "time": str(time), "key_id": str(key), "signature": str(sign),
                 **rest,
             } if not rest and not isinstance(size, bool) and size >= 0:  # fmt: skip
-                if _HASH.fullmatch(root) and _SIGNATURE.fullmatch(sign):
+                is_hex = _HASH.fullmatch(root) and _SIGNATURE.fullmatch(sign)
+                if is_hex and _TIME.fullmatch(time) and _KEY_ID.fullmatch(key):
                     return cls(size, root, time, key, sign)
         message = "this is no signed tree head"
         raise BadLine(message)
@@ -72,7 +77,8 @@ class Report:
 
     findings: the first one first. left_out: (from, up to) of events that the export does not hold, and whose hashes it does, so
     that nothing could be changed there either. heads: how many signed heads fitted; unplaced: how many were not compared,
-    because the log has grown since the export, or because they end among events left out.
+    because they end among events left out; newer: because they were signed after the export was taken. beyond: how many should
+    have been within it, and are not. head: the export's own.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -80,6 +86,8 @@ class Report:
     left_out: list[tuple[int, int]] = field(default_factory=list)
     heads: int = 0
     unplaced: int = 0
+    newer: int = 0
+    beyond: int = 0
     head: Head | None = None
 
     def find(self, seq: int | None, what: str) -> None:
@@ -94,10 +102,13 @@ def check_export(
     heads: Sequence[Head] = (),
     *,
     is_partial: bool = False,
+    taken_at: str | None = None,
 ) -> Report:
     """Check an export, line by line as it lies in its file, against its own signed head and any others.
 
-    keys: public keys by their ids. is_partial: events may be left out, as from the export of a time or of some galleries.
+    keys: public keys by their ids. is_partial: events may be left out, as from the export of a time or of some galleries; not
+    behind its own head. taken_at: when it was asked for, as heads have their times: later heads may be over more events than its
+    own head is. Without it none may, since an older head is as genuine as the newest.
     """
     report = Report()
     trusted = [head for head in heads if _check_signature(report, head, keys)]
@@ -106,8 +117,9 @@ def check_export(
     if own is not None and _check_signature(report, own, keys):
         report.head = own
         reading.compare(own)
+        _check_reach(report, own, trusted, taken_at)
         trusted.append(own)
-    report.unplaced = reading.unplaced()
+    report.unplaced = reading.unplaced(report.head)
     _check_against_each_other(report, trusted)
     if report.left_out and not is_partial:
         start, stop = report.left_out[0]
@@ -135,9 +147,13 @@ class _Reading:
         remaining = iter(lines)
         if form == "csv" and next(remaining, b"") != heading(form):
             self._report.find(None, "the first line is not the heading of an export")
-        for number, raw in enumerate(remaining, start=2 if form == "csv" else 1):
+        first = 2 if form == "csv" else 1
+        for number, raw in enumerate(remaining, first):
             try:
                 line = decoded(raw, form)
+                if number == first and line["end"] is not None and line == without_events(line["end"]):
+                    end = line["end"]
+                    continue
                 seq, leaf = _number(line), leaf_hash(leaf_bytes(line))
             except BadLine as problem:
                 # Its place is known only while all before it were in order.
@@ -184,7 +200,7 @@ class _Reading:
     def _skip(self, skipped: Json, stop: int) -> None:
         """Go over the events up to `stop` by the hashes of their subtrees."""
         start, parts = self._tree.size, list(subtrees(self._tree.size, stop))
-        hashes = skipped if isinstance(skipped, list) else []
+        hashes = skipped if isinstance(skipped, list) else [skipped]
         if len(hashes) != len(parts) or not all(isinstance(part, str) and _HASH.fullmatch(part) for part in hashes):
             missing = not hashes and start < stop
             self._report.find(
@@ -232,9 +248,9 @@ class _Reading:
             else:
                 self._report.find(None, what)
 
-    def unplaced(self) -> int:
-        """How many heads end where the export tells nothing."""
-        return sum(len(heads) for heads in self._waiting.values())
+    def unplaced(self, own: Head | None) -> int:
+        """How many heads, of those up to the export's own, end where it tells nothing."""
+        return sum(len(heads) for size, heads in self._waiting.items() if own is None or size <= own.size)
 
 
 def _number(line: Line) -> int:
@@ -251,29 +267,41 @@ def _check_signature(report: Report, head: Head, keys: Mapping[str, bytes]) -> b
         report.find(
             None, f"the head of {head.time} over {head.size} events is signed by {head.key_id}, a key not given"
         )
-    elif not head.is_signed_by(key):
+        return False
+    if not head.is_signed_by(key):
         report.find(None, f"the signature on the head of {head.time} over {head.size} events is wrong")
-    return key is not None and head.is_signed_by(key)
+        return False
+    return True
+
+
+def _check_reach(report: Report, own: Head, heads: Iterable[Head], taken_at: str | None) -> None:
+    """The export reaches as far as any head that was signed before it was taken."""
+    larger = [head for head in heads if head.size > own.size]
+    beyond = [head for head in larger if taken_at is None or head.time <= taken_at]
+    report.beyond, report.newer = len(beyond), len(larger) - len(beyond)
+    if beyond:
+        largest = max(beyond, key=lambda head: head.size)
+        cut = _events(own.size, largest.size)
+        report.find(own.size, f"{cut} cut off: {largest.size} were signed at {largest.time}")
 
 
 def _check_against_each_other(report: Report, heads: Sequence[Head]) -> None:
     """Two signed heads prove by themselves that the log was not one: of one size and two roots, or smaller with time."""
     roots: dict[int, Head] = {}
-    largest: Head | None = None
-    for head in sorted(heads, key=lambda head: (head.time, head.size)):
+    ordered = sorted(heads, key=lambda head: (head.time, head.size))
+    for head in ordered:
         other = roots.setdefault(head.size, head)
         if other.root_hash != head.root_hash:
             report.find(
                 None,
                 f"two signed heads contradict each other: {other.time} and {head.time}, both over {head.size} events",
             )
-        if largest is not None and head.size < largest.size:
+    for former, head in pairwise(ordered):
+        if head.size < former.size:
             report.find(
                 head.size,
-                f"the log was set back: {largest.size} events were signed at {largest.time}, {head.size} at {head.time}",
+                f"the log was set back: {former.size} events were signed at {former.time}, {head.size} at {head.time}",
             )
-        if largest is None or head.size >= largest.size:
-            largest = head
 
 
 def _events(start: int, stop: int) -> str:

@@ -6,6 +6,8 @@ A line is the event as the API shows it, and what is needed to check it with not
     skipped    hashes of the subtrees over the events between the line before and this one; none in a whole export
     end        null; in the last line {head, skipped}: a signed tree head, and the subtrees from here up to its size
 
+An export without events has one line: null in every field but `end`.
+
 A line has exactly one form, so that no byte of it can be changed unseen: canonical JSON (RFC 8785), or the same values in
 the cells of a CSV.
 """
@@ -36,9 +38,9 @@ PERSONAL: Final = ("actor.name", "actor.ip", "request_id")
 _CELLS_OF_JSON: Final = frozenset({"actor", "subject", "detail", "personal", "skipped", "end"})
 #: What a sheet may take for a formula when a cell begins with it, be it after blanks; full-width forms too.
 _FORMULA_STARTS: Final = tuple("=+-@＝＋－＠")
-
-
-_SALT: Final = re.compile(r"(?:[0-9a-f]{2})+")
+#: Of one length only: HMAC pads a key with zeros, so that a longer salt could give the same hashes.
+SALT_BYTES: Final = 16
+_SALT: Final = re.compile(rf"[0-9a-f]{{{2 * SALT_BYTES}}}")
 
 
 class BadLine(ValueError):
@@ -91,7 +93,7 @@ def leaf_bytes(line: Mapping[str, Json]) -> bytes:
 
 def _from_hex(text: str) -> bytes:
     if not _SALT.fullmatch(text):
-        message = "a salt is not lower-case hex"
+        message = f"a salt is not {2 * SALT_BYTES} digits of lower-case hex"
         raise BadLine(message)
     return bytes.fromhex(text)
 
@@ -99,6 +101,11 @@ def _from_hex(text: str) -> bytes:
 def encoded(line: Mapping[str, Json], form: Form) -> bytes:
     """The line as it is exported, with its end of line."""
     return canonical(line) + b"\n" if form == "ndjson" else _row([_cell(name, line[name]) for name in FIELDS])
+
+
+def without_events(end: Json) -> Line:
+    """The one line of an export that holds no event."""
+    return dict.fromkeys(FIELDS) | {"end": end}
 
 
 def heading(form: Form) -> bytes:
@@ -142,7 +149,7 @@ def _value(name: str, cell: str) -> Json:
         return cast("Json", json.loads(cell))
     text = cell.removeprefix("'")
     if name == "seq":
-        return int(text)
+        return int(text) if text else None
     return text or None
 
 

@@ -1,4 +1,7 @@
-"""Challenge: a nonce to bind one selfie to, so that a photo taken earlier is of no use."""
+"""Challenge: a nonce for one verification, so that its answer belongs to this moment and this caller.
+
+Nothing of it is in the pixels: that a selfie was taken since is the caller's word.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta

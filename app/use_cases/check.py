@@ -6,16 +6,19 @@ to be written anew. People, verdicts and events are never touched.
 """
 
 import asyncio
+import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.backups import PhotoName, Tell, history_kept, in_groups, misfits_outside
+from app.backups import HeadsOutside, PhotoName, Tell, heads_outside, history_kept, in_groups, misfit_of
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
@@ -24,7 +27,7 @@ from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
 from app.documents.restores import Restore
 from app.documents.sealed import data_key, gallery_key, open_attributes, open_photo, open_template
-from app.documents.tree import AuditTree
+from app.documents.tree import AuditTree, KeptHead
 from app.domain.log_export import canonical
 from app.domain.merkle import Growth, leaf_hash
 from app.keys import DataKey, SealBroken
@@ -42,6 +45,7 @@ LISTED: Final = 200
 ORPHAN_AGE: Final = timedelta(hours=24)
 #: Events get their number within a second as long as a worker runs.
 NUMBERED_WITHIN: Final = timedelta(minutes=1)
+_HASH: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ async def check(runtime: Runtime, tell: Tell, *, repair: bool = False, photos: b
 
 
 async def _check(runtime: Runtime, tell: Tell, *, repair: bool, photos: bool) -> Checked:
+    # Before the moment that MongoDB is asked to remember: a bucket takes its time to list years of heads.
+    outside = await heads_outside(runtime.evidence, (await AuditTree.current()).size, tell)
     async with history_kept(runtime.mongo), runtime.mongo.start_session(snapshot=True) as session:
         one = _Looking(runtime, session, tell, repair, photos, Checked())
         galleries = [gallery async for gallery in Gallery.find_all(session=session)]
@@ -86,7 +92,7 @@ async def _check(runtime: Runtime, tell: Tell, *, repair: bool, photos: bool) ->
             await one.gallery(gallery)
         await one.erasures()
         await one.look_alikes()
-        await one.log()
+        await one.log(outside)
         for gallery in galleries:
             await one.index(gallery)
         if photos:
@@ -168,19 +174,25 @@ class _Looking:
             candidates = {case.id: [candidate.identity_id for candidate in case.candidates] for case in opened}
             await self._pointing("case", candidates, living=False)
 
-    async def log(self) -> None:
+    async def log(self, outside: HeadsOutside) -> None:
         """Every event has its number and its leaf, the tree is that of the leaves, and bears out the heads kept outside."""
         tree, growth, done = await AuditTree.current(self.session), Growth(), 0
-        numbered = AuditEvent.find({"seq": {"$type": "number"}}, session=self.session).sort("+seq")
-        async for events in in_groups(aiter(numbered), PEOPLE_AT_ONCE):
+        for misfit in outside.misfits:
+            self._find("log-head", None, None, misfit)
+        # Their roots come from the events themselves: the tree's own nodes may have been left as they were.
+        roots = dict.fromkeys((head.size for head in outside.last), growth.root)
+        # As they lie there: an event that was changed may be none any more.
+        numbered = AuditEvent.get_pymongo_collection().find({"seq": {"$type": "number"}}, session=self.session)
+        async for events in in_groups(aiter(numbered.sort("seq")), PEOPLE_AT_ONCE):
             for event in events:
                 seq = growth.size
-                if event.seq != seq:
-                    self._find("log-hole", None, str(seq), f"event {seq} is missing: {event.seq} comes in its place")
+                if event["seq"] != seq:
+                    told = f"event {seq} is missing: {event['seq']} comes in its place"
+                    self._find("log-hole", None, str(seq), told)
                     return
-                if leaf_hash(canonical(event.leaf(seq))).hex() != event.leaf_hash:
-                    self._find("log-event-changed", None, event.id, f"event {seq} is not what its leaf was hashed over")
-                growth.add(bytes.fromhex(event.leaf_hash or ""))
+                growth.add(self._leaf(event, seq))
+                if growth.size in roots:
+                    roots[growth.size] = growth.root
             done += len(events)
             self.tell("events", done, max(done, tree.size))
         self.found.looked_at["events"] += done
@@ -188,17 +200,25 @@ class _Looking:
             self._find("log-cut", None, None, f"the tree has {tree.size} leaves, and {growth.size} events are there")
         elif growth.peaks != list(tree.peaks):
             self._find("log-tree", None, None, "the tree is not that of the events")
-        late = {"seq": None, "time": {"$lt": now() - NUMBERED_WITHIN}}
-        if waiting := await AuditEvent.get_pymongo_collection().find(late, {"_id": 1}).to_list(LISTED):
-            oldest = waiting[0]["_id"]
-            self._find(
-                "log-unnumbered",
-                None,
-                oldest,
-                f"{len(waiting)} events or more wait for their number: is a worker running?",
-            )
-        for misfit in await misfits_outside(self.runtime.evidence, await AuditTree.current()):
-            self._find("log-head", None, None, misfit)
+        await self._unnumbered()
+        await self._heads(outside.last, roots)
+
+    def _leaf(self, row: Mapping[str, Any], seq: int) -> bytes:
+        """The leaf that an event states; the event is what that was hashed over, and so is what lies beside it."""
+        hashed, stated = b"", row.get("leaf_hash")
+        with suppress(ValueError):  # of what is no event, or has no place in a leaf
+            event = AuditEvent.model_validate(row)
+            hashed = leaf_hash(canonical(event.leaf(seq)))
+            kept = {} if event.personal is None else event.personal.clear
+            if untrue := [name for name in kept if name not in event.borne_out]:
+                told = f"event {seq}: {', '.join(untrue)} beside it is not what its leaf was hashed over"
+                self._find("log-name-changed", None, event.id, told)
+        if not hashed or hashed.hex() != stated:
+            told = f"event {seq} is not what its leaf was hashed over"
+            self._find("log-event-changed", None, str(row["_id"]), told)
+        # The tree tells which of the two was changed.
+        is_hash = isinstance(stated, str) and _HASH.fullmatch(stated)
+        return bytes.fromhex(str(stated)) if is_hash else hashed
 
     async def index(self, gallery: Gallery) -> None:
         """The published files are what was published, and not ahead of the documents."""
@@ -213,7 +233,8 @@ class _Looking:
         if fault is None:
             store = self.runtime.search.store
             try:
-                await asyncio.to_thread(store.verify, gallery.id, gallery.epoch, published.number, published.digest)
+                wanted = (gallery.id, gallery.epoch, published.number, published.digest)
+                await self.runtime.share.run_long("verify", partial(store.verify, *wanted))
             except (BadGeneration, GenerationStoreUnavailable) as error:
                 fault = str(error)
         # Published anew meanwhile, and the former files are gone: then nothing is wrong with what counts.
@@ -255,6 +276,21 @@ class _Looking:
                 f"the restore of {standing.set_id} stopped at {standing.state}: let it come to its end, or abandon it"
             )
             self._find("restore-unfinished", None, standing.set_id, message)
+
+    async def _unnumbered(self) -> None:
+        """No event waits for its number for long."""
+        late = {"seq": None, "time": {"$lt": now() - NUMBERED_WITHIN}}
+        if waiting := await AuditEvent.get_pymongo_collection().find(late, {"_id": 1}).to_list(LISTED):
+            told = f"{len(waiting)} events or more wait for their number: is a worker running?"
+            self._find("log-unnumbered", None, waiting[0]["_id"], told)
+
+    async def _heads(self, heads: Sequence[KeptHead], roots: Mapping[int, bytes]) -> None:
+        """Heads outside are signed over the events that are there; of many the last of each day."""
+        for head in heads:
+            wrong = await misfit_of(self.runtime.evidence, head, roots[head.size])
+            if wrong is not None:
+                self._find("log-head", None, None, wrong)
+        self.found.looked_at["tree heads"] += len(heads)
 
     async def _people(self, gallery: Gallery) -> AsyncIterator[list[Identity]]:
         living = {"gallery_id": gallery.id, "status": {"$ne": "erased"}}

@@ -23,7 +23,7 @@ from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Attempts, Identity, Screening
 from app.documents.probes import Probe
 from app.documents.scans import ScanPair
-from app.errors import NotFound, NotReady
+from app.errors import DependencyUnavailable, NotFound, NotReady
 from app.runtime import Runtime
 from storage.evidence import EvidenceExists, EvidenceUnavailable
 from storage.photos import PhotoStoreUnavailable
@@ -135,7 +135,9 @@ async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
             )
         except NotFound:  # another process was quicker
             return None
-        left = {"photo_keys": gone.photo_keys, "unsettled_since": now(), "index_purge_by": gone.purge_by}
+        # A backup does not know of the photos that came after it.
+        keys = sorted({*deletion.photo_keys, *gone.photo_keys})
+        left = {"photo_keys": keys, "unsettled_since": now(), "index_purge_by": gone.purge_by}
         await _enter(deletion.model_copy(update=left), session)
         return gone
 
@@ -157,6 +159,11 @@ async def erase_expired(runtime: Runtime) -> int:
                 await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention")
             except NotFound:  # by somebody else, just now
                 continue
+            except (PyMongoError, DependencyUnavailable):
+                raise
+            except Exception:  # one person's trouble is no reason to keep the others
+                log.exception("retention_not_kept", identity=identity_id)
+                continue
             erased += 1
     if erased:
         log.info("retention_kept", erased=erased)
@@ -167,17 +174,28 @@ async def settle_overdue(runtime: Runtime) -> int:
     """Do what the stores could not do when somebody was erased; how many erasures are settled by it."""
     settled = 0
     waiting = await Deletion.unsettled(now() - SETTLE_GRACE, SETTLED_AT_ONCE)
-    for deletion in waiting:
-        try:
-            await _settle(runtime, deletion)
-        except (PhotoStoreUnavailable, EvidenceUnavailable, EvidenceExists) as error:
-            say = log.error if deletion.erased_at < now() - LATE else log.warning
-            say("erasure_not_settled", identity=deletion.id, error=type(error).__name__)
-            await deletion.put_off()
-        else:
-            settled += 1
+    for identity_id in waiting:
+        settled += await _settle_later(runtime, identity_id)
     UNSETTLED.set(len(waiting) - settled)
     return settled
+
+
+async def _settle_later(runtime: Runtime, identity_id: str) -> bool:
+    """Whether it is settled now. Whatever is wrong with one holds up none of the others."""
+    deletion = None
+    try:
+        deletion = await Deletion.get(identity_id)
+        if deletion is not None:
+            await _settle(runtime, deletion)
+    except (PhotoStoreUnavailable, EvidenceUnavailable) as error:
+        say = log.error if deletion is not None and deletion.erased_at < now() - LATE else log.warning
+        say("erasure_not_settled", identity=identity_id, error=type(error).__name__)
+    except Exception:
+        log.exception("erasure_not_settled", identity=identity_id)
+    else:
+        return True
+    await Deletion.put_off(identity_id)
+    return False
 
 
 async def _take(
@@ -232,20 +250,32 @@ async def _afterwards(runtime: Runtime, deletion: Deletion, gone: _Gone) -> None
     try:
         async with asyncio.timeout(SETTLE_SECONDS):
             await _settle(runtime, deletion)
-    except (PhotoStoreUnavailable, EvidenceUnavailable, EvidenceExists, PyMongoError, TimeoutError) as error:
+    except (PhotoStoreUnavailable, EvidenceUnavailable, PyMongoError, TimeoutError) as error:
         # The photos' key is gone, so they are noise already.
         log.warning("erasure_left_to_the_sweep", identity=deletion.id, error=type(error).__name__)
+    except Exception:
+        log.exception("erasure_left_to_the_sweep", identity=deletion.id)
     for newcomer_id, job_id in gone.requeued:
         await runtime.queue.enqueue_screening(newcomer_id, job_id, again=f":{gone.event.id}")
 
 
 async def _settle(runtime: Runtime, deletion: Deletion) -> None:
-    """Delete the photos, every version; write the ledger's line outside; forget what of the person's events is personal."""
+    """Write the ledger's line outside; forget what of the person's events is personal; delete the photos, every version.
+
+    The line comes first: without it, whoever puts a backup in place of a lost database brings the person back. But nothing
+    else waits until it can be written.
+    """
+    trouble = None
+    try:
+        await runtime.evidence.append(deletion.ledger_name, deletion.ledger_line(runtime.keys))
+    except (EvidenceUnavailable, EvidenceExists) as error:
+        trouble = error
+    await AuditEvent.forget_personal({"subject.kind": "identity", "subject.id": deletion.id})
     if deletion.photo_keys:
         await runtime.photos.delete(deletion.photo_keys)
         await deletion.photos_are_gone()
-    await runtime.evidence.append(deletion.ledger_name, deletion.ledger_line)
-    await AuditEvent.forget_personal({"subject.kind": "identity", "subject.id": deletion.id})
+    if trouble is not None:
+        raise trouble
     await deletion.settled()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -79,7 +80,7 @@ async def states(runtime: Runtime, name: str | None = None) -> list[IndexState]:
     """The state of one gallery's index, or of all, with the disk that it takes."""
     found = []
     for state in await heads(None if name is None else await chosen(runtime, name)):
-        use = await asyncio.to_thread(runtime.search.store.disk_use, state.gallery_id)
+        use = await runtime.share.run(runtime.search.store.disk_use, state.gallery_id)
         found.append(replace(state, disk_mib=round(use.share / MIB, 1)))
     return found
 
@@ -93,9 +94,8 @@ async def verify(runtime: Runtime, name: str | None = None) -> list[Finding]:
             findings.append(Finding(gallery.name, is_good=True, message="nothing is published"))
             continue
         try:
-            manifest = await asyncio.to_thread(
-                runtime.search.store.verify, gallery.id, gallery.epoch, generation.number, generation.digest
-            )
+            wanted = (gallery.id, gallery.epoch, generation.number, generation.digest)
+            manifest = await runtime.share.run_long("verify", partial(runtime.search.store.verify, *wanted))
             compared = await _compare(runtime, gallery, generation)
         except (BadGeneration, ValueError) as error:
             await gallery.report(generation.number, str(error))
@@ -109,9 +109,8 @@ async def verify(runtime: Runtime, name: str | None = None) -> list[Finding]:
 
 async def _compare(runtime: Runtime, gallery: Gallery, generation: Generation) -> int:
     """Compare the first and the last vectors with the documents'; returns how many. Raises ValueError when one differs."""
-    folder, _ = await asyncio.to_thread(
-        runtime.search.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
-    )
+    wanted = (gallery.id, gallery.epoch, generation.number, generation.digest)
+    folder, _ = await runtime.share.run_long("fetch", partial(runtime.search.store.fetch, *wanted))
     ids, vectors = rows.read_rows(folder, gallery.dimension)
     key = gallery_key(runtime.keys, gallery)
     turning = Turning.of(key, generation.rotation, gallery.dimension)
@@ -188,9 +187,8 @@ async def _tuned(runtime: Runtime, gallery: Gallery) -> Tuning:
     if generation is None or generation.kind == "exact":
         word = "nothing is published yet" if generation is None else "every vector is compared exactly"
         return Tuning(gallery.name, gallery.samples, threshold, target, None, None, None, word)
-    folder, manifest = await asyncio.to_thread(
-        runtime.search.store.fetch, gallery.id, gallery.epoch, generation.number, generation.digest
-    )
+    wanted = (gallery.id, gallery.epoch, generation.number, generation.digest)
+    folder, manifest = await runtime.share.run_long("fetch", partial(runtime.search.store.fetch, *wanted))
 
     def measured() -> calibration.ProbeCurve:
         _, vectors = rows.read_rows(folder, gallery.dimension)

@@ -53,7 +53,7 @@ async def create_user(runtime: Runtime, action: Action, fields: UserFields, pass
     taken).
     """
     _check_grant(action, fields)
-    check_password(password)
+    check_password(password, refuse_common=runtime.settings.is_production)
     user = User(
         username=fields.username,
         username_key=username_key(fields.username),
@@ -89,7 +89,7 @@ async def update_user(
     admin would be left.
     """
     if password is not None:
-        check_password(password)
+        check_password(password, refuse_common=runtime.settings.is_production)
     hashed = None if password is None else await runtime.passwords.hashed(password)
 
     async def body(session: AsyncClientSession) -> User:

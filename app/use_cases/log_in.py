@@ -25,6 +25,7 @@ from app.runtime import Runtime
 #: A login is kept for as long as an access token of it may live.
 LONGEST_ACCESS: Final = timedelta(seconds=LONGEST_LIFE_SECONDS)
 
+WhyNotRefreshed = Literal["unknown_token", "refresh_reuse", "disabled", "revoked", "expired"]
 GrantError = Literal["invalid_request", "invalid_client", "invalid_grant", "unsupported_grant_type"]
 
 
@@ -146,12 +147,12 @@ async def refresh(runtime: Runtime, action: Action, refresh_token: str) -> Grant
     """
     digest, secret = secret_digest(refresh_token), new_secret()
 
-    async def body(session: AsyncClientSession) -> tuple[User, Login] | None:
+    async def body(session: AsyncClientSession) -> tuple[User, Login] | WhyNotRefreshed:
         presented = await RefreshToken.get(digest, session=session)
         login = None if presented is None else await Login.get(presented.login_id, session=session)
         user = None if login is None else await User.get(login.user_id, session=session)
         if presented is None or login is None or user is None:
-            return None
+            return "unknown_token"
         moment = now()
         acting = replace(action, caller=user_as_caller(user, session_id=login.id))
         reason = _why_not_refreshed(presented, login, user, moment)
@@ -162,7 +163,7 @@ async def refresh(runtime: Runtime, action: Action, refresh_token: str) -> Grant
             await audit.record(
                 session, acting, subject_kind="login", subject_id=login.id, outcome="denied", detail=detail
             )
-            return None
+            return reason
         # A second use at the same moment conflicts here, starts over, and finds it used.
         await presented.update({"$set": {"used_at": moment}}, session=session)
         await _next_refresh_token(runtime, login, secret, moment).insert(session=session)
@@ -170,8 +171,11 @@ async def refresh(runtime: Runtime, action: Action, refresh_token: str) -> Grant
         return user, login
 
     refreshed = await runtime.transaction(body)
-    if refreshed is None:
-        runtime.access.forget()
+    if isinstance(refreshed, str):
+        if refreshed == "unknown_token":
+            await _record_denied(runtime, action, None, refreshed)
+        else:
+            runtime.access.forget()
         raise GrantRefused("invalid_grant", "The refresh token does not hold (any more).")
     user, login = refreshed
     return await _grant(runtime, user, login.id, secret)
@@ -216,7 +220,7 @@ def _next_refresh_token(runtime: Runtime, login: Login, secret: str, moment: dat
     )
 
 
-def _why_not_refreshed(presented: RefreshToken, login: Login, user: User, moment: datetime) -> str | None:
+def _why_not_refreshed(presented: RefreshToken, login: Login, user: User, moment: datetime) -> WhyNotRefreshed | None:
     if presented.used_at is not None:
         return "refresh_reuse"
     if user.disabled:

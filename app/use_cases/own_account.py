@@ -32,7 +32,7 @@ async def change_password(runtime: Runtime, action: Action, current: str, new: s
     Raises Validation (length), Forbidden (the current one is wrong, or a client asks), RateLimited, Conflict.
     """
     session_id = None if action.caller is None else action.caller.session_id
-    check_password(new)
+    check_password(new, refuse_common=runtime.settings.is_production)
     user = await _person(action)
     await _require_password(runtime, action, user, current)
     hashed = await runtime.passwords.hashed(new)

@@ -6,13 +6,14 @@ beside the readers' and are nobody's until one transaction, in which the publish
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import faiss
 import numpy as np
@@ -30,10 +31,10 @@ from app.domain.publication import Reason, Standing, kind_for, reason_to_publish
 from app.errors import Conflict, NotFound, NotReady
 from app.leases import Held, LeaseLost, held
 from app.runtime import Runtime
-from app.vectors import Turning, changes_of, removals_of
+from app.vectors import Changes, Turning, changes_of, removals_of
 from storage import calibration, rows
 from storage.calibration import Calibration
-from storage.generations import BadGeneration, Manifest, MeasuredRecall
+from storage.generations import BadGeneration, Manifest, MeasuredRecall, Progress
 from storage.onebit import DEFAULT_MARGIN, OneBitIndex
 from storage.vectors import Halves, Ids
 
@@ -44,12 +45,15 @@ LEASE_SECONDS: Final = 15
 WITHDRAWN_SHARE: Final = 0.05
 #: Of a former generation at a time, while its living rows are carried over.
 ROWS_AT_ONCE: Final = 50_000
+#: How long a step may say nothing: a file that is closed may have gigabytes yet to be written, and codes take minutes.
+STEP_SECONDS: Final = 1800
 PLANTED_PAIRS: Final = 6000
 REAL_PAIRS: Final = 20_000
 
 #: Every vector is compared: there is nothing to measure.
 _EXACT: Final = Calibration(DEFAULT_MARGIN, lists=0, probes=None, recall={})
 
+T = TypeVar("T")
 Stage = Literal["reading", "building", "measuring", "writing", "checking"]
 Tell = Callable[[Stage, int, int], Awaitable[None]]
 
@@ -113,36 +117,38 @@ async def keep_promises(runtime: Runtime) -> None:
 
     A gallery whose deadline passes while no publication succeeds goes without an index until one does.
     """
-    store = runtime.search.store
-    on_share = set(await asyncio.to_thread(store.galleries))
+    store, share = runtime.search.store, runtime.share
+    # First what needs no share, which may be away.
+    margin = timedelta(hours=runtime.settings.index_purge_hours) * WITHDRAWN_SHARE
+    for late in await Gallery.find({"purge_by": {"$lte": now() + margin}}).to_list():
+        await _put_right(late, partial(_withdraw, runtime, late))
+    on_share = set(await share.run(store.galleries))
     living = {gallery.id: gallery async for gallery in Gallery.find_all()}
     for gone in on_share - living.keys():
-        await asyncio.to_thread(store.drop_gallery, gone)
-    margin = timedelta(hours=runtime.settings.index_purge_hours) * WITHDRAWN_SHARE
+        await share.run(store.drop_gallery, gone)
     for gallery in living.values():
-        is_late = gallery.purge_by is not None and now() >= gallery.purge_by - margin
-        has_leftovers = gallery.id in on_share and await asyncio.to_thread(store.has_others, gallery.id, gallery.files)
-        if is_late or has_leftovers:
-            await _put_right(runtime, gallery, is_late=is_late)
+        if gallery.id in on_share and await share.run(store.has_others, gallery.id, gallery.files):
+            await _put_right(gallery, partial(_sweep, runtime))
 
 
-async def _put_right(runtime: Runtime, gallery: Gallery, *, is_late: bool) -> None:
+async def _put_right(gallery: Gallery, work: Callable[[Gallery, Held], Awaitable[None]]) -> None:
+    """Do it to the head as it is by now; not while a publisher is at work, who sees to it himself."""
     try:
         async with held(gallery.publishing, f"sweep:{new_id()}", LEASE_SECONDS) as lease:
-            if lease is None:
-                return  # its publisher is at work, and sweeps himself
-            head = await Gallery.get(gallery.id)
-            if head is not None and is_late and head.purge_by == gallery.purge_by:
-                await runtime.transaction(partial(_withdraw, head, lease))
-                head = await Gallery.get(gallery.id)
-            if head is not None:
-                await _sweep(runtime, head, lease)
+            head = None if lease is None else await Gallery.get(gallery.id)
+            if lease is not None and head is not None:
+                await work(head, lease)
     except LeaseLost:
         log.warning("index_sweep_given_up", gallery=gallery.name)
 
 
-async def _withdraw(gallery: Gallery, lease: Held, session: AsyncClientSession) -> None:
+async def _withdraw(runtime: Runtime, late: Gallery, head: Gallery, lease: Held) -> None:
     """Take the published generations back: every search reads the documents, until the next publication."""
+    if head.purge_by == late.purge_by:
+        await runtime.transaction(partial(_take_back, head, lease))
+
+
+async def _take_back(gallery: Gallery, lease: Held, session: AsyncClientSession) -> None:
     await lease.require(session)
     await Gallery.get_pymongo_collection().update_one(
         {"_id": gallery.id, "purge_by": gallery.purge_by},
@@ -162,7 +168,7 @@ async def _withdraw(gallery: Gallery, lease: Held, session: AsyncClientSession) 
 async def _sweep(runtime: Runtime, gallery: Gallery, lease: Held) -> None:
     """Delete what the head does not name. Under the lease: nobody else is writing, so all of lower numbers is left over."""
     keep = gallery.files | {(gallery.epoch, lease.fence)}
-    await asyncio.to_thread(runtime.search.store.drop, gallery.id, keep)
+    await runtime.share.run_long("drop", lambda _: runtime.search.store.drop(gallery.id, keep))
 
 
 @dataclass(slots=True)
@@ -181,7 +187,7 @@ class _Publication:
         name = new_id() if self.rebuild else gallery.rotation
         turning = Turning.of(gallery_key(self.runtime.keys, gallery), name, gallery.dimension)
         await _sweep(self.runtime, gallery, self.lease)  # first: what a dead publisher left may fill the disk
-        staged = await asyncio.to_thread(store.stage, gallery.id, gallery.epoch, self.lease.fence)
+        staged = await self.runtime.share.run(store.stage, gallery.id, gallery.epoch, self.lease.fence)
         count = await self._write_rows(staged, former, turning)
         kind = kind_for(count)
         measured = await self._build(staged) if kind == "faiss" else _EXACT
@@ -197,10 +203,11 @@ class _Publication:
             built_at=now(), built_by=f"idem {version('idem')}, faiss {faiss.__version__}",
         )  # fmt: skip
         await self._say("writing", 0, 1)
-        digest = await asyncio.to_thread(store.commit_files, staged, manifest)
+        digest = await self._step("commit_files", partial(store.commit_files, staged, manifest))
         await self._say("checking", 0, 1)
         # Read back: what cannot be read must not become the head's.
-        await asyncio.to_thread(store.verify, gallery.id, gallery.epoch, manifest.number, digest)
+        verify = partial(store.verify, gallery.id, gallery.epoch, manifest.number, digest)
+        await self.runtime.share.run_long("verify", verify)
         recall, bound = _poorest(measured)
         generation = Generation(
             number=manifest.number, digest=digest, kind=kind, rotation=turning.name, watermark=gallery.seq, count=count,
@@ -221,23 +228,38 @@ class _Publication:
         gallery = self.gallery
         base = None if former is None else await self._rows_of(former)
         start = 0 if base is None or former is None else former.watermark
-        with rows.RowsWriter(staged) as writer:
+        async with self._writer(staged) as writer:
             if base is not None:
                 gone = await removals_of(gallery, after=start, upto=gallery.seq)
-                await asyncio.to_thread(_carry_over, writer, *base, gone)
+                await self._step("append", partial(_carry_over, writer, *base, gone))
             async for changes in changes_of(
                 gallery, gallery_key(self.runtime.keys, gallery), turning, after=start, upto=gallery.seq,
                 compute=self.runtime.compute,
             ):  # fmt: skip
-                await asyncio.to_thread(writer.append, changes.ids, changes.vectors)
+                await self._append(writer, changes)
                 await self._say("reading", changes.seen, gallery.seq)
             return writer.count
+
+    async def _append(self, writer: rows.RowsWriter, changes: Changes) -> None:
+        await self._step("append", lambda _: writer.append(changes.ids, changes.vectors))
+
+    @asynccontextmanager
+    async def _writer(self, staged: Path) -> AsyncIterator[rows.RowsWriter]:
+        writer = await self.runtime.share.run(rows.RowsWriter, staged)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(OSError):  # what was written counts no more
+                await self.runtime.share.run(writer.close)
+            raise
+        await self._step("close", lambda _: writer.close())
 
     async def _rows_of(self, former: Generation) -> tuple[Ids, Halves] | None:
         """The former generation's rows; None when its files are not what they should be: then the documents are read."""
         gallery, store = self.gallery, self.runtime.search.store
         try:
-            folder, _ = await asyncio.to_thread(store.fetch, gallery.id, gallery.epoch, former.number, former.digest)
+            fetch = partial(store.fetch, gallery.id, gallery.epoch, former.number, former.digest)
+            folder, _ = await self.runtime.share.run_long("fetch", fetch)
             return rows.read_rows(folder, gallery.dimension)
         except (BadGeneration, OSError, ValueError) as error:
             log.warning("index_former_unusable", gallery=gallery.name, generation=former.number, reason=str(error))
@@ -246,19 +268,23 @@ class _Publication:
     async def _build(self, staged: Path) -> Calibration:
         """The codes, and the margin that finds every pair, measured on the gallery's own vectors."""
         await self._say("building", 0, 1)
-        await asyncio.to_thread(OneBitIndex.build, staged)
-        ids, _ = rows.read_rows(staged, self.gallery.dimension)
+        await self._step("build", lambda _: OneBitIndex.build(staged))
+        # Read, not mapped: else the event loop would meet the share.
+        ids = await self._step("read_rows", lambda _: np.array(rows.read_rows(staged, self.gallery.dimension)[0]))
         people = await self._people(ids)
         loop = asyncio.get_running_loop()
 
-        def told(done: int, total: int) -> None:
-            asyncio.run_coroutine_threadsafe(self._say("measuring", done, total), loop)
+        def measured(progress: Progress) -> Calibration:
+            def told(done: int, total: int) -> None:
+                asyncio.run_coroutine_threadsafe(self._say("measuring", done, total), loop)
+                progress(done, total)
 
-        target = self.gallery.policy.recall_target
-        return await asyncio.to_thread(
-            calibration.calibrate, staged, self.gallery.dimension, people=people, threshold=self._threshold(),
-            target=target, pairs=PLANTED_PAIRS, progress=told,
-        )  # fmt: skip
+            return calibration.calibrate(
+                staged, self.gallery.dimension, people=people, threshold=self._threshold(),
+                target=self.gallery.policy.recall_target, pairs=PLANTED_PAIRS, progress=told,
+            )  # fmt: skip
+
+        return await self._step("calibrate", measured)
 
     async def _people(self, ids: Ids) -> Ids:
         """Which rows belong together (n,): samples of one identity carry the same number."""
@@ -307,6 +333,9 @@ class _Publication:
             },
         )  # fmt: skip
 
+    async def _step(self, operation: str, work: Callable[[Progress], T]) -> T:
+        return await self.runtime.share.run_long(operation, work, silence_seconds=STEP_SECONDS)
+
     async def _say(self, stage: Stage, done: int, total: int) -> None:
         self.lease.report(stage, done, total)
         if self.tell is not None:
@@ -320,8 +349,9 @@ def _poorest(measured: Calibration) -> tuple[float, float]:
     return share, min((scan.lower_bound for scan in scans), default=1.0)
 
 
-def _carry_over(writer: rows.RowsWriter, ids: Ids, vectors: Halves, gone: Ids) -> None:
+def _carry_over(writer: rows.RowsWriter, ids: Ids, vectors: Halves, gone: Ids, progress: Progress) -> None:
     for first in range(0, len(ids), ROWS_AT_ONCE):
         some = ids[first : first + ROWS_AT_ONCE]
         living = ~np.isin(some, gone)
         writer.append(some[living], vectors[first : first + ROWS_AT_ONCE][living])
+        progress(first + len(some), len(ids))

@@ -1,7 +1,7 @@
 """Restore: put a backup in place of what the store holds, whole or not at all.
 
     loading     documents into collections beside those in use, photos into their store; the service goes on meanwhile
-    closing     everybody who serves leaves, and nobody else begins
+    closing     everybody who serves leaves, and nobody else begins; what only this database knows is set aside
     switching   the collections change places: each in one step, all of them within a second
     mending     what a backup cannot know: who was erased since, and what the log had become
 
@@ -13,8 +13,9 @@ anything in a process's memory is taken for theirs.
 import asyncio
 import os
 import platform
+import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -55,6 +56,7 @@ from app.leases import held
 from app.restoring import still_here
 from app.runtime import DOCUMENTS, Runtime
 from storage.archive import Archive, BackupBroken, BackupMissing, Part
+from storage.evidence import EvidenceNotFound, EvidenceUnavailable
 from storage.photos import PhotoNotFound
 
 log = structlog.get_logger(__name__)
@@ -62,6 +64,8 @@ log = structlog.get_logger(__name__)
 LEASE: Final = "restore"
 LEASE_SECONDS: Final = 15
 STAGED: Final = "restoring."
+#: The ledger of the database that is replaced, from before the switch until its erasures were carried out again.
+SET_ASIDE: Final = "replaced.deletions"
 #: Of one batch of documents, and of the building of one collection's indexes.
 WRITE_SECONDS: Final = 300
 INDEX_SECONDS: Final = 6 * 3600
@@ -70,6 +74,8 @@ LEAVE_SECONDS: Final = 20
 POLL_SECONDS: Final = 0.25
 NAMES_AT_ONCE: Final = 1000
 DUPLICATE_KEY: Final = 11000
+#: What callers' versions rise by: drawn, so that no change since the backup has led to the same; far from 2^53 for many restores.
+VERSION_STEPS: Final = range(2**32, 2**40)
 
 
 class NotEmpty(Exception):
@@ -80,6 +86,10 @@ class StillServing(Exception):
     """Processes that work on the database do not leave; nothing in use was touched."""
 
 
+class EvidenceAway(Exception):
+    """What the replaced database alone knows cannot be kept outside of it; nothing in use was touched."""
+
+
 class RestoreBusy(Exception):
     """Another process is restoring."""
 
@@ -88,8 +98,9 @@ class RestoreBusy(Exception):
 class Restored:
     """What came of it.
 
-    erased_again: people of the backup whom the ledger knows as erased since. unreadable: lines of the ledger outside that
-    could not be read. log_size: of the log in the backup; log: what does not fit the heads that are known outside, in words.
+    erased_again: people of the backup whom a ledger knows as erased since. unreadable: lines of the ledgers that were not
+    obeyed, because they are torn or, outside, bear no tag of this store. log_size: of the log in the backup; log: what does
+    not fit the heads that are known outside, in words.
     """
 
     set_id: str
@@ -106,11 +117,14 @@ class Restored:
 Opened = Callable[[], AbstractAsyncContextManager[Runtime]]
 #: Carries out an erasure of the ledger once more; whether there was anything left of the person.
 EraseAgain = Callable[[Runtime, Deletion], Awaitable[bool]]
+#: Numbers every event, signs the tree, and brings its heads outside; how many heads still wait.
+CloseLog = Callable[[Runtime], Awaitable[int]]
 
 
 async def restore(
     opened: Opened,
     erase_again: EraseAgain,
+    close_log: CloseLog,
     folder: Path,
     tell: Tell,
     *,
@@ -120,7 +134,8 @@ async def restore(
     """Put a set, by default the folder's newest, in place, or go on where a former try stopped.
 
     opened: a Runtime for restoring; two are opened, because the second one has the keys and callers of the backup. Raises
-    NotEmpty, StillServing, RestoreBusy, BackupMissing, BackupBroken, OtherKey; and whatever a store raises that is away.
+    NotEmpty, StillServing, EvidenceAway, RestoreBusy, BackupMissing, BackupBroken, OtherKey; and whatever a store raises
+    that is away.
     """
     archive = Archive(folder)
     async with opened() as runtime, _alone():
@@ -133,7 +148,7 @@ async def restore(
             set_id = standing.set_id
         backup = OpenSet.of(runtime.keys, archive, set_id)
         if standing is None or not is_past:
-            loading = _Loading(runtime, backup, tell)
+            loading = _Loading(runtime, backup, close_log, tell)
             standing = await loading.run(standing, replace=replace)
         if standing.state != "mending":
             await _switch(runtime, standing, tell)
@@ -189,15 +204,16 @@ async def _staged(runtime: Runtime) -> set[str]:
 
 
 async def _clear(runtime: Runtime) -> None:
-    for name in await _staged(runtime):
+    for name in [SET_ASIDE, *(STAGED + name for name in await _staged(runtime))]:
         with pymongo.timeout(WRITE_SECONDS):
-            await _database(runtime).drop_collection(STAGED + name)
+            await _database(runtime).drop_collection(name)
 
 
 @dataclass(slots=True)
 class _Loading:
     runtime: Runtime
     backup: OpenSet
+    close_log: CloseLog
     tell: Tell
 
     async def run(self, standing: Restore | None, *, replace: bool) -> Restore:
@@ -220,6 +236,8 @@ class _Loading:
         await self._photos(standing, erased)
         await self._prepare(standing)
         await self._leave(standing)
+        await self._close_log(standing)
+        await self._set_aside()
         return standing
 
     async def _documents(self, standing: Restore) -> None:
@@ -290,7 +308,8 @@ class _Loading:
             await galleries.update_one({"_id": row["_id"]}, {"$set": fields})
         for callers in (User, Client):  # whoever holds a token gets another one
             staged = database[STAGED + callers.get_collection_name()]
-            await staged.update_many({}, {"$inc": {"access_version": 1}})
+            step = VERSION_STEPS.start + secrets.randbelow(len(VERSION_STEPS))
+            await staged.update_many({}, {"$inc": {"access_version": step}})
 
     async def _leave(self, standing: Restore) -> None:
         """Have all that serve end themselves. Raises StillServing."""
@@ -307,6 +326,27 @@ class _Loading:
                 raise StillServing(message)
             await asyncio.sleep(POLL_SECONDS)
         self.tell("waiting for the service to leave", 1, 1)
+
+    async def _close_log(self, standing: Restore) -> None:
+        """Have a head over the whole log outside, so that it is told how much of it is lost. Raises EvidenceAway."""
+        try:
+            # The ledger out there will be asked for when there is no way back.
+            await self.runtime.evidence.names(LEDGER)
+            left = await self.close_log(self.runtime)
+            trouble = f"{left} tree heads of the log could not be written outside" if left else None
+        except EvidenceUnavailable as error:
+            trouble = str(error)
+        if trouble is not None:
+            await standing.turn("loading")
+            message = f"{trouble}; nothing in use was touched: go on when the evidence store can be written to"
+            raise EvidenceAway(message)
+
+    async def _set_aside(self) -> None:
+        """Keep the ledger of this database through the switch: the evidence store may not hold all of it yet."""
+        ledger = _database(self.runtime)[Deletion.get_collection_name()]
+        with pymongo.timeout(WRITE_SECONDS):
+            async for _ in await ledger.aggregate([{"$merge": {"into": SET_ASIDE}}]):
+                pass
 
 
 async def _switch(runtime: Runtime, standing: Restore, tell: Tell) -> None:
@@ -356,6 +396,7 @@ async def _mend(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, stan
         )  # fmt: skip
 
     await runtime.transaction(note)
+    await _clear(runtime)
     for gallery_id in standing.to_publish:
         await runtime.queue.enqueue_publication(gallery_id, again=f":{manifest.id}")
     names = sorted([gallery.name async for gallery in Gallery.find_all()])
@@ -369,31 +410,54 @@ async def _mend(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, stan
 
 
 async def _replay(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, tell: Tell) -> tuple[int, list[str]]:
-    """Erase again whoever was erased since, by the ledgers of later backups and by the one outside of the database."""
+    """Erase again whoever was erased since, by three ledgers: of the database replaced, of later backups, and the one outside."""
     erased, unreadable = 0, []
+    aside = _database(runtime)[SET_ASIDE]
     later = await _later(runtime, backup)
     names = await runtime.evidence.names(LEDGER)
-    done, total = 0, len(later) + len(names)
+    done, total = 0, await aside.count_documents({}) + len(later) + len(names)
+    async for rows in in_groups(aside.find(), NAMES_AT_ONCE):
+        known = await _known(row["_id"] for row in rows)
+        for row in (row for row in rows if row["_id"] not in known):
+            try:
+                deletion = Deletion.model_validate(row)
+            except ValueError:
+                unreadable.append(f"the replaced database's of {row['_id']}")
+                continue
+            erased += await erase_again(runtime, deletion)
+        done += len(rows)
+        tell("erasures", done, total)
     for deletion in later:
         erased += await erase_again(runtime, deletion)
         done += 1
         tell("erasures", done, total)
     for first in range(0, len(names), NAMES_AT_ONCE):
-        some = {name.rpartition("Z-")[2].removesuffix(".json"): name for name in names[first : first + NAMES_AT_ONCE]}
-        rows = Deletion.get_pymongo_collection().find({"_id": {"$in": list(some)}}, {"_id": 1})
-        # What the documents know as erased is erased in them: both are written in one transaction.
-        known = {row["_id"] async for row in rows}
-        for name in (name for id_, name in some.items() if id_ not in known):
+        # More than one name may end in the same id, and only one of them be true.
+        some = [(name, _identity_of(name)) for name in names[first : first + NAMES_AT_ONCE]]
+        known = await _known(identity_id for _, identity_id in some)
+        for name in (name for name, identity_id in some if identity_id not in known):
             try:
-                deletion = Deletion.from_ledger(await runtime.evidence.read(name))
-            except ValueError:
-                log.warning("ledger_line_unreadable", name=name)
+                deletion = Deletion.from_ledger(await runtime.evidence.read(name), runtime.keys)
+            except (ValueError, EvidenceNotFound):
                 unreadable.append(name)
                 continue
             erased += await erase_again(runtime, deletion)
         done += len(some)
         tell("erasures", done, total)
+    for name in unreadable:
+        log.warning("ledger_line_not_obeyed", name=name)
     return erased, unreadable
+
+
+async def _known(identity_ids: Iterable[str]) -> set[str]:
+    """Those of them whom the documents know as erased: they are erased in them, for both are written in one transaction."""
+    rows = Deletion.get_pymongo_collection().find({"_id": {"$in": list(identity_ids)}}, {"_id": 1})
+    return {row["_id"] async for row in rows}
+
+
+def _identity_of(name: str) -> str:
+    """Whose erasure a line of the ledger outside tells of, by its name alone."""
+    return name.rpartition("Z-")[2].removesuffix(".json")
 
 
 async def _later(runtime: Runtime, backup: OpenSet) -> list[Deletion]:

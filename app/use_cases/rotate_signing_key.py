@@ -20,8 +20,9 @@ async def rotate_signing_key(
     """Make the next key; its `signs_from` tells when it takes over.
 
     It is published at once, and signs after `lead_seconds`, when every verifier has it. The keys before it verify for as long
-    as a token of theirs may live, then they go. is_compromised: it signs at once and they go at once, so that everybody has
-    to log in again. Raises Conflict when a key that does not sign yet is there.
+    as a token of theirs may live, then they go. is_compromised: it signs at once and they go at once, and with them every access
+    token and assertion; refresh tokens, which no key signs, bring new ones. Raises Conflict when a key that does not sign yet
+    is there.
     """
 
     async def body(session: AsyncClientSession) -> SigningKey:

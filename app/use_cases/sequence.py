@@ -1,4 +1,4 @@
-"""Number the events, grow the Merkle tree, sign its heads, and bring them to the evidence store.
+"""Number the events, grow the Merkle tree, sign its heads, and bring them and their keys to the evidence store.
 
 Any process may do any of it at any moment: the tree's own document decides who was first. A lease only spares the others the
 work.
@@ -103,20 +103,42 @@ async def sign(runtime: Runtime) -> TreeHead:
 
 
 async def deliver(runtime: Runtime) -> int:
-    """Bring heads that were signed to the evidence store; returns how many still wait. Asked again until none does."""
-    waiting = await TreeHead.undelivered(DELIVERIES)
-    for done, head in enumerate(waiting):
-        name, data = head.evidence
+    """Bring heads that were signed to the evidence store, after the public keys that they are signed by.
+
+    Returns how many heads still wait. Asked again until none does.
+    """
+    heads = await TreeHead.undelivered(DELIVERIES)
+    waiting: list[AuditKey | TreeHead] = [*await AuditKey.undelivered(), *heads]
+    for done, one in enumerate(waiting):
+        name, data = one.evidence
         try:
             await runtime.evidence.append(name, data)
         except EvidenceUnavailable as error:
-            left = len(waiting) - done
-            log.warning("audit_heads_undelivered", size=head.size, waiting=left, error=str(error))
+            left = min(len(heads), len(waiting) - done)
+            log.warning("audit_heads_undelivered", name=name, waiting=left, error=str(error))
             return left
         except EvidenceExists:
             # Somebody else wrote under this very name: an auditor must see it, and the heads behind it must not wait.
-            log.critical("audit_head_contradicted", size=head.size, name=name)
-        await TreeHead.get_pymongo_collection().update_one({"_id": head.id}, {"$set": {"is_delivered": True}})
+            log.critical("audit_head_contradicted", name=name)
+        await one.get_pymongo_collection().update_one({"_id": one.id}, {"$set": {"is_delivered": True}})
+    return 0
+
+
+async def close(runtime: Runtime) -> int:
+    """Have every event in the tree, signed and delivered: another log is about to take this one's place.
+
+    Returns how many heads still wait. A log that is broken is closed as far as it goes.
+    """
+    try:
+        while await grow(runtime):
+            pass
+        if (await AuditTree.current()).size:
+            await sign(runtime)
+    except Exception:
+        log.exception("audit_log_not_closed")
+    while await TreeHead.undelivered(1):
+        if left := await deliver(runtime):
+            return left
     return 0
 
 

@@ -143,11 +143,13 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
             score = shown_score(action.caller, compared.score)
             flags = await _flags(runtime, gallery, standing, look, compared, session, matched=matched)
             await _count_attempt(standing, session, matched=matched)
+        # Both: the rate leads back to the score.
+        coarse = None if score is None else round(score, 2)
         event = await record(
             session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, score=score,
             detail={
-                "match": matched, "score": None if score is None else round(score, 2), "threshold": threshold,
-                "fmr": None if score is None else fmr_at(runtime.engine.card, score), "flags": ",".join(flags),
+                "match": matched, "score": coarse, "threshold": threshold,
+                "fmr": None if coarse is None else fmr_at(runtime.engine.card, coarse), "flags": ",".join(flags),
                 "audience": audience, "nonce": claim.nonce, "challenged": challenge is not None,
                 "quality": reading.quality.coarse().model_dump_json(),
                 "liveness": None if reading.liveness is None else round(reading.liveness, 2),

@@ -3,8 +3,9 @@
 import asyncio
 import io
 import stat
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 
 from app.devstack.servers import free_port
+from storage import evidence
 from storage.evidence import (
     BucketEvidence,
     EvidenceExists,
@@ -25,10 +27,10 @@ from tests.support.services import Server
 NAME = "heads/2026-11-21/000000000042-key.json"
 
 
-def bucket_evidence(port: int, bucket: str, *, retention_days: int = 30) -> BucketEvidence:
+def bucket_evidence(port: int, bucket: str, *, retention_days: int = 30, needs_lock: bool = False) -> BucketEvidence:
     return BucketEvidence(
         endpoint=f"127.0.0.1:{port}", access_key="a-key", secret_key="a-secret-key", bucket=bucket, region="us-east-1",
-        secure=False, retention_days=retention_days, timeout_seconds=9,
+        secure=False, retention_days=retention_days, needs_lock=needs_lock, timeout_seconds=9,
     )  # fmt: skip
 
 
@@ -55,6 +57,44 @@ async def test_what_is_kept_is_read_again_and_listed_in_order(store: EvidenceSto
     assert await store.names("other") == []
     with pytest.raises(EvidenceNotFound):
         await store.read("heads/none")
+
+
+async def test_a_listing_tells_what_lies_right_below_and_goes_no_deeper(store: EvidenceStore) -> None:
+    assert await store.entries("heads/") == []
+    for name in (
+        "heads/2026-11-20/a.json",
+        "heads/2026-11-20/b.json",
+        "heads/2026-11-21/c.json",
+        "heads/note.txt",
+        "top",
+    ):
+        await store.append(name, b"x")
+    assert await store.entries("heads/") == ["2026-11-20/", "2026-11-21/", "note.txt"]
+    assert await store.entries("heads/2026-11-20/") == ["a.json", "b.json"]
+    assert await store.entries() == ["heads/", "top"]
+    assert await store.names("heads/2026-11-2") == await store.names("heads/2")
+    with pytest.raises(ValueError, match="folder"):
+        await store.entries("heads")
+
+
+async def test_a_listing_of_many_has_time_for_each_step_and_not_for_the_whole(
+    store: EvidenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted(f"heads/2026-11-2{i % 3}/{i:04d}.json" for i in range(12))
+    for name in names:
+        await store.append(name, b"x")
+    monkeypatch.setattr(evidence, "LISTED_AT_ONCE", 2)
+    monkeypatch.setattr(evidence, "_DEADLINE_SECONDS", 0.5)
+    listed = evidence.islice
+
+    def slow(listing: Iterator[object], count: int) -> Iterator[object]:
+        time.sleep(0.15)
+        return listed(listing, count)
+
+    monkeypatch.setattr(evidence, "islice", slow)
+    began = time.monotonic()
+    assert await store.names("heads/") == names
+    assert time.monotonic() - began > 0.5
 
 
 async def test_the_same_bytes_again_are_fine_and_other_bytes_are_refused(store: EvidenceStore) -> None:
@@ -131,11 +171,13 @@ async def test_a_bucket_speaks_its_first_version_whatever_is_written_or_deleted_
 
     def tamper() -> None:
         plain.put_object(bucket, NAME, io.BytesIO(b"forged"), 6)
+        plain.put_object(bucket, "heads/", io.BytesIO(b"-"), 1)  # as tools show an empty folder
         plain.remove_object(bucket, NAME)
 
     await asyncio.to_thread(tamper)
     assert await store.read(NAME) == b"first"
     assert await store.names() == [NAME]
+    assert await store.entries("heads/") == ["2026-11-21/"]
     with pytest.raises(EvidenceExists):
         await store.append(NAME, b"forged")
     versions = [v for v in plain.list_objects(bucket, NAME, include_version=True) if not v.is_delete_marker]
@@ -153,12 +195,29 @@ async def test_a_bucket_without_lock_or_without_a_period_is_used_as_it_is(s3_ser
     for store in (bucket_evidence(s3_server.port, bucket), bucket_evidence(s3_server.port, bucket, retention_days=0)):
         await store.append(NAME, b"first")
         assert await store.read(NAME) == b"first"
+        assert not await store.is_locked()
         await store.close()
+
+
+async def test_a_bucket_without_lock_keeps_nothing_where_a_lock_is_asked_for(s3_server: Server) -> None:
+    bucket = f"evidence-{uuid.uuid4()}"
+    plain = Minio(f"127.0.0.1:{s3_server.port}", "a-key", "a-secret-key", secure=False, region="us-east-1")
+    plain.make_bucket(bucket)
+    store = bucket_evidence(s3_server.port, bucket, needs_lock=True)
+    for _ in range(2):
+        with pytest.raises(EvidenceUnavailable, match="no object lock"):
+            await store.append(NAME, b"first")
+    assert await store.names() == []
+    await store.close()
+    made = bucket_evidence(s3_server.port, f"evidence-{uuid.uuid4()}", needs_lock=True)
+    assert await made.is_locked()
+    await made.append(NAME, b"first")
+    await made.close()
 
 
 async def test_a_server_that_is_away_is_unavailable() -> None:
     store = bucket_evidence(free_port(), "evidence")
-    for call in (store.append(NAME, b"x"), store.read(NAME), store.names()):
+    for call in (store.append(NAME, b"x"), store.read(NAME), store.names(), store.entries()):
         with pytest.raises(EvidenceUnavailable):
             await call
     await store.close()

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage import generations
 from storage.generations import (
     MANIFEST,
     BadGeneration,
@@ -693,6 +694,50 @@ def test_copies_are_dropped_by_the_same_rule_and_mapped_ones_stay_readable(store
     assert [copy.exists() for copy in copies] == [False, True, True]
     assert store.drop_copies("never-fetched", {(EPOCH, 2)}) == []
     assert [name.number for name in store.listed(GALLERY)] == [1, 2, 3], "originals are another matter"
+
+
+def test_a_host_knows_its_own_copy_without_the_share(store: GenerationStore, share: Path) -> None:
+    _, digest = published(store)
+    assert store.copied(GALLERY, EPOCH, 1, digest) is None
+    found = fetched(store, digest)
+    shutil.rmtree(share)
+    assert store.copied(GALLERY, EPOCH, 1, digest) == found
+    rewrite(found[0] / "codes", CONTENT["codes"][::-1])
+    assert store.copied(GALLERY, EPOCH, 1, digest) is None
+
+
+def test_whoever_waits_for_a_copy_hears_that_it_gets_on_and_dropping_does_not_wait_for_one_that_hangs(
+    store: GenerationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generations, "_PATIENCE_SECONDS", 0.05)
+    digests = [published(store, manifest(number=number))[1] for number in (1, 2)]
+    first, _ = fetched(store, digests[0])
+    is_copying, gets_on, heard = threading.Event(), threading.Event(), threading.Event()
+    heard_in_time: list[bool] = []
+
+    def slowly(_done: int, _total: int) -> None:
+        if is_copying.is_set():
+            heard_in_time.append(heard.wait(10))
+        is_copying.set()
+        assert gets_on.wait(10)
+
+    def told(_done: int, _total: int) -> None:
+        heard.set()
+
+    copying = threading.Thread(target=store.fetch, args=(GALLERY, EPOCH, 2, digests[1], slowly))
+    copying.start()
+    assert is_copying.wait(10)
+    assert store.drop_copies(GALLERY, {(EPOCH, 2)}) == []
+    assert store.drop_other_copies([]) == []
+    assert first.exists()
+    waiting = threading.Thread(target=store.fetch, args=(GALLERY, EPOCH, 2, digests[1], told))
+    waiting.start()
+    assert not heard.wait(0.1), "nothing gets on"
+    gets_on.set()
+    copying.join(10)
+    waiting.join(10)
+    assert heard_in_time[0]
+    assert [name.number for name in store.drop_copies(GALLERY, {(EPOCH, 2)})] == [1]
 
 
 def test_a_gallery_that_is_no_more_leaves_neither_originals_nor_copies(

@@ -127,6 +127,23 @@ def multipart(parts: Iterator[bytes], boundary: str = "b0undary") -> tuple[bytes
     }
 
 
+def crowds(size: int) -> dict[str, bytes]:
+    """Lists in JSON of so many bytes, of little values."""
+
+    def of(value: bytes) -> bytes:
+        return b"[" + b",".join([value] * (size // (len(value) + 1))) + b"]"
+
+    return {
+        "lists": of(b"[]"),
+        "objects": of(b"{}"),
+        "numbers": of(b"0"),
+        "long numbers": of(b"9" * 4000),
+        "texts": of(b'"a"'),
+        "deep lists": of(b"[" * 10 + b"]" * 10),
+        "keys": b"[{" + b",".join(b'"k%d":0' % number for number in range(size // 12)) + b"}]",
+    }
+
+
 def hostile_requests(gallery: str) -> dict[str, Send]:
     """Requests that are refused, by row. None: the connection was closed in the middle of the body."""
 
@@ -142,13 +159,20 @@ def hostile_requests(gallery: str) -> dict[str, Send]:
     def field(name: str, value: bytes = b"x") -> bytes:
         return f'Content-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + value + b"\r\n"
 
+    def login(username: bytes, kind: str) -> Send:
+        fields = (field("grant_type", b"password"), field("username", username), field("password", b"p" * 9))
+        return posting("/v1/auth/token", content=multipart(iter(fields))[0], headers={"Content-Type": kind})
+
+    def unordered(marks: int) -> str:
+        return "a" + "\u0301" * marks + "\u0316" * marks
+
     def file(number: int) -> bytes:
         return b'Content-Disposition: form-data; name="photo"; filename="%d.jpg"\r\n\r\nx\r\n' % number
 
     fields, kind = multipart(field(f"f{n}") for n in range(10_000))
     name, _ = multipart(field("n" * 1_000_000) for _ in range(1))
     files, _ = multipart(file(n) for n in range(1500))
-    json_kind = {"Content-Type": "application/json"}
+    json_kind, marked = {"Content-Type": "application/json"}, kind["Content-Type"]
     ten = base64_of(b"\xff\xd8\xff" + bytes(10_000_000))
     five_large = [part(encoded(grainy(), "WEBP", method=0, quality=20)) for _ in range(5)]
     return {
@@ -166,6 +190,36 @@ def hostile_requests(gallery: str) -> dict[str, Send]:
         ),
         "H34 five photos in base64": posting(
             "/v1/identities", content=json.dumps({"gallery": gallery, "photos_base64": [ten] * 5}), headers=json_kind
+        ),
+        **{
+            f"H34 a selfie with many {what}": posting(
+                "/v1/verifications", content=b'{"photo_base64":"AAAA","nonce":' + crowd + b"}", headers=json_kind
+            )
+            for what, crowd in crowds(13_000_000).items()
+        },
+        **{
+            f"H34 an enrolment with many {what}": posting(
+                "/v1/identities",
+                content=b'{"photo_base64":"AAAA","metadata":{"a":' + crowds(10_000_000)[what] + b"}}",
+                headers=json_kind,
+            )
+            for what in ("lists", "keys")
+        },
+        "H34 a photo in escapes": posting(
+            "/v1/verifications", content=b'{"photo_base64":"' + b"\\u0041" * 2_200_000 + b'"}', headers=json_kind
+        ),
+        "H34 four photos beside a letter of four bytes": posting(
+            "/v1/identities",
+            content=json.dumps({"full_name": "\U00020bb7", "photos_base64": [ten] * 4}, ensure_ascii=False),
+            headers=json_kind,
+        ),
+        "H31 a login's name of unordered marks": login(unordered(30_000).encode(), marked),
+        "H30 a login in a slow charset": login(b"a" * 100_000 + b"-" + b"a" * 100_000, f"{marked}; charset=punycode"),
+        "H31 a person's name of unordered marks": posting(
+            "/v1/identities", data={"gallery": gallery, "full_name": unordered(8_000)}, files=[part(b"\xff\xd8\xff")]
+        ),
+        "H23 padding behind a boundary": posting(
+            "/v1/identities", content=b"--b0undary\r\n" + file(1) + b"--b0undary" + b" " * 10_000_000, headers=kind
         ),
         "H02 five large photos at once": posting("/v1/identities", data={"gallery": gallery}, files=five_large),
         "H38 a pattern": lambda client: client.get("/v1/identities", params={"q": "(a+)+$" * 20, "gallery": gallery}),
@@ -243,7 +297,7 @@ def test_h01_h02_h04_h12_h13_h19_refusing_any_photo_takes_at_most_two_seconds_an
     assert too_dear(refusals, usual[2]) == {}
 
 
-def test_h20_h23_h34_h38_h52_h57_refusing_any_request_takes_at_most_two_seconds_and_300_megabytes(
+def test_h20_h23_h30_h31_h34_h38_h52_h57_refusing_any_request_takes_at_most_two_seconds_and_300_megabytes(
     service: Service, stack: RunningStack, usual: tuple[str, str, float]
 ) -> None:
     meter = Meter(stack)

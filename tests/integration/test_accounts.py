@@ -16,12 +16,14 @@ from app.access.tokens import TokenClaims
 from app.audit import by_system
 from app.documents.accounts import Client, Login, RefreshToken, RevokedToken, User
 from app.documents.base import now
-from app.documents.events import AuditEvent
+from app.documents.claims import Once
+from app.documents.events import AuditEvent, StrangerCount
 from app.domain.callers import Caller, Role
 from app.errors import Unauthenticated
+from app.limits import RateLimits
 from app.use_cases.keep_clients import ClientFields, ensure_client
 from app.use_cases.keep_users import UserFields, delete_user, ensure_admin, ensure_user
-from tests.support.accounts import ADMIN, PASSWORD, AccountService, basic, bearer
+from tests.support.accounts import ADMIN, HERE, PASSWORD, AccountService, basic, bearer
 
 Json = dict[str, object]
 
@@ -52,6 +54,58 @@ async def test_a_wrong_password_and_an_unknown_user_get_one_answer_and_two_event
     assert (second.outcome, second.actor.kind, second.actor.id) == ("denied", "anonymous", None)
     assert second.personal is not None
     assert (second.personal.actor_name, second.personal.actor_ip) == (None, "192.0.2.7")
+
+
+async def test_refresh_tokens_that_nobody_was_given_are_an_event_a_minute_and_counted(service: AccountService) -> None:
+    for number in range(4):
+        assert (await service.refresh(f"guess {number}")).json()["error"] == "invalid_grant"
+    events = await service.events("auth.refresh")
+    # One more where a minute ended in between.
+    assert 1 <= len(events) <= 2
+    assert (events[0].outcome, events[0].actor.kind, events[0].detail) == (
+        "denied", "anonymous", {"reason": "unknown_token"},
+    )  # fmt: skip
+    counts = await StrangerCount.find_all().to_list()
+    assert (sum(one.refused for one in counts), {one.ip for one in counts}) == (4, {HERE})
+
+
+async def test_a_refresh_token_whose_login_is_gone_is_as_unknown_as_a_guessed_one(service: AccountService) -> None:
+    tokens = await service.log_in()
+    await Login.find_all().delete()
+    assert (await service.refresh(tokens.refresh)).status_code == 400
+    assert [event.detail for event in await service.events("auth.refresh")] == [{"reason": "unknown_token"}]
+
+
+async def test_logins_over_the_rate_are_an_event_a_minute_whatever_they_bring(
+    service: AccountService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = service.runtime
+    # Without Redis a process grants a tenth.
+    few = RateLimits(
+        runtime.settings.model_copy(update={"rate_login": "10/hour", "rate_write": "1/hour"}), runtime.keys
+    )
+    monkeypatch.setattr(runtime, "limits", few)
+    assert (await service.token(grant_type="nothing")).status_code == 400
+    for path, action in (("token", "auth.login"), ("revoke", "auth.revoke")):
+        answers = [await service.http.post(f"/v1/auth/{path}", data={"token": "x"}) for _ in range(4)]
+        assert answers[-1].status_code == 429
+        await Once.find_all().delete()  # the next one is another minute's
+        events = await service.events(action)
+        assert [(event.outcome, event.actor.kind, event.detail["problem"]) for event in events] == [
+            ("failure", "anonymous", "rate-limited")
+        ]
+
+
+async def test_addresses_of_one_subscriber_are_one_stranger(service: AccountService) -> None:
+    for host in ("1", "ffff:1:2:3", "abcd::"):
+        async with service.at(f"2001:db8:0:7:{host}".replace("7:1", "7::1")) as at_host:
+            assert (await at_host.refresh("a guess")).status_code == 400
+            assert (await at_host.http.get("/v1/auth/me")).status_code == 401
+    events = await AuditEvent.find({"actor.kind": "anonymous"}).to_list()
+    assert 1 <= len(events) <= 2
+    counts = await StrangerCount.find_all().to_list()
+    assert {one.ip for one in counts} == {"2001:db8:0:7::/64"}
+    assert sum(one.refused for one in counts) == 6
 
 
 async def test_a_token_request_that_cannot_be_granted_gets_oauths_error(service: AccountService) -> None:

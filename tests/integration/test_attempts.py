@@ -1,8 +1,10 @@
 """Verification: replays, budgets of attempts, and what changes while a selfie is being read."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
+import jwt
 import pytest
 
 from app.documents.base import now
@@ -10,6 +12,8 @@ from app.documents.claims import Once
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.domain.faces import RatePoint
+from app.domain.thresholds import threshold_at_fmr
 from app.errors import AttemptsExhausted, NotFound, ReplayedPhoto
 from app.runtime import Runtime
 from app.use_cases import standing, verify
@@ -56,7 +60,12 @@ async def test_the_person_matches_and_a_stranger_does_not(runtime: Runtime) -> N
     assert [(e.id, e.detail["match"]) for e in events] == [(yes.decision_id, True), (no.decision_id, False)]
 
 
-async def test_h67_no_event_holds_a_score_finer_than_two_decimals(runtime: Runtime) -> None:
+async def test_h67_no_event_holds_a_score_finer_than_two_decimals(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A curve that is still falling at the scores of one person, as those of real models are.
+    curve = (RatePoint(fmr=1e-2, threshold=0.1), RatePoint(fmr=1e-6, threshold=0.9))
+    monkeypatch.setattr(runtime.engine, "card", replace(runtime.engine.card, impostor_curve=curve))
     ann = await active(runtime, "ann")
     claim = verify.Claim(ann, audience="officer-1", nonce=None)
     action = by_officer("face.verify")
@@ -69,6 +78,14 @@ async def test_h67_no_event_holds_a_score_finer_than_two_decimals(runtime: Runti
         score = event.detail.get("score", event.detail.get("best_score"))
         assert isinstance(score, float)
         assert score == round(score, 2)
+    # The rate leads back to the score that it stands for: in the event, the answer and the assertion that is the coarse one.
+    assert answer.assertion is not None
+    told = jwt.decode(answer.assertion, options={"verify_signature": False})
+    event = await AuditEvent.get(answer.decision_id)
+    assert event is not None
+    for fmr in (event.detail["fmr"], answer.fmr, told["fmr"]):
+        assert threshold_at_fmr(runtime.engine.card, float(fmr or 0)) == pytest.approx(told["score"], abs=1e-9)
+    assert told["score"] == round(answer.score, 2)
 
 
 async def test_h67_a_search_shows_nothing_below_the_threshold(runtime: Runtime) -> None:

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import httpx
 import pytest
+from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fastapi import FastAPI
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import ExecutionTimeout, OperationFailure, PyMongoError
+from typer.testing import CliRunner
 
 from app.api import audit as doors
 from app.api.dependencies import Acting
 from app.api.envelope import Envelope
 from app.api.problems import install
 from app.audit import Action, by_system, record, refuse, rotate_key
+from app.cli import audit as command
 from app.documents.base import now
 from app.documents.claims import IdempotencyClaim, Once
 from app.documents.events import AuditEvent, StrangerCount
@@ -34,6 +37,7 @@ from app.errors import AuditRefused, Forbidden, IdempotencyInProgress, NotFound,
 from app.leases import Held
 from app.runtime import Runtime
 from app.use_cases import sequence, tend_log
+from app.use_cases.check import check
 from app.use_cases.sequence import deliver, grow, head_over, kept_up, sign
 from storage.evidence import EvidenceUnavailable, FolderEvidence
 from tests.builders import another_process, by_officer, enrolled
@@ -339,6 +343,7 @@ async def test_the_export_of_a_time_or_of_a_gallery_is_bound_and_still_proved(
         window = {"after": events[4].time.isoformat(), "before": events[9].time.isoformat()}
         of_a_time = await http.get("/v1/audit/export", params=window)
         nothing = await http.get("/v1/audit/export", params={"after": "2100-01-01T00:00:00Z"})
+        sheet = await http.get("/v1/audit/export", params={"after": "2100-01-01T00:00:00Z", "format": "csv"})
     lines = [json.loads(line) for line in northern.text.splitlines()]
     assert {line["gallery"] for line in lines} == {"north"}
     report = await _checked(northern, partial=True)
@@ -349,7 +354,14 @@ async def test_the_export_of_a_time_or_of_a_gallery_is_bound_and_still_proved(
     assert report.findings == []
     inside = [event for event in events if events[4].time <= event.time < events[9].time]
     assert [json.loads(line)["id"] for line in of_a_time.text.splitlines()] == [event.id for event in inside]
-    assert nothing.content == b""
+    report = await _checked(nothing, partial=True)
+    assert (report.findings, report.events) == ([], 0)
+    (empty,) = [json.loads(line) for line in nothing.text.splitlines()]
+    assert {name for name, value in empty.items() if value is not None} == {"end"}
+    assert report.head is not None
+    assert report.left_out == [(0, report.head.size)]
+    report = await _checked(sheet, partial=True)
+    assert (report.findings, report.events) == ([], 0)
 
 
 async def test_without_anybody_who_numbers_events_an_export_is_refused_soon(
@@ -388,6 +400,95 @@ async def test_names_are_hashed_in_the_leaf_shown_while_they_are_kept_and_can_be
     assert len(await _numbered()) == 3, "the leaves still hold"
     async with kept_up(runtime):
         assert (await _checked(await http.get("/v1/audit/export"))).findings == []
+
+
+async def test_h96_names_beside_an_event_that_its_leaf_does_not_bear_out_are_not_shown_and_found(
+    runtime: Runtime, http: httpx.AsyncClient
+) -> None:
+    (event, _) = await _told(2, has_own_request_id=True)
+    await grow(runtime)
+    personal = event.personal
+    assert personal is not None
+    before = (await http.get("/v1/audit/events/0")).json()
+    for field, hashed in {
+        "actor_name": event.actor.name, "actor_ip": event.actor.ip, "request_id": event.request_id,
+    }.items():  # fmt: skip
+        await _set(event, {f"personal.{field}": "Mallory"})
+        after = (await http.get("/v1/audit/events/0")).json()
+        holder = after if field == "request_id" else after["actor"]
+        assert holder[field.removeprefix("actor_")] == hashed
+        assert "Mallory" not in str((await http.get("/v1/audit/events")).json())
+        assert "log-name-changed" in (await check(runtime, lambda *_: None)).counts
+        await _set(event, {"personal": personal.model_dump()})
+    # Under another salt nothing is borne out; nor under one with a zero behind it, though HMAC makes no difference there.
+    for salt in (b"", b"another salt....", personal.salt + b"\0"):
+        await _set(event, {"personal.salt": salt})
+        after = (await http.get("/v1/audit/events/0")).json()
+        assert after["actor"] == before["actor"] | {"name": event.actor.name, "ip": event.actor.ip}
+        assert after["request_id"] == event.request_id
+    looked = await check(runtime, lambda *_: None)
+    assert [(finding.kind, finding.subject) for finding in looked.findings] == [("log-name-changed", event.id)]
+    assert "event 0: actor.name, actor.ip, request_id beside it" in looked.findings[0].message
+    await _set(event, {"personal": personal.model_copy(update={"actor_name": "Mallory"}).model_dump()})
+    async with kept_up(runtime):
+        answer = await http.get("/v1/audit/export")
+    assert (await _checked(answer)).findings == []
+    assert "Mallory" not in answer.text
+    assert json.loads(answer.text.splitlines()[0])["personal"]["fields"] == ["actor.ip", "request_id"]
+
+
+async def test_h96_an_event_that_is_none_any_more_is_named_by_the_check(runtime: Runtime) -> None:
+    events = await _told(3)
+    await grow(runtime)
+    await sign(runtime)
+    await deliver(runtime)
+    stored = await AuditEvent.get_pymongo_collection().find_one({"_id": events[1].id})
+    assert stored is not None
+    for forged in (
+        {"leaf_hash": "no hex"}, {"leaf_hash": 7}, {"outcome": "perhaps"}, {"actor": 5}, {"personal": {"salt": 1}},
+        {"detail": {"score": float("nan")}}, {"time": "never"}, {"outcome": "perhaps", "leaf_hash": ""},
+    ):  # fmt: skip
+        await _set(events[1], forged)
+        looked = await check(runtime, lambda *_: None)
+        changed = [finding for finding in looked.findings if finding.kind == "log-event-changed"]
+        assert [finding.subject for finding in changed] == [events[1].id], forged
+        assert "event 1 is not what" in changed[0].message
+        assert looked.looked_at["events"] == 3
+        await _set(events[1], stored)
+    assert (await check(runtime, lambda *_: None)).findings == []
+
+
+async def _set(event: AuditEvent, fields: dict[str, object]) -> None:
+    await AuditEvent.get_pymongo_collection().update_one({"_id": event.id}, {"$set": fields})
+
+
+async def test_an_auditor_fetches_keys_heads_and_an_export_and_proves_the_log_by_what_they_hold(
+    runtime: Runtime, http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of docs/audit.md."""
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(command, "_run", lambda _, work: asyncio.run_coroutine_threadsafe(work(runtime), loop).result())
+
+    async def idem(*arguments: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, command.app, list(arguments))
+
+    export, fetched, printed = tmp_path / "audit.ndjson", tmp_path / "keys.json", tmp_path / "audit.keys"
+    await _told(4)
+    async with kept_up(runtime):
+        export.write_bytes((await http.get("/v1/audit/export")).content)
+    await deliver(runtime)
+    (tmp_path / "checkpoint.json").write_bytes((await http.get("/v1/audit/checkpoint")).content)
+    fetched.write_bytes((await http.get("/v1/audit/keys")).content)
+    printed.write_text((await idem("key")).stdout)
+    script = Path(__file__).parents[2] / "scripts" / "verify_audit.py"
+    for keys, heads in ((fetched, runtime.settings.evidence_path), (printed, tmp_path / "checkpoint.json")):
+        asked = [str(export), "--key", str(keys), "--heads", str(heads)]
+        ended = await idem("verify", *asked)
+        assert ended.exit_code == 0, ended.output
+        assert "over 5 events" in ended.output
+        alone = await asyncio.to_thread(subprocess.run, [sys.executable, "-I", script, *asked], capture_output=True)
+        assert alone.returncode == 0, alone
+        assert b"whole: every event as it was signed" in alone.stdout
 
 
 async def test_names_are_forgotten_when_their_time_is_over(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,7 +643,7 @@ async def test_h93_h97_an_evidence_folder_without_room_is_no_reason_to_lose_a_he
         patched.setattr(type(runtime.evidence), "append", full)
         assert await deliver(runtime) == 1
     assert await deliver(runtime) == 0
-    assert len(await runtime.evidence.names()) == 1
+    assert len(await runtime.evidence.names("heads/")) == 1
 
 
 async def test_problems_of_the_log_have_the_contracts_slug() -> None:

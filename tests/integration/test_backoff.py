@@ -142,6 +142,17 @@ async def test_h56_many_names_from_one_address_have_to_wait_and_its_own_people_d
         await service.log_in("bob")
 
 
+async def test_h56_an_outsiders_address_that_waits_does_not_tell_who_logs_in_elsewhere(service: AccountService) -> None:
+    await service.user("ann")
+    await service.log_in("ann")
+    async with strict(service), service.at(ELSEWHERE) as elsewhere:
+        for number in range(WRONG):
+            await elsewhere.try_password(f"user{number}")
+        known, unknown = await elsewhere.try_password("ann"), await elsewhere.try_password("nobody")
+        assert waits(known) == pytest.approx(waits(unknown), abs=2)
+        assert known.json()["detail"] == unknown.json()["detail"]
+
+
 async def test_a_success_takes_back_from_the_address_what_this_name_cost_it_and_no_more(
     service: AccountService,
 ) -> None:

@@ -17,29 +17,42 @@ from pydantic import SecretStr
 from pymongo import AsyncMongoClient
 
 from app import restoring
-from app.audit import by_system
+from app.audit import by_system, record
 from app.backups import EMPTIED, LEFT_OUT, UNTOUCHED, OpenSet, OtherKey, Tell
 from app.config import Settings, random_secret
 from app.documents.accounts import Client, Login, User
 from app.documents.claims import IdempotencyClaim
-from app.documents.deletions import Deletion
+from app.documents.deletions import LEDGER, Deletion
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.restores import COLLECTION, RESTORE, Restore
 from app.documents.tree import AuditKey, AuditTree
-from app.errors import NotReady
+from app.errors import NotReady, Unauthenticated
 from app.runtime import DOCUMENTS, Runtime, open_runtime
 from app.use_cases import back_up as backing_up
+from app.use_cases import erase, sequence
 from app.use_cases import restore as restoring_all
-from app.use_cases import sequence
 from app.use_cases.back_up import Made, back_up, verify
 from app.use_cases.check import check
 from app.use_cases.erase import erase_again
 from app.use_cases.publish import publish
-from app.use_cases.restore import NotEmpty, RestoreBusy, Restored, StillServing, abandon, restore
+from app.use_cases.restore import EvidenceAway, NotEmpty, RestoreBusy, Restored, StillServing, abandon, restore
 from storage.archive import Archive, BackupBroken, BackupMissing
-from tests.builders import active, default_gallery, enrolled, erased, identified, known, screened, settled, suspected
+from storage.evidence import EvidenceUnavailable
+from storage.photos import PhotoStoreUnavailable
+from tests.builders import (
+    active,
+    default_gallery,
+    enrolled,
+    erased,
+    identified,
+    known,
+    screened,
+    settled,
+    suspected,
+    with_sample,
+)
 from tests.fakes import FakeEngine
 from tests.support.backup_process import KILL_AT, environment_of
 
@@ -93,6 +106,7 @@ async def restored(
     return await restore(
         lambda: open_runtime(settings, FakeEngine(), restoring=True),
         erase_again,
+        sequence.close,
         folder,
         tell,
         set_id=set_id,
@@ -195,7 +209,7 @@ async def test_a_backup_comes_back_on_another_machine_with_everything_that_count
         assert (gallery.seq, gallery.identities, gallery.samples) == (2, 2, 2)
         olga = await User.find_one({"username": "olga"})
         assert olga is not None
-        assert olga.access_version == 2, "a token of before is refused"
+        assert olga.access_version > 2**32, "a token of before is refused"
         assert (await known(ann)).status == "active"
         pending = await known(waiting)
         assert pending.outbox_at is not None, "the sweep finds who was waiting for a verdict"
@@ -553,7 +567,7 @@ async def test_a_restore_that_only_loads_can_be_forgotten(
             await abandon(runtime)
 
 
-async def test_sessions_and_answered_requests_do_not_come_back(
+async def test_sessions_answered_requests_and_tokens_do_not_come_back(
     settings: Settings, elsewhere: Settings, folder: Path
 ) -> None:
     async with opened(settings) as runtime:
@@ -561,17 +575,31 @@ async def test_sessions_and_answered_requests_do_not_come_back(
         database = runtime.mongo[settings.mongodb_database]
         for name in LEFT_OUT - {"leases", "restores"}:
             await database[name].insert_one({"_id": "left", "purge_at": None})
-        await Client(name="Bank", secret_hash=b"x", roles=["relying_app"]).insert()
+        bank = Client(name="Bank", secret_hash=b"x", roles=["relying_app"])
+        await bank.insert()
         await back_up(runtime, folder, silent)
+        tokens: list[str] = []
+        for version in (1, 2, 3):  # after so many changes of the client since the backup
+            tokens.append((await runtime.access.issue(bank.model_copy(update={"access_version": version}))).text)
+            await Client.get_pymongo_collection().update_one({"_id": bank.id}, {"$set": {"access_version": version}})
+            assert (await runtime.access.authenticate(tokens[-1])).id == bank.id
     await restored(elsewhere, folder)
     async with AsyncMongoClient[dict[str, Any]](settings.mongodb_uri) as client:
         there = client[elsewhere.mongodb_database]
         for name in LEFT_OUT - {"leases"}:
             assert not await there[name].find_one(), name
-        bank = await there["clients"].find_one()
-        assert bank is not None
-        assert bank["access_version"] == 2
+        raised = await there["clients"].find_one()
+        assert raised is not None
+        assert 2**32 < raised["access_version"] <= 2**40
     await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        for token in tokens:
+            with pytest.raises(Unauthenticated):
+                await runtime.access.authenticate(token)
+        again = await Client.get(bank.id)
+        assert again is not None
+        assert again.access_version != raised["access_version"]
+        assert (await runtime.access.authenticate((await runtime.access.issue(again)).text)).id == bank.id
     async with AsyncMongoClient[dict[str, Any]](settings.mongodb_uri) as client:
         there = client[settings.mongodb_database]
         for name in EMPTIED:
@@ -598,6 +626,138 @@ async def test_the_ledger_of_a_later_backup_counts_where_the_one_outside_was_los
     async with opened(alone):
         assert await Identity.living(ann.id) is None
         assert await Deletion.get(ann.id) is not None
+
+
+async def _erased_but_not_outside(runtime: Runtime, identity: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Erase somebody while neither the photo nor the evidence store answers: the database alone knows of it."""
+
+    async def failing(*_: object) -> None:
+        raise EvidenceUnavailable("gone")
+
+    async def keeps(*_: object) -> int:
+        raise PhotoStoreUnavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.evidence, "append", failing)
+        patch.setattr(runtime.photos, "delete", keeps)
+        await erased(runtime, identity)
+    assert await runtime.evidence.names(LEDGER) == []
+
+
+async def test_h100_an_erasure_that_only_the_database_knew_outlives_its_replacement_however_often_that_is_cut_off(
+    settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(settings) as runtime:
+        ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+        await back_up(runtime, folder, silent)
+        ann = await with_sample(runtime, ann, "ann")  # a photo that the backup does not know
+        await _erased_but_not_outside(runtime, ann, monkeypatch)
+        first = await Deletion.get(ann.id)
+        assert first is not None
+    for word in ("waiting for the service to leave", "switching", "erasures"):
+
+        def cut(stage: str, done: int, total: int, word: str = word) -> None:
+            if stage == word and done == total:
+                raise Cut
+
+        with pytest.raises(Cut):
+            await restored(settings, folder, cut, replace=True)
+    await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        left = await Identity.get(ann.id)
+        assert left is not None
+        assert (left.status, left.wrapped_key, left.samples) == ("erased", None, [])
+        assert await names_found(runtime, "ann") == []
+        assert await names_found(runtime, "bob") == [bob.id]
+        deletion = await Deletion.get(ann.id)
+        assert deletion is not None
+        assert (deletion.receipt, deletion.erased_at) == (first.receipt, first.erased_at), (
+            "the receipt stays as it was given"
+        )
+        await erase.settle_overdue(runtime)
+        assert [
+            Deletion.from_ledger(await runtime.evidence.read(n), runtime.keys).id
+            for n in await runtime.evidence.names(LEDGER)
+        ] == [ann.id]
+        names = await runtime.mongo[settings.mongodb_database].list_collection_names()
+        assert not [name for name in names if "." in name], "nothing of the database of before is left"
+        assert [photo.key async for photo in runtime.photos.list()] == [bob.samples[0].photo_key]
+
+
+async def test_h100_no_log_is_replaced_before_a_head_over_all_of_it_is_outside(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    async with opened(settings) as runtime:
+        await active(runtime, "ann")
+        before = await logged(runtime)
+        await back_up(runtime, folder, silent)
+        bob = await active(runtime, "bob")
+        while await sequence.grow(runtime):
+            pass
+        undelivered = await sequence.sign(runtime)
+        await runtime.transaction(
+            lambda session: record(session, by_system("test"), subject_kind="none", subject_id=None)
+        )
+        events = await AuditEvent.find_all().count()  # the last one is in no head, and without a number
+        assert undelivered.size < events
+    blocked = tmp_path / "a file"
+    blocked.write_bytes(b"where the evidence's folder should be")
+    with pytest.raises(EvidenceAway, match="nothing in use was touched"):
+        await restored(settings.model_copy(update={"evidence_path": blocked}), folder, replace=True)
+    async with opened(settings) as runtime:  # the service is back meanwhile
+        assert (await known(bob)).status == "active"
+    done = await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        assert await Identity.get(bob.id) is None
+        heads = await runtime.evidence.names("heads/")
+        assert [int(name.rpartition("/")[2].split("-")[1]) for name in heads] == [before, undelivered.size, events]
+    assert f"events {before} to {events - 1} are lost" in done.log[0]
+
+
+async def test_a_log_that_cannot_be_numbered_is_closed_as_far_as_it_goes(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await sequence.close(runtime) == 0
+    assert await runtime.evidence.names("heads/") == [], "nothing was ever written into it"
+    await active(runtime, "ann")
+    await sequence.grow(runtime)
+    await sequence.sign(runtime)
+    await active(runtime, "bob")
+
+    async def broken(_: Runtime) -> int:
+        raise ValueError("an event that has no canonical JSON")
+
+    monkeypatch.setattr(sequence, "grow", broken)
+    assert await sequence.close(runtime) == 0
+    assert len(await runtime.evidence.names("heads/")) == 1
+
+
+async def test_h100_who_can_add_a_line_to_the_ledger_can_neither_have_somebody_erased_nor_hide_an_erasure(
+    settings: Settings, folder: Path
+) -> None:
+    async with opened(settings) as runtime:
+        ann, bob, cleo = [await active(runtime, name) for name in ("ann", "bob", "cleo")]
+        await back_up(runtime, folder, silent)
+        await erased(runtime, ann)
+        (genuine,) = await runtime.evidence.names(LEDGER)
+        line = json.loads(await runtime.evidence.read(genuine))
+        forged = {
+            f"{LEDGER}20261121T120000000Z-{bob.id}.json": {k: v for k, v in line.items() if k != "tag"} | {"identity_id": bob.id},
+            f"{LEDGER}20261121T120000000Z-{cleo.id}.json": line | {"identity_id": cleo.id},
+            f"{LEDGER}29991231T120000000Z-{ann.id}.json": line | {"erased_at": "2999-12-31T12:00:00Z"},
+        }  # fmt: skip
+        for name, content in forged.items():
+            await runtime.evidence.append(name, json.dumps(content).encode())
+        # As in a store that was lost; and a row that nobody can read holds up nothing.
+        await Deletion.get_pymongo_collection().delete_many({})
+        await Deletion.get_pymongo_collection().insert_one({"_id": "torn", "erased_at": "once"})
+    done = await restored(settings, folder, replace=True)
+    torn = "the replaced database's of torn"
+    assert (done.erased_again, sorted(done.unreadable)) == (1, [*sorted(forged), torn]), "told of, and not obeyed"
+    async with opened(settings) as runtime:
+        assert await Identity.living(ann.id) is None
+        assert [(await known(one)).status for one in (bob, cleo)] == ["active", "active"]
+        assert [row.id for row in await Deletion.find_all().to_list()] == [ann.id]
 
 
 async def test_h90_index_files_of_before_a_restore_are_never_taken_for_the_restored_gallerys(

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app import runtime
-from app.cli import backup, build_app, check
+from app.cli import audit, backup, build_app, check
 from app.config import Settings
 from app.documents.galleries import Gallery
 from app.runtime import open_runtime
+from app.use_cases import sequence
 from tests.builders import active
 from tests.fakes import FakeEngine
 from tests.support.backup_process import environment_of
@@ -23,7 +24,7 @@ def command(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """A terminal with the settings of the store, and an engine that reads names."""
     opened = lambda *_, **__: SimpleNamespace(engine=FakeEngine(), reason="it reads names")  # noqa: E731
     monkeypatch.setattr(runtime, "open_engine", opened)
-    for module in (backup, check):  # the terminal of a test is closed before those of others
+    for module in (audit, backup, check):  # the terminal of a test is closed before those of others
         monkeypatch.setattr(module, "configure_logging", lambda _: None)
     for name, value in environment_of(settings).items():
         monkeypatch.setenv(name, value)
@@ -78,3 +79,35 @@ def test_a_backup_is_made_proved_put_in_place_and_checked(
     again = idem(command, "backup", folder)
     assert again.exit_code == 0
     assert "Backup " in again.stdout
+
+
+def test_h100_a_second_restore_forgets_a_key_that_the_evidence_keeps_and_the_check_finds_nothing(
+    settings: Settings, command: CliRunner, tmp_path: Path
+) -> None:
+    async def logged(*people: str) -> str:
+        """Somebody more, and a head over it outside; the key that signs."""
+        async with open_runtime(settings, FakeEngine()) as opened:
+            await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
+            for person in people:
+                await active(opened, person)
+            while await sequence.grow(opened):
+                pass
+            head = await sequence.sign(opened)
+            assert await sequence.deliver(opened) == 0
+            return head.key_id
+
+    folder = str(tmp_path / "backups")
+    signed_by = [asyncio.run(logged("ann"))]
+    assert idem(command, "backup", folder).exit_code == 0
+    for person in ("bob", "cleo"):
+        asyncio.run(logged(person))
+        done = idem(command, "restore", folder, "--replace", typed=f"{settings.mongodb_database}\n")
+        assert (done.exit_code, "are lost" in done.output) == (0, True)
+        signed_by.append(asyncio.run(logged()))
+    assert len(set(signed_by)) == 3
+    known = [line.split()[0] for line in idem(command, "audit", "key").stdout.splitlines()]
+    assert signed_by[1] not in known
+    kept = (settings.evidence_path / "keys").iterdir()
+    assert {line.split()[0] for path in kept for line in path.read_text().splitlines()} == set(signed_by)
+    looked = idem(command, "check", "--no-photos")
+    assert looked.exit_code == 0, looked.output

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from app.audit import by_system
+from app.audit import by_system, record
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity
-from app.documents.tree import AuditTree, TreeNode
+from app.documents.tree import AuditKey, AuditTree, TreeHead, TreeNode
+from app.domain.log_export import canonical
+from app.domain.merkle import Growth, leaf_hash
 from app.runtime import Runtime
 from app.use_cases import check as checking
 from app.use_cases import sequence
@@ -275,6 +277,86 @@ async def test_a_head_outside_that_the_log_does_not_bear_out_is_found(runtime: R
     looked = await found(runtime)
     assert looked.counts["log-head"] == 1
     assert any("not those that" in finding.message for finding in looked.findings)
+
+
+async def _told(count: int) -> None:
+    """So many events more."""
+    for _ in range(count):
+        await record(None, by_system("x"), subject_kind="none", subject_id=None)
+
+
+async def _kept(runtime: Runtime) -> TreeHead:
+    """Every event in the tree, under a head that is kept outside."""
+    while await sequence.grow(runtime):
+        pass
+    head = await sequence.sign(runtime)
+    await sequence.deliver(runtime)
+    return head
+
+
+async def _made_anew(size: int) -> None:
+    """What whoever has the database does: the first events as they are now, and the tree and its heads made to fit them."""
+    await AuditEvent.get_pymongo_collection().delete_many({"seq": {"$gte": size}})
+    await TreeNode.get_pymongo_collection().delete_many({})
+    await TreeHead.get_pymongo_collection().delete_many({})
+    growth = Growth()
+    for event in await AuditEvent.find_all().sort("+seq").to_list():
+        hash_ = leaf_hash(canonical(event.leaf(growth.size)))
+        nodes = [{"_id": TreeNode.name(node), "hash": value} for node, value in growth.add(hash_)]
+        if nodes:
+            await TreeNode.get_pymongo_collection().insert_many(nodes)
+        await AuditEvent.get_pymongo_collection().update_one({"_id": event.id}, {"$set": {"leaf_hash": hash_.hex()}})
+    fields = {"size": growth.size, "peaks": growth.peaks, "signed_size": None, "signed_at": None, "signed_by": None}
+    await AuditTree.get_pymongo_collection().update_one({}, {"$set": fields})
+
+
+async def test_h96_a_log_that_was_set_back_is_found_however_it_has_grown_since(runtime: Runtime) -> None:
+    await _told(6)
+    before = await _kept(runtime)
+    await _made_anew(4)
+    assert (await found(runtime)).counts == {"log-head": 1}
+    await _told(1)
+    after = await _kept(runtime)
+    looked = await found(runtime)
+    assert {finding.kind for finding in looked.findings} == {"log-head"}
+    assert any("event 5 is lost" in finding.message for finding in looked.findings)
+    await _told(3)
+    await _kept(runtime)
+    (finding,) = (await found(runtime)).findings
+    assert (finding.kind, "was set back from 6 events" in finding.message) == ("log-head", True)
+    assert before.evidence[0] in finding.message
+    assert after.evidence[0] in finding.message
+
+
+async def test_h96_a_log_made_anew_is_found_by_the_heads_of_former_days(runtime: Runtime) -> None:
+    await _told(5)
+    while await sequence.grow(runtime):
+        pass
+    tree, key = await AuditTree.current(), await AuditKey.active()
+    yesterday = TreeHead.signed(tree, key, runtime.keys, now() - timedelta(days=1))
+    await runtime.evidence.append(*yesterday.evidence)
+    await _told(1)
+    await _kept(runtime)
+    looked = await found(runtime)
+    assert (looked.findings, looked.looked_at["tree heads"]) == ([], 2)
+    await _change(AuditEvent, {"seq": 2}, {"$set": {"outcome": "denied"}})
+    await _made_anew(6)
+    await _told(1)
+    await _kept(runtime)
+    (finding,) = (await found(runtime)).findings
+    assert finding.message == f"the first 5 events are not those that {yesterday.evidence[0]} was signed over"
+
+
+async def test_nodes_left_as_they_were_do_not_hide_changed_events(runtime: Runtime) -> None:
+    await _told(4)
+    await _kept(runtime)
+    nodes = await TreeNode.find_all().to_list()
+    await _change(AuditEvent, {"seq": 0}, {"$set": {"outcome": "denied"}})
+    await _made_anew(4)
+    await TreeNode.get_pymongo_collection().delete_many({})
+    await TreeNode.insert_many(nodes)
+    (finding,) = (await found(runtime)).findings
+    assert "the first 4 events are not those" in finding.message
 
 
 async def test_many_findings_of_a_kind_are_counted_and_some_are_told(

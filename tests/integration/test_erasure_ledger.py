@@ -1,6 +1,7 @@
 """What an erasure leaves: a receipt that says so, a ledger that outlives the database, and work for a store that was away."""
 
 import io
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,12 +14,14 @@ from minio.commonconfig import ENABLED
 from minio.versioningconfig import VersioningConfig
 
 from app.access.tokens import RECEIPT_TYPE
-from app.audit import by_system
+from app.audit import Action, by_system
 from app.documents.base import new_id, now
 from app.documents.deletions import LEDGER, Deletion
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.errors import NotReady
+from app.keys import KeyRing
 from app.runtime import Runtime
 from app.use_cases import erase
 from storage.evidence import EvidenceUnavailable
@@ -43,11 +46,15 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str, Exception], 
 
 async def ledger_of(runtime: Runtime) -> list[Deletion]:
     """What the evidence store tells of erasures."""
-    return [Deletion.from_ledger(await runtime.evidence.read(name)) for name in await runtime.evidence.names(LEDGER)]
+    return [
+        Deletion.from_ledger(await runtime.evidence.read(name), runtime.keys)
+        for name in await runtime.evidence.names(LEDGER)
+    ]
 
 
 async def waiting() -> list[Deletion]:
-    return await Deletion.unsettled(now() + timedelta(hours=1), 100)
+    ids = await Deletion.unsettled(now() + timedelta(hours=1), 100)
+    return [row for row in [await Deletion.get(id_) for id_ in ids] if row is not None]
 
 
 async def make_due() -> None:
@@ -140,6 +147,86 @@ async def test_a_ledger_that_cannot_be_written_holds_up_no_erasure_and_is_writte
     assert [line.id for line in await ledger_of(runtime)] == [ann.id]
 
 
+async def test_h71_the_ledgers_line_is_outside_before_the_first_photo_is_touched(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await active(runtime, "ann")
+    outside: list[str] = []
+
+    async def hanging(keys: list[str]) -> int:
+        outside.extend(await runtime.evidence.names(LEDGER))
+        raise PhotoStoreUnavailable("gone")
+
+    monkeypatch.setattr(runtime.photos, "delete", hanging)
+    await erased(runtime, ann)
+    assert [name.endswith(f"{ann.id}.json") for name in outside] == [True]
+
+
+async def test_h71_photos_do_not_wait_for_an_evidence_store_that_is_away(
+    runtime: Runtime, away: Callable[[object, str, Exception], None]
+) -> None:
+    ann = await active(runtime, "ann")
+    away(runtime.evidence, "append", EvidenceUnavailable("full"))
+    await erased(runtime, ann)
+    assert [photo.key async for photo in runtime.photos.list()] == []
+    (left,) = await waiting()
+    assert (left.id, left.photo_keys) == (ann.id, [])
+
+
+async def test_an_erasure_that_cannot_be_settled_holds_up_neither_the_others_nor_retention(
+    runtime: Runtime, keeps_thirty_days: None
+) -> None:
+    old = await active(runtime, "old")
+    await _enrolled_days_ago(old, 31)
+    for name in ("../no name of a file", "someone"):
+        await erase.erase_again(runtime, Deletion(id=name, gallery_id="g", erased_at=now(), event_id="e"))
+    torn = {"_id": "torn", "unsettled_since": now()}
+    await Deletion.get_pymongo_collection().insert_one(torn)
+    await make_due()
+    await jobs.sweep_erasures({"runtime": runtime})
+    assert sorted(line.id for line in await ledger_of(runtime)) == sorted(["someone", old.id])
+    assert await Identity.living(old.id) is None
+    left = await Deletion.get_pymongo_collection().find({"unsettled_since": {"$ne": None}}).to_list()
+    assert sorted(row["_id"] for row in left) == ["../no name of a file", "torn"]
+
+
+async def test_a_person_who_cannot_be_erased_holds_up_no_other_whose_time_is_over(
+    runtime: Runtime, keeps_thirty_days: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = [await active(runtime, name) for name in ("ann", "bob", "cleo")]
+    for days, identity in enumerate(people):
+        await _enrolled_days_ago(identity, 60 - days)
+    troubles = {people[0].id: NotReady("changed at the same moment"), people[1].id: ValueError("torn")}
+    carried_out = erase.erase
+
+    async def troubled(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, why: str) -> erase.Receipt:
+        if identity_id in troubles:
+            raise troubles[identity_id]
+        return await carried_out(runtime, action, gallery, identity_id, why)
+
+    monkeypatch.setattr(erase, "erase", troubled)
+    assert await erase.erase_expired(runtime) == 1
+    assert [await Identity.living(one.id) is None for one in people] == [False, False, True]
+
+
+@pytest.mark.parametrize("changed", ["identity_id", "gallery_id", "erased_at", "event_id", "tag", None])
+async def test_h100_a_line_of_the_ledger_that_was_changed_or_is_another_stores_is_none(
+    runtime: Runtime, changed: str | None
+) -> None:
+    """None: nothing of it; the store is another one."""
+    ann = Deletion(id="ann", gallery_id="g", erased_at=now(), event_id="e")
+    line = json.loads(ann.ledger_line(runtime.keys))
+    assert Deletion.from_ledger(json.dumps(line).encode(), runtime.keys).id == "ann"
+    keys = runtime.keys
+    if changed is None:
+        keys = KeyRing("another")
+        keys.adopt_root(bytes(32))
+    else:
+        line[changed] = {"erased_at": "2026-11-21T09:30:00.123Z"}.get(changed, "ab" * 32)
+    with pytest.raises(ValueError, match="tag"):
+        Deletion.from_ledger(json.dumps(line).encode(), keys)
+
+
 async def test_h71_every_version_of_an_erased_persons_photos_is_gone_from_a_versioned_bucket(
     runtime: Runtime, s3_server: Server
 ) -> None:
@@ -184,7 +271,7 @@ async def test_a_restored_person_is_erased_again_by_the_ledger_as_often_as_it_is
     events = await AuditEvent.find({"action": "identity.erase"}).sort("time").to_list()
     reasons = [event.detail["reason"] for event in events]
     assert reasons == ["asked for", "the ledger of erasures"]
-    assert [found.ledger_line for found in await ledger_of(runtime)] == [line.ledger_line]
+    assert [found.ledger_line(runtime.keys) for found in await ledger_of(runtime)] == [line.ledger_line(runtime.keys)]
 
 
 async def test_the_ledger_is_kept_also_for_somebody_whom_the_backup_never_knew(runtime: Runtime) -> None:

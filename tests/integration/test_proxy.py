@@ -10,10 +10,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from app import errors
 from app.api.envelope import DATA_POLICY, SECURITY_HEADERS
@@ -307,6 +313,31 @@ async def test_h108_figures_of_the_installation_are_not_shown_outside(proxy: Pro
     async with proxy.client() as client:
         answer = await client.get("/metrics")
     assert_is_problem(answer, errors.NotFound, "/metrics")
+
+
+async def test_over_tls_the_proxy_and_the_api_behind_it_tell_browsers_to_stay_there(tmp_path: Path) -> None:
+    port, tls = free_port(), tmp_path / "tls"
+    tls.mkdir()
+    certify(tls)
+    (tls / "https.conf").write_text(
+        f"listen 127.0.0.1:{port} ssl; ssl_certificate {tls}/cert.pem; ssl_certificate_key {tls}/key.pem;"
+    )
+    async with own_proxy(tmp_path) as proxy, httpx.AsyncClient(verify=False) as browser:  # noqa: S501 - its own
+        for path, status in (("/health", 200), ("/metrics", 404)):
+            answer = await browser.get(f"https://127.0.0.1:{port}{path}")
+            assert answer.status_code == status
+            assert answer.headers["strict-transport-security"] == "max-age=31536000; includeSubDomains"
+            plain = await browser.get(f"http://127.0.0.1:{proxy.port}{path}")
+            assert (plain.status_code, plain.headers.get("strict-transport-security")) == (status, None)
+
+
+def certify(folder: Path) -> None:
+    """A certificate that nobody trusts, and its key."""
+    key, moment = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "idem.test")])
+    unsigned = x509.CertificateBuilder(name, name, key.public_key(), 1, moment, moment + timedelta(days=1))
+    (folder / "cert.pem").write_bytes(unsigned.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 async def test_a_path_that_json_could_not_hold_is_not_repeated(proxy: Proxy) -> None:

@@ -177,15 +177,19 @@ async def test_a_compromised_key_ends_every_token_on_every_process_within_a_seco
     elsewhere, tokens = await another_access(service), await service.log_in()
     await elsewhere.authenticate(tokens.access)
     fresh = await rotate_signing_key(service.runtime, ROTATION, is_compromised=True)
-    done = time.monotonic()
+    done = asked = good_at = time.monotonic()
     with pytest.raises(Unauthenticated):
         while True:
             await elsewhere.authenticate(tokens.access)
+            good_at = asked
             await asyncio.sleep(0.02)
-    # One load of the keys a second; the rest is for a busy machine.
-    assert time.monotonic() - done < 2
+            asked = time.monotonic()
+    # By when it was last asked with success: how long a busy machine takes to answer is not what counts.
+    assert good_at - done < 1
     assert not await service.holds(tokens.access)
     assert await published(service) == [fresh.id]
+    # People do not have to log in again: their refresh tokens were signed by nobody.
+    assert (await service.refresh(tokens.refresh)).status_code == 200
     again: Tokens = await service.log_in()
     assert signer(again.access) == fresh.id
 

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from app.domain.log_check import Head
-from app.domain.log_export import Form, Json, Line, canonical, encoded, head_bytes, heading, leaf_bytes
+from app.domain.log_export import (
+    SALT_BYTES,
+    Form,
+    Json,
+    Line,
+    canonical,
+    encoded,
+    head_bytes,
+    heading,
+    leaf_bytes,
+    without_events,
+)
 from app.domain.merkle import Growth, Node, leaf_hash, subtrees
 
 ACTIONS = ("auth.login", "identity.enrol", "face.verify", "dedup.verdict", "identity.erase")
@@ -56,7 +67,7 @@ class Log:
         own = f"request-{chance.randrange(999)}" if chance.random() < 0.5 else None
         named = {"actor.name": name, "actor.ip": ip, "request_id": own}
         fields: list[Json] = [field_name for field_name, value in named.items() if value is not None]
-        personal: Json = {"fields": fields, "salt": chance.randbytes(16).hex()} if fields else None
+        personal: Json = {"fields": fields, "salt": chance.randbytes(SALT_BYTES).hex()} if fields else None
         actor: Json = {"kind": kind, "id": chance.choice([None, "id-1"]), "name": name, "ip": ip}
         return {
             "id": f"0000-{seq}-{chance.randrange(10**6)}", "seq": seq,
@@ -75,16 +86,17 @@ class Log:
         self.heads.append(Head(size, root, time, self.key_id, signature))
         return self.heads[-1]
 
-    def exported(self, chosen: Sequence[int] | None = None) -> list[Line]:
-        """The lines of an export: of all events, or of those that are chosen; with a head over all."""
-        head = self.heads[-1] if self.heads and self.heads[-1].size == self.growth.size else self.sign()
+    def exported(self, chosen: Sequence[int] | None = None, head: Head | None = None) -> list[Line]:
+        """The lines of an export: of all events or those that are chosen; under a head over all, or as it was at an older one."""
+        if head is None:
+            head = self.heads[-1] if self.heads and self.heads[-1].size == self.growth.size else self.sign()
         lines: list[Line] = []
         before = 0
-        for seq in chosen if chosen is not None else range(self.growth.size):
+        for seq in chosen if chosen is not None else range(head.size):
             lines.append(self.lines[seq] | {"skipped": self._hashes(before, seq)})
             before = seq + 1
-        lines[-1] = lines[-1] | {"end": {"head": head.as_json(), "skipped": self._hashes(before, self.growth.size)}}
-        return lines
+        end: Json = {"head": head.as_json(), "skipped": self._hashes(before, head.size)}
+        return [*lines[:-1], lines[-1] | {"end": end}] if lines else [without_events(end)]
 
     def _hashes(self, start: int, stop: int) -> list[Json]:
         return [self.nodes[node].hex() for node in subtrees(start, stop)]
@@ -118,14 +130,14 @@ def _edited(chance: random.Random, lines: list[Line]) -> list[Line]:
 
 
 def _without_names(chance: random.Random, lines: list[Line]) -> list[Line]:
-    """The salt or the list of what it hashes changed."""
+    """The salt changed, or lengthened by what keeps its HMACs, or the list of what it hashes gone."""
     places = [place for place, line in enumerate(lines) if line["personal"] is not None]
     place = chance.choice(places)
     line: Line = json.loads(canonical(lines[place]))
     personal = line["personal"]
     assert isinstance(personal, dict)
-    if chance.random() < 0.5:
-        personal["salt"] = chance.randbytes(16).hex()
+    if chance.random() < 0.6:
+        personal["salt"] = chance.choice([chance.randbytes(SALT_BYTES).hex(), f"{personal['salt']}00"])
     else:
         line["personal"] = None
     lines[place] = line
@@ -179,23 +191,33 @@ def _forged_end(chance: random.Random, lines: list[Line]) -> list[Line]:
     return lines
 
 
+def older(chance: random.Random, log: Log) -> list[Line]:
+    """The whole export as it was before the last events, under the head that was signed then."""
+    return log.exported(head=chance.choice([head for head in log.heads if 0 < head.size < log.growth.size]))
+
+
 LINE_TAMPERINGS: tuple[Callable[[random.Random, list[Line]], list[Line]], ...] = (
     _edited, _edited, _edited, _without_names, _deleted, _cut, _inserted, _reordered, _forged_end,
 )  # fmt: skip
 
 
-def tampered(chance: random.Random, lines: Sequence[Line], form: Form = "ndjson") -> tuple[str, list[bytes]]:
-    """What was done, and the export's file after it: by events, or one byte of it."""
-    if chance.random() < 0.25:
+def tampered(
+    chance: random.Random, log: Log, lines: Sequence[Line], form: Form = "ndjson"
+) -> tuple[str, list[bytes], list[Head]]:
+    """What was done, the export's file after it (by events, or one byte of it), and the heads that it takes to find it."""
+    what = chance.random()
+    if what < 0.1:
+        return "older", as_file(older(chance, log), form), log.heads
+    if what < 0.3:
         text = bytearray(b"".join(as_file(lines, form)))
         place = chance.randrange(len(text))
         text[place] ^= 1 << chance.randrange(8)
-        return f"byte {place}", _as_lines(bytes(text))
+        return f"byte {place}", _as_lines(bytes(text)), []
     while True:
         how = chance.choice(LINE_TAMPERINGS)
         changed = how(chance, list(lines))
         if changed != list(lines):
-            return how.__name__, as_file(changed, form)
+            return how.__name__, as_file(changed, form), []
 
 
 def _as_lines(text: bytes) -> list[bytes]:

@@ -22,7 +22,7 @@ RATES = (0.01, 0.03, 0.08, 0.15)
 #: In a row, on one dependency: more than a boundary bears.
 OUTAGE_CALLS = 8
 SHORT_SECONDS = 0.01
-#: Beyond the time limits that `tests.support.fault_stories` gives to photos and queue.
+#: Beyond the time limits that `tests.support.fault_stories` gives to photos, queue and share.
 LONG_SECONDS = 0.4
 
 _DICE: ContextVar[Random | None] = ContextVar("dice", default=None)
@@ -56,7 +56,9 @@ class FaultPlan:
     @contextmanager
     def at(self, *boundaries: Boundaries) -> Iterator[None]:
         """Meanwhile, stand at all of these."""
-        all_of_them = [b for some in boundaries for b in (some.mongo, some.queue, some.photos, some.evidence)]
+        all_of_them = [
+            b for some in boundaries for b in (some.mongo, some.queue, some.photos, some.evidence, some.share)
+        ]
         for boundary in all_of_them:
             boundary.faults = self
         try:
@@ -82,7 +84,7 @@ class FaultPlan:
         if kind == "cut":
             await work()
             raise broken("a fault of the plan: the answer was lost")
-        long = dependency in ("photos", "queue") and kind == "hang"
+        long = dependency in ("photos", "queue", "share") and kind == "hang"
         await asyncio.sleep(LONG_SECONDS if long else SHORT_SECONDS * dice.random())
         return await work()
 

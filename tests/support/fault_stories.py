@@ -93,6 +93,7 @@ def story_settings(mongo_url: str, redis_url: str, database: str, home: Path) ->
         evidence_path=home / "evidence",
         photo_timeout_seconds=0.3,
         queue_timeout_seconds=0.3,
+        share_timeout_seconds=0.3,
         boundary_pause_seconds=0.02,
         log_level="error",
         index_shadow_every=0,

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.callers import Caller, Role, subscriber
+from app.domain import callers
+from app.domain.callers import USERNAME_MAXIMUM, Caller, Role, subscriber, username_key
 
 
 def caller(*roles: Role, galleries: tuple[str, ...] | None = None) -> Caller:
@@ -59,3 +60,15 @@ def test_addresses_of_one_subscriber_are_the_same(one: str, other: str) -> None:
 )
 def test_addresses_of_two_subscribers_differ(one: str, other: str) -> None:
     assert subscriber(one) != subscriber(other)
+
+
+@pytest.mark.parametrize("name", ["a" + "\u0301" * 300 + "\u0316" * 300, "A" * (USERNAME_MAXIMUM + 1)])
+def test_h31_h57_a_name_that_is_nobody_s_for_its_length_is_compared_as_it_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(callers, "unicodedata")
+    assert username_key(name) == name
+
+
+def test_the_longest_name_is_compared_like_any_other() -> None:
+    assert username_key("Ａ" * USERNAME_MAXIMUM) == "a" * USERNAME_MAXIMUM

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.access.callers import new_secret, secret_digest
-from app.access.passwords import check_password, hash_password, password_matches
+from app.access.passwords import _common_passwords, check_password, hash_password, password_matches
 from app.domain.callers import username_key
 from app.errors import Validation
 
@@ -17,7 +17,7 @@ from app.errors import Validation
 def test_h57_a_password_of_another_length_is_refused_before_any_hashing(length: int) -> None:
     started = time.perf_counter()
     with pytest.raises(Validation):
-        check_password("x" * length)
+        check_password("x" * length, refuse_common=True)
     assert time.perf_counter() - started < 0.05
 
 
@@ -25,10 +25,22 @@ def test_h57_a_password_of_another_length_is_refused_before_any_hashing(length: 
     "password", ["x" * 8, "x" * 71, "x" * 72, "x" * 73, "x" * 256, "nul\0inside", "\N{GRINNING FACE}" * 8]
 )
 def test_h57_every_character_of_a_password_counts(password: str) -> None:
-    check_password(password)
+    check_password(password, refuse_common=True)
     hashed = hash_password(password)
     assert password_matches(password, hashed)
     assert not password_matches(password[:-1] + "y", hashed)
+
+
+@pytest.mark.parametrize("password", ["password", "PASSWORD", "12345678", "qwertyuiop", "iloveyou"])
+def test_a_password_that_everybody_tries_is_refused_in_production_and_not_in_development(password: str) -> None:
+    with pytest.raises(Validation) as refused:
+        check_password(password, refuse_common=True)
+    assert [advice.code for advice in refused.value.errors] == ["common"]
+    check_password(password, refuse_common=False)
+
+
+def test_the_list_of_what_everybody_tries_is_long_enough() -> None:
+    assert len(_common_passwords()) >= 3000  # ASVS 5.0, 6.2.4
 
 
 def test_a_hash_names_argon2id_and_its_costs() -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.bodies import DEEPEST, parsed
+from app.api import bodies
+from app.api.bodies import DEEPEST, MOST_MARKS, parsed
 from app.errors import Validation
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -36,6 +37,23 @@ def test_h34_objects_and_lists_lie_in_each_other_only_so_deep(opening: str) -> N
     for depth in (DEEPEST + 1, 500, 100_000):
         with pytest.raises(Validation):
             parsed("body", _nested(depth, opening))
+
+
+@pytest.mark.parametrize("value", ["[],", "{},", "0,", '"",', '"a":0,', '\\",'])
+def test_h34_a_crowd_of_values_is_refused_before_it_is_parsed(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(bodies, "json")  # whoever asks for it now fails otherwise
+    with pytest.raises(Validation):
+        parsed("body", f'{{"a": [{value * MOST_MARKS}0]}}'.encode())
+
+
+def test_an_account_with_all_that_it_may_have_is_no_crowd() -> None:
+    account = {
+        "name": '"' * 128,
+        "roles": ["admin", "officer", "relying_app", "auditor"],
+        "galleries": [f"{number:063}" for number in range(1000)],
+        "audiences": ["," * 255] * 32,
+    }
+    assert parsed("body", json.dumps(account).encode()) == account
 
 
 @pytest.mark.parametrize("body", ['{"a": 1, "a": 1}', '{"a": {"b": 1, "b": 2}}', '{"a": [{"b": 1, "\\u0062": 2}]}'])

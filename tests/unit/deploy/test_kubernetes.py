@@ -1,5 +1,6 @@
 """The Kubernetes manifests: one story with the image, the settings and the API's own probes."""
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,3 +89,25 @@ def test_only_known_settings_are_given_and_no_secret_stands_there() -> None:
 def test_the_service_leads_to_the_api() -> None:
     labels = mapping(mapping(mapping(mapping(the("Deployment", "idem-api")["spec"])["template"])["metadata"])["labels"])
     assert mapping(the("Service", "idem")["spec"])["selector"] == labels
+
+
+def test_one_address_at_most_is_believed_about_callers_until_somebody_fills_it_in() -> None:
+    believed = ipaddress.ip_network(str(mapping(the("ConfigMap", "idem")["data"])["FORWARDED_ALLOW_IPS"]))
+    assert believed.num_addresses == 1
+    assert believed.subnet_of(ipaddress.ip_network("192.0.2.0/24"))  # RFC 5737: an example, and nobody's
+
+
+@pytest.mark.parametrize(("component", "callers"), [("api", {"ingress-nginx", "prometheus"}), ("worker", set())])
+def test_h108_only_named_pods_reach_a_pod(component: str, callers: set[str]) -> None:
+    policy = mapping(the("NetworkPolicy", f"idem-{component}")["spec"])
+    template = mapping(mapping(the("Deployment", f"idem-{component}")["spec"])["template"])
+    assert policy["podSelector"] == {"matchLabels": mapping(template["metadata"])["labels"]}
+    assert policy["policyTypes"] == ["Ingress"]
+    let_in = set()
+    for rule in map(mapping, sequence(policy.get("ingress", []))):
+        assert rule["ports"] == [{"port": "http"}]
+        for peer in map(mapping, sequence(rule["from"])):
+            assert set(peer) == {"namespaceSelector", "podSelector"}, "a namespace as a whole is not a caller"
+            assert mapping(peer["namespaceSelector"])["matchLabels"]
+            let_in.add(mapping(mapping(peer["podSelector"])["matchLabels"])["app.kubernetes.io/name"])
+    assert let_in == callers

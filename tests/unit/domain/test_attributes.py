@@ -1,13 +1,16 @@
 """What may be known of a person besides the face, and when two references are one."""
 
 import unicodedata
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app.domain.attributes import Attributes, canonical_ref
+from app.domain import attributes
+from app.domain.attributes import COMPOSED_OF, Attributes, canonical_ref
 
 
 def _nested(depth: int) -> dict[str, object]:
@@ -62,6 +65,53 @@ def test_a_reference_has_at_most_128_characters() -> None:
     assert Attributes(external_ref="x" * 128).external_ref == "x" * 128
     with pytest.raises(ValidationError):
         Attributes(external_ref="x" * 129)
+
+
+def test_no_letter_is_composed_of_more_code_points_than_is_allowed_for() -> None:
+    parts = {len(unicodedata.normalize("NFD", letter)) for letter in map(chr, range(0x30000))}
+    assert max(parts) == COMPOSED_OF
+
+
+@pytest.mark.parametrize(("field", "most"), [("external_ref", 128), ("full_name", 256)])
+def test_a_name_s_length_is_that_of_its_composed_form(field: str, most: int) -> None:
+    letter = "\u1f82"
+    apart = unicodedata.normalize("NFD", letter)
+    assert getattr(Attributes.model_validate({field: apart * most}), field) == letter * most
+    with pytest.raises(ValidationError):
+        Attributes.model_validate({field: apart * most + "a"})
+
+
+@pytest.mark.parametrize(("field", "most"), [("external_ref", 128), ("full_name", 256)])
+@pytest.mark.parametrize("text", ["a" + "\u0301" * 500 + "\u0316" * 500, "a" * 100_000, " " * 100_000])
+def test_h31_only_texts_of_a_bounded_length_are_composed(
+    field: str, most: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[str] = []
+
+    def normalize(form: Literal["NFC"], text: str) -> str:
+        composed.append(text)
+        return unicodedata.normalize(form, text)
+
+    monkeypatch.setattr(attributes, "unicodedata", SimpleNamespace(normalize=normalize, category=unicodedata.category))
+    with pytest.raises(ValidationError):
+        Attributes.model_validate({field: text})
+    assert all(len(one) <= COMPOSED_OF * most for one in composed)
+
+
+@pytest.mark.parametrize("inner", [[[]] * 10_000, [0] * 10_000, {f"k{n}": 0 for n in range(10_000)}])
+def test_h37_metadata_that_is_too_large_is_not_looked_at_more_closely(
+    inner: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(attributes, "_keys")
+    with pytest.raises(ValidationError, match="is larger than 4096 bytes") as refused:
+        Attributes.model_validate({"metadata": {"a": inner}})
+    assert refused.value.error_count() == 1
+
+
+@pytest.mark.parametrize("metadata", [{"a": object()}, {1: 2}, [1], "text", 1])
+def test_metadata_is_an_object_in_json(metadata: object) -> None:
+    with pytest.raises(ValidationError):
+        Attributes.model_validate({"metadata": metadata})
 
 
 @pytest.mark.parametrize(
