@@ -162,6 +162,6 @@ async def fuzzed(
 
 async def test_whatever_is_sent_every_answer_is_documented_and_none_is_a_server_error(fuzzed: Fuzzed) -> None:
     status, said = await fuzzed.run(
-        "--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", "1", "--workers", "1"
+        "--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", "1", "--workers", "2"
     )  # fmt: skip
     assert status == 0, said[-20_000:]
