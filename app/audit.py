@@ -102,7 +102,7 @@ async def record(  # noqa: PLR0913 - an event is that wide
     """
     event = _event(action, Subject(kind=subject_kind, id=subject_id), outcome, gallery, detail or {})
     try:
-        await event.insert(session=session)
+        await event.enter(session)
     except OperationFailure as error:
         # A conflict or an election is the transaction's to try again, and a time limit is the caller's.
         if error.timeout or error.has_error_label("TransientTransactionError"):
@@ -166,7 +166,7 @@ async def refuse(action: Action, problem: Problem) -> None:
     if action.caller is None and not await is_first_of_stranger(action):
         return
     detail: Detail = {"problem": problem.slug(), "status": problem.status}
-    await _event(action, action.subject, outcome, action.gallery, detail).insert()
+    await _event(action, action.subject, outcome, action.gallery, detail).enter()
 
 
 async def rotate_key(session: AsyncClientSession, keys: KeyRing, action: Action, reason: str) -> AuditKey:

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from tests.support import services
 from tests.support.fault_stories import Outcome, play_all, story_settings
 from tests.support.killing import KillPlan, kill_parts
@@ -149,7 +151,7 @@ def _play_here(mongo_url: str, redis_url: str, home: str, seeds: str) -> int:
         async for outcome in play_all(settings, [int(seed) for seed in seeds.split(",") if seed]):
             print(STORY + json.dumps(_told(outcome)), flush=True)
 
-    asyncio.run(play())
+    uvloop.run(play())  # as uvicorn does
     return 0
 
 
@@ -164,7 +166,7 @@ def _replay(seed: int) -> int:
             return outcome
 
         try:
-            outcome = asyncio.run(play())
+            outcome = uvloop.run(play())
         finally:
             redis.process.close()
             mongo.process.close()

@@ -81,6 +81,11 @@ class AuditEvent(Stored):
             IndexModel([("seq", 1), ("_id", 1)], partialFilterExpression={"seq": {"$type": "null"}}),
         ]
 
+    async def enter(self, session: AsyncClientSession | None = None) -> None:
+        """Insert it by the driver alone: every request does it, and Beanie's way takes a third more of the processor."""
+        fields = self.model_dump()
+        await self.get_pymongo_collection().insert_one({"_id": fields.pop("id"), **fields}, session=session)
+
     @classmethod
     async def unnumbered(cls, limit: int, session: AsyncClientSession | None = None) -> list["AuditEvent"]:
         """Events that are not in the tree yet, about in the order of their making."""

@@ -121,6 +121,18 @@ async def test_events_are_numbered_once_and_in_one_order_by_two_at_once(runtime:
     assert await grow(runtime) == 0
 
 
+async def test_an_event_is_stored_as_any_document_is(runtime: Runtime) -> None:
+    del runtime
+    event = await record(
+        None, by_officer("x"), subject_kind="none", subject_id=None, detail={"score": 0.5, "none": None}
+    )
+    await event.model_copy(update={"id": "another"}).insert()
+    entered, inserted = await AuditEvent.get_pymongo_collection().find({"action": "x"}).to_list()
+    assert entered.pop("_id") == event.id
+    assert inserted.pop("_id") == "another"
+    assert list(entered.items()) == list(inserted.items())
+
+
 async def test_waiting_events_are_found_without_reading_the_log(runtime: Runtime) -> None:
     await _told(30)
     await grow(runtime)
@@ -557,10 +569,10 @@ async def test_a_conflict_is_the_transactions_to_try_again_and_a_refusal_is_fina
     conflict = OperationFailure("conflict", 112, {"errorLabels": ["TransientTransactionError"]})
     refusal = OperationFailure("full", 14031)
 
-    async def failing(_: AuditEvent, **__: object) -> None:
+    async def failing(*_: object) -> None:
         raise errors.pop()
 
-    monkeypatch.setattr(AuditEvent, "insert", failing)
+    monkeypatch.setattr(AuditEvent, "enter", failing)
     errors = [conflict, ExecutionTimeout("late", 50), refusal]
     for expected in (AuditRefused, ExecutionTimeout, OperationFailure):
         with pytest.raises(expected) as raised:

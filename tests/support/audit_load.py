@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pymongo
+import uvloop
 from pydantic import SecretStr
 from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -212,7 +213,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.call is not None:
             uri, database, key, events, callers = given.call
-            asyncio.run(_child(uri, database, key, int(events), int(callers), Path(folder)))
+            # The loop that uvicorn takes for `idem serve`.
+            uvloop.run(_child(uri, database, key, int(events), int(callers), Path(folder)))
             return
         work = measure(given.events, given.processes, given.callers, given.tree, Path(folder))
         print(json.dumps(asyncio.run(work)))  # noqa: T201
