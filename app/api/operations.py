@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import pymongo
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
@@ -229,18 +229,25 @@ async def system(
     )  # fmt: skip
 
 
-FRONT_PAGE = f"""<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Idem</title>
-<style>body{{font:16px/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem;color:#1b1f24}}
-a{{color:#0b57d0}}@media(prefers-color-scheme:dark){{body{{background:#14171a;color:#e6e9ec}}a{{color:#8ab4f8}}}}</style>
-<h1>Idem</h1><p>One person, one identity. Version {VERSION}.</p>
-<ul><li><a href="/docs">The API, to try out</a></li><li><a href="/redoc">The API, to read</a></li>
-<li><a href="/ready">Is everything there?</a></li><li><a href="/metrics">Figures</a></li></ul></html>
+<style>body{font:16px/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem;color:#1b1f24}
+a{color:#0b57d0}@media(prefers-color-scheme:dark){body{background:#14171a;color:#e6e9ec}a{color:#8ab4f8}}</style>
+<h1>Idem</h1><p>One person, one identity.%s</p>
+<ul>%s<li><a href="/ready">Is everything there?</a></li></ul></html>
 """
+FRONT_PAGE = PAGE % ("", "")
+#: Where the pages of the document are shown.
+OPEN_FRONT_PAGE = PAGE % (
+    f" Version {VERSION}.",
+    """<li><a href="/docs">The API, to try out</a></li><li><a href="/redoc">The API, to read</a></li>
+<li><a href="/metrics">Figures</a></li>
+""",
+)
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def front_page() -> HTMLResponse:
-    """Where to go from here."""
-    return HTMLResponse(FRONT_PAGE)
+async def front_page(request: Request) -> HTMLResponse:
+    """Where to go from here; in production without what is not shown outside."""
+    return HTMLResponse(FRONT_PAGE if request.app.openapi_url is None else OPEN_FRONT_PAGE)

@@ -1,11 +1,13 @@
 """What a stranger finds open: in production neither the API's pages nor its figures, unless somebody asked for them."""
 
+import re
 from types import SimpleNamespace
 
 import httpx
 import pytest
 from pymongo.errors import AutoReconnect
 
+from app.api.operations import VERSION
 from app.config import Settings
 from app.documents.identities import Identity
 from app.keys import KeyRing
@@ -52,3 +54,13 @@ async def test_development_shows_both_unless_told_otherwise(closed: dict[str, bo
     expected = {"docs_enabled": {"/metrics"}, "metrics_enabled": set(PAGES)}[next(iter(closed))]
     assert await _found(*PAGES, "/metrics", **closed) == expected
     assert await _found(*PAGES, "/metrics") == {*PAGES, "/metrics"}
+
+
+@pytest.mark.parametrize("environment", ["development", "production"])
+async def test_the_front_page_leads_to_what_there_is_and_tells_strangers_no_version(environment: str) -> None:
+    app = create_app(Settings(_env_file=None).model_copy(update={"environment": environment}))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://idem") as client:
+        page = (await client.get("/")).text
+    links = set(re.findall(r'href="([^"]+)"', page)) - {"/ready"}
+    assert await _found(*links, environment=environment) == links
+    assert (VERSION in page) is bool(links) is (environment == "development")
