@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.access.callers import check_grant
 from app.domain import callers
 from app.domain.callers import USERNAME_MAXIMUM, Caller, Role, subscriber, username_key
+from app.errors import Forbidden, Validation
 
 
 def caller(*roles: Role, galleries: tuple[str, ...] | None = None) -> Caller:
@@ -28,6 +30,18 @@ def test_null_means_all_galleries_and_an_empty_list_none() -> None:
     assert not caller(galleries=()).may_see("north")
     assert caller(galleries=("north",)).may_see("north")
     assert not caller(galleries=("north",)).may_see("nort")
+
+
+def test_nobody_gives_galleries_that_they_do_not_have_and_the_system_has_all() -> None:
+    roles = (Role.OFFICER,)
+    check_grant(None, roles, None)
+    check_grant(caller(galleries=("north",)), roles, ("north",))
+    for beyond in (None, ("north", "south")):
+        with pytest.raises(Forbidden):
+            check_grant(caller(galleries=("north",)), roles, beyond)
+    for none_or_twice in ((), (Role.OFFICER, Role.OFFICER)):
+        with pytest.raises(Validation):
+            check_grant(None, none_or_twice, None)
 
 
 GALLERIES = st.none() | st.lists(st.sampled_from(["north", "south", "east"]), unique=True).map(tuple)
