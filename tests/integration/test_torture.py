@@ -1,5 +1,6 @@
 """Slices of `make torture`: seeded fault plans at the boundaries, and parts that are killed under load."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, record
+from app.audit import Action, by_system, record
 from app.documents.events import AuditEvent
-from app.use_cases import adjudicate, enrol, screen
+from app.runtime import Runtime
+from app.use_cases import adjudicate, enrol, screen, sequence
 from tests.support import services
+from tests.support.desks import broken_log
 from tests.support.fault_stories import Outcome, play_all, story_settings
 from tests.support.killing import KillPlan, kill_parts
 
@@ -66,6 +69,18 @@ async def test_the_torture_finds_two_active_look_alikes(
     monkeypatch.setattr(screen._Verdict, "_case", lambda *_: None)
     outcomes = await _played(mongo_server, redis_server, database_name, tmp_path, SEEDS[:4])
     assert any("both active" in what for outcome in outcomes for what in outcome.broken)
+
+
+async def test_a_log_that_grows_while_it_is_looked_at_is_no_fault(runtime: Runtime) -> None:
+    async with sequence.kept_up(runtime):
+        looking = asyncio.create_task(_looked_at(runtime, times=20))
+        while not looking.done():
+            await record(None, by_system("x"), subject_kind="none", subject_id=None)
+        assert looking.result() == []
+
+
+async def _looked_at(runtime: Runtime, times: int) -> list[str]:
+    return [what for _ in range(times) for what in await broken_log(runtime)]
 
 
 async def test_h74_h82_h84_parts_that_are_killed_under_load_lose_double_and_hide_nothing(tmp_path: Path) -> None:

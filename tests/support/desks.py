@@ -338,12 +338,17 @@ async def _numbers(gallery: Gallery, living: dict[str, Identity]) -> list[str]:
 
 
 async def broken_log(runtime: Runtime) -> list[str]:
-    """What does not hold of the audit log as a whole: its numbers, its tree, and the heads that were signed and brought out."""
-    events = await AuditEvent.find({"seq": {"$ne": None}}).sort("seq").to_list()
+    """What does not hold of the audit log as a whole: its numbers, its tree, and the heads that were signed and brought out.
+
+    As of one moment: a worker may be numbering meanwhile.
+    """
+    async with runtime.mongo.start_session(snapshot=True) as session:
+        events = await AuditEvent.find({"seq": {"$ne": None}}, session=session).sort("seq").to_list()
+        heads = await TreeHead.find_all(session=session).to_list()
+        tree = await AuditTree.current(session)
     broken = []
     if [event.seq for event in events] != list(range(len(events))):
         broken.append("the events' numbers have holes")
-    heads = await TreeHead.find_all().to_list()
     growth, roots = Growth(), {0: EMPTY_ROOT.hex()}
     sizes = {head.size for head in heads}
     for number, event in enumerate(events):
@@ -353,7 +358,6 @@ async def broken_log(runtime: Runtime) -> list[str]:
         growth.add(hash_)
         if growth.size in sizes:
             roots[growth.size] = growth.root.hex()
-    tree = await AuditTree.current()
     if (tree.size, tree.peaks) != (growth.size, growth.peaks):
         broken.append(f"the tree of {tree.size} is not that of the {growth.size} events")
     broken += [f"the head of {h.size} is not over these events" for h in heads if roots.get(h.size) != h.root_hash]
