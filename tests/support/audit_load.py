@@ -206,7 +206,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--events", type=int, default=10_000)
     asked.add_argument("--processes", type=int, default=2)
-    asked.add_argument("--callers", type=int, default=16)
+    asked.add_argument("--callers", type=int, default=32)
     asked.add_argument("--tree", type=int, default=100_000)
     asked.add_argument("--call", nargs=5, help=argparse.SUPPRESS)
     given = asked.parse_args()
