@@ -18,7 +18,7 @@ from typing import Any, Final
 import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.backups import HeadsOutside, PhotoName, Tell, heads_outside, history_kept, in_groups, misfit_of
+from app.backups import PhotoName, Tell, history_kept, in_groups
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
@@ -30,6 +30,7 @@ from app.documents.sealed import data_key, gallery_key, open_attributes, open_ph
 from app.documents.tree import AuditTree, KeptHead
 from app.domain.log_export import canonical
 from app.domain.merkle import Growth, leaf_hash
+from app.heads_outside import HeadsOutside, heads_outside, misfit_of
 from app.keys import DataKey, SealBroken
 from app.runtime import Runtime
 from storage.generations import BadGeneration, GenerationStoreUnavailable

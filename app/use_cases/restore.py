@@ -40,7 +40,6 @@ from app.backups import (
     PhotoName,
     Tell,
     in_groups,
-    misfits_outside,
     photo_row,
     prove_all,
 )
@@ -52,6 +51,7 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.restores import Restore
 from app.documents.tree import AuditTree
+from app.heads_outside import misfits_outside
 from app.leases import held
 from app.restoring import still_here
 from app.runtime import DOCUMENTS, Runtime

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from app.audit import by_system, record, rotate_key
-from app.backups import DAYS_BACK, heads_outside, misfits_outside
 from app.documents.base import now
 from app.documents.tree import AuditKey, AuditTree, KeptHead, TreeHead, TreeNode
+from app.heads_outside import DAYS_BACK, heads_outside, misfits_outside
 from app.runtime import Runtime
 from app.use_cases import sequence
 from storage.evidence import EvidenceStore, FolderEvidence
