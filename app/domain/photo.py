@@ -1,7 +1,7 @@
 """A photo: from untrusted bytes to upright pixels, and to the one face that is meant.
 
 The header is read before anything is decoded, by content and never by name or declared type, and by exactly the one
-decoder of its type. Metadata, colour profiles and appended bytes end here: only pixels go on.
+decoder of its type. `formats` cuts off metadata, colour profiles and appended bytes before the decoder sees the file.
 """
 
 import io
@@ -10,17 +10,19 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from app.domain.alignment import similarity_to_template
 from app.domain.faces import Face, Pixels
+from app.domain.formats import jpeg, png, webp
+from app.domain.formats.parts import Animated, Damaged, Still
 from app.errors import (
     Advice,
     AnimatedImage,
@@ -53,9 +55,9 @@ _BAND_ROWS = 64
 _LARGE_PIXELS = 6_000_000
 _large_photo = threading.Lock()
 
-#: Scans of a progressive JPEG, times megapixels: cameras write about ten. Each scan walks over every block, so a small
-#: file with thousands of them would hold a core for minutes.
-MOST_SCANS, MOST_SCANNED_PIXELS = 100, 500_000_000
+#: Scans of a progressive JPEG times its pixels. Each scan walks over every block, so a small file with thousands of them
+#: would hold a core for minutes.
+MOST_SCANNED_PIXELS = 500_000_000
 
 #: Shorter side of a face's box. At 40 pixels the second photos of 123 people match as at full size; at 24 one in eleven falls
 #: under the threshold of de-duplication, at 16 four in ten (docs/models.md).
@@ -97,10 +99,8 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     8: lambda pixels: np.rot90(pixels, 1),
 }
 _ON_SIDE = (5, 6, 7, 8)
-_ORIENTATION_TAG, _MOST_EXIF_ENTRIES = 0x0112, 512
-#: Of a WebP file: a photo has five or six.
-_MOST_CHUNKS = 64
-_APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
+#: Coded data that no picture ends with, and without markers (see `_decoded_jpeg`).
+_PADDING = bytes(range(1, 255)) * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,22 +135,14 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
     if not data:
         raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
     kind = _sniff(data)
-    if kind == "webp":
-        return _decoded_webp(data, max_pixels)
-    plain, orientation = _without_metadata(data) if kind == "jpeg" else (data, 1)
-    try:
-        image = _reader(kind)(io.BytesIO(plain))
-    except _DECODING_ERRORS:
-        raise _damaged() from None
-    with image:
-        _check_size(*image.size, max_pixels)
-        scans = 0
-        if kind == "jpeg":
-            scans = _check_scans(plain, image.size)
-        elif getattr(image, "is_animated", False):
-            raise _animated()
-        with _room_for(image.size, is_streamed=scans == 1 and "progressive" not in image.info):
-            return _decoded(image, kind, orientation)
+    still = _still(kind, data, max_pixels)
+    _check_size(*still.size, max_pixels)
+    if isinstance(still, jpeg.StillJpeg):
+        _check_scans(still)
+        with _room_for(still.size, is_streamed=still.scans == 1 and not still.is_progressive):
+            return _decoded_jpeg(still)
+    with _room_for(still.size, is_streamed=False):
+        return _decoded_webp(still) if kind == "webp" else _decoded(still, "png")
 
 
 def encode(pixels: Pixels) -> bytes:
@@ -201,26 +193,18 @@ def _sniff(data: bytes) -> Format:
     raise _refusal(UnsupportedMediaType, "unsupported-media-type", f"Accepted are JPEG, PNG and WebP. {found}", advice)
 
 
-def _reader(kind: Literal["jpeg", "png"]) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
-    """The one decoder of this type; `Image.open` would try others, and count pixels by a rule of its own."""
-    return {"jpeg": JpegImageFile, "png": PngImageFile}[kind]
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from a WebP header (RFC 9649). Raises AnimatedImage or UndecodableImage."""
-    chunk, body = data[12:16], data[20:30]
-    if len(body) < 10:  # noqa: PLR2004 - the longest of the three headers
-        raise _damaged()
-    if chunk == b"VP8X":
-        if body[0] & 0x02:
-            raise _animated()
-        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
-    if chunk == b"VP8L" and body[0] == 0x2F:  # noqa: PLR2004 - its signature
-        bits = int.from_bytes(body[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
-        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
-    raise _damaged()
+def _still(kind: Format, data: bytes, max_pixels: int) -> Still:
+    """The file without its side data. Raises AnimatedImage, UndecodableImage, and what the size that it claims forbids."""
+    take_apart: dict[Format, Callable[[bytes], Still]] = {"jpeg": jpeg.still, "png": png.still, "webp": webp.still}
+    try:
+        return take_apart[kind](data)
+    except Animated:
+        message = "The image has more than one frame."
+        raise _refusal(AnimatedImage, "animated-image", message, "Send a still photo.") from None
+    except Damaged as damaged:
+        if damaged.size is not None:
+            _check_size(*damaged.size, max_pixels)
+        raise _damaged() from None
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -240,16 +224,15 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _check_scans(data: bytes, size: tuple[int, int]) -> int:
-    """In how many passes a JPEG is coded. Raises UndecodableImage for more than a camera needs."""
-    # In coded data 0xFF is always followed by 0x00 or a restart marker, so this counts scans.
-    scans = data.count(b"\xff\xda")
-    if scans > MOST_SCANS or scans * size[0] * size[1] > max(MOST_SCANNED_PIXELS, 2 * size[0] * size[1]):
-        detail = f"The photo is coded in {scans} passes."
+def _check_scans(still: jpeg.StillJpeg) -> None:
+    """Refuse a JPEG that is coded in more passes than a camera needs."""
+    passes, pixels = still.scans, still.size[0] * still.size[1]
+    if passes > jpeg.MOST_SCANS or passes * pixels > max(MOST_SCANNED_PIXELS, 2 * pixels):
+        more = "more than " if passes > jpeg.MOST_SCANS else ""
+        detail = f"The photo is coded in {more}{min(passes, jpeg.MOST_SCANS)} passes."
         raise _refusal(
             UndecodableImage, "undecodable-image", detail, "Take a new photo, and send it as the camera saved it."
         )
-    return scans
 
 
 @contextmanager
@@ -262,43 +245,56 @@ def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
             yield
 
 
-def _decoded(image: ImageFile.ImageFile, kind: Literal["jpeg", "png"], orientation: int) -> Photo:
-    width, height = image.size
+def _decoded_jpeg(still: jpeg.StillJpeg) -> Photo:
+    """The picture. One without an end marker is accepted where no row is missing.
+
+    A decoder invents what is missing and does not say so. Bytes behind coded data that are whole change nothing; where rows
+    are missing, they are read as rows, and the picture is another one.
+    """
+    photo = _decoded(replace(still, data=still.data if still.has_end else still.data + jpeg.END), "jpeg")
+    if not still.has_end:
+        padded = _decoded(replace(still, data=still.data + _PADDING + jpeg.END), "jpeg")
+        if not np.array_equal(photo.pixels, padded.pixels):
+            raise _damaged()
+    return photo
+
+
+def _decoded(still: Still, kind: Literal["jpeg", "png"]) -> Photo:
+    """By Pillow's reader of this type alone; `Image.open` would try others, and count pixels by a rule of its own."""
+    reader = JpegImageFile if kind == "jpeg" else PngImageFile
+    width, height = still.size
     reduction = _reduction(width, height)
     try:
-        if kind == "jpeg":
-            # Asks the decoder for the smaller picture: a quarter of the time and memory.
-            image.draft(None, (width // reduction, height // reduction))
-        image.load()
-        left = reduction // max(1, round(width / image.size[0]))
-        across, down = image.size
-        pixels = _by_bands(down, left, lambda top, bottom: _rgb(image.crop((0, top, across, bottom)), left))
+        with reader(io.BytesIO(still.data)) as image:
+            if image.size != still.size:
+                raise _damaged()
+            if kind == "jpeg":
+                # Asks the decoder for the smaller picture: a quarter of the time and memory.
+                image.draft(None, (width // reduction, height // reduction))
+            image.load()
+            left = reduction // max(1, round(width / image.size[0]))
+            across, down = image.size
+            pixels = _by_bands(down, left, lambda top, bottom: _rgb(image.crop((0, top, across, bottom)), left))
     except _DECODING_ERRORS:
         raise _damaged() from None
-    exif = image.info.get("exif")
-    if isinstance(exif, bytes):
-        orientation = _orientation(exif)
-    return _upright(pixels, kind, (width, height), reduction, orientation)
+    return _upright(pixels, kind, still, reduction)
 
 
-def _decoded_webp(data: bytes, max_pixels: int) -> Photo:
+def _decoded_webp(still: Still) -> Photo:
     """By OpenCV's reader: Pillow's has one for animations only, which holds a photo four times over (382 MB of 25 megapixels)."""
-    width, height = _webp_size(data)
-    _check_size(width, height, max_pixels)
-    with _room_for((width, height), is_streamed=False):
-        try:
-            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        except cv2.error:
-            raise _damaged() from None
-        if picture is None or picture.shape[:2] != (height, width) or picture.ndim != 3:  # noqa: PLR2004 - rows, columns, colours
-            raise _damaged()
-        colours, reduction = [2, 1, 0, 3][: picture.shape[2]], _reduction(width, height)
+    width, height = still.size
+    try:
+        picture = cv2.imdecode(np.frombuffer(still.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        raise _damaged() from None
+    if picture is None or picture.shape[:2] != (height, width) or picture.ndim != 3:  # noqa: PLR2004 - rows, columns, colours
+        raise _damaged()
+    colours, reduction = [2, 1, 0, 3][: picture.shape[2]], _reduction(width, height)
 
-        def band(top: int, bottom: int) -> Pixels:
-            return _rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)
+    def band(top: int, bottom: int) -> Pixels:
+        return _rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)
 
-        pixels = _by_bands(height, reduction, band)
-    return _upright(pixels, "webp", (width, height), reduction, _webp_orientation(data))
+    return _upright(_by_bands(height, reduction, band), "webp", still, reduction)
 
 
 def _reduction(width: int, height: int) -> int:
@@ -317,10 +313,9 @@ def _by_bands(height: int, reduction: int, band: Callable[[int, int], Pixels]) -
     return pixels
 
 
-def _upright(pixels: Pixels, kind: Format, size: tuple[int, int], reduction: int, orientation: int) -> Photo:
-    """size: width and height as the file has them."""
-    upright = _UPRIGHT.get(orientation)
-    width, height = size[::-1] if orientation in _ON_SIDE else size
+def _upright(pixels: Pixels, kind: Format, still: Still, reduction: int) -> Photo:
+    upright = _UPRIGHT.get(still.orientation)
+    width, height = still.size[::-1] if still.orientation in _ON_SIDE else still.size
     return Photo(
         pixels=pixels if upright is None else np.ascontiguousarray(upright(pixels)),
         format=kind,
@@ -348,54 +343,6 @@ def _rgb(image: Image.Image, reduction: int) -> Pixels:
     if reduction > 1:
         image = image.reduce(reduction)
     return np.array(image, dtype=np.uint8)
-
-
-def _without_metadata(data: bytes) -> tuple[bytes, int]:
-    """A JPEG without its application segments and comments, and the EXIF orientation that stood there.
-
-    Pillow reads EXIF as soon as it opens a file; here no maker note, profile or preview gets as far. What decides the
-    colours stays: APP0 (JFIF) and APP14 (Adobe). A file whose segments run past its end is cut there, and so refused.
-    """
-    kept, orientation, position = [data[:2]], 1, 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\xff", b"\xda"):
-        marker = data[position + 1]
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        segment = data[position:end]
-        if marker == _APP1 and segment[4:10] == b"Exif\0\0":
-            orientation = _orientation(segment[4:])
-        if not (_APP0 < marker <= _APP15 and marker != _APP14) and marker != _COMMENT:
-            kept.append(segment)
-        if end <= position + 3 or end > len(data):
-            break
-        position = end
-    else:
-        kept.append(data[position:])
-    return b"".join(kept), orientation
-
-
-def _orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, in the first directory of an EXIF block (TIFF 6.0); 1 where none can be read."""
-    block = exif.removeprefix(b"Exif\0\0")
-    order: Literal["big", "little"] = "big" if block[:2] == b"MM" else "little"
-    first = int.from_bytes(block[4:8], order)
-    entries = int.from_bytes(block[first : first + 2], order)
-    for index in range(min(entries, _MOST_EXIF_ENTRIES)):
-        entry = block[first + 2 + 12 * index : first + 14 + 12 * index]
-        if int.from_bytes(entry[:2], order) == _ORIENTATION_TAG and len(entry) > 9:  # noqa: PLR2004 - tag, type, count, value
-            value = int.from_bytes(entry[8:10], order)
-            return value if value in _UPRIGHT else 1
-    return 1
-
-
-def _webp_orientation(data: bytes) -> int:
-    """The orientation in a WebP's EXIF chunk; 1 where there is none among its first chunks."""
-    position = 12
-    for _ in range(_MOST_CHUNKS):
-        size = int.from_bytes(data[position + 4 : position + 8], "little")
-        if data[position : position + 4] == b"EXIF":
-            return _orientation(data[position + 8 : position + 8 + size])
-        position += 8 + size + size % 2
-    return 1
 
 
 def _visible_area(face: Face, shape: tuple[int, ...]) -> float:
@@ -426,10 +373,6 @@ def _from_centre(face: Face, shape: tuple[int, ...]) -> float:
 def _damaged() -> Problem:
     detail = "The photo is damaged or incomplete."
     return _refusal(UndecodableImage, "undecodable-image", detail, "Take or send the photo again.")
-
-
-def _animated() -> Problem:
-    return _refusal(AnimatedImage, "animated-image", "The image has more than one frame.", "Send a still photo.")
 
 
 def _refusal(problem: type[Problem], code: str, detail: str, advice: str) -> Problem:
