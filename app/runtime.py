@@ -27,6 +27,7 @@ from app.access.backoff import Backoff
 from app.access.callers import Access, open_access
 from app.access.passwords import PasswordPool
 from app.boundary import Boundaries, BoundedEvidence, BoundedMongoClient, BoundedPhotos
+from app.clock import Clock
 from app.config import Settings, UnsafeProduction
 from app.documents import (
     accounts,
@@ -45,7 +46,7 @@ from app.documents import (
     scans,
     tree,
 )
-from app.documents.base import new_id
+from app.documents.base import go_by, new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.root_secret import RootSecret, open_root
 from app.domain.policy import GalleryPolicy
@@ -109,6 +110,7 @@ class Runtime:
     queue: Queue
     access: Access
     boundaries: Boundaries
+    clock: Clock
     passwords: PasswordPool = field(init=False)
     backoff: Backoff = field(init=False)
     limits: RateLimits = field(init=False)
@@ -345,6 +347,9 @@ async def open_runtime(
     )
     runtime = None
     try:
+        clock = Clock()
+        await clock.measure(mongo)
+        go_by(clock)
         if not restoring:
             await admitted(mongo[settings.mongodb_database], waits=keep_up)
         with pymongo.timeout(30):  # building indexes on a large store may take its time
@@ -354,6 +359,7 @@ async def open_runtime(
             photos=BoundedPhotos(_open_photos(settings), boundaries.photos),
             evidence=BoundedEvidence(await _open_evidence(settings, serves=keep_up), boundaries.evidence),
             keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys), boundaries=boundaries,
+            clock=clock,
         )  # fmt: skip
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
@@ -365,6 +371,7 @@ async def open_runtime(
             await warming
         async with AsyncExitStack() as background:
             if keep_up:
+                await background.enter_async_context(clock.kept_right(mongo))
                 await background.enter_async_context(leaving_for_a_restore(mongo[settings.mongodb_database]))
                 await background.enter_async_context(runtime.search.kept_up())
             yield runtime

@@ -196,6 +196,7 @@ async def another_process(runtime: Runtime, photos: PhotoStore | None = None) ->
         queue=Queue(settings, boundaries.queue),
         access=runtime.access,
         boundaries=boundaries,
+        clock=runtime.clock,
     )
     yield other
     await other.search.close()

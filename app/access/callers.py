@@ -85,12 +85,12 @@ class Access:
         public = await self._signing.public(key_id)
         if public is None:
             raise refusal()
-        return claims_of(token, public, self.issuer)
+        return claims_of(token, public, self.issuer, now().timestamp())
 
     async def issue(self, principal: User | Client, session_id: str | None = None) -> AccessToken:
         """A fresh access token for a user in one of their logins (its id), or for a client."""
         await self._signing.keep_fresh()
-        issued_at, token_id = int(time.time()), secrets.token_urlsafe(16)
+        issued_at, token_id = int(now().timestamp()), secrets.token_urlsafe(16)
         claims: dict[str, ClaimValue] = {
             "iss": self.issuer,
             "aud": ACCESS_AUDIENCE,

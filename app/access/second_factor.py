@@ -6,12 +6,12 @@ used is kept with the user.
 
 import hmac
 import re
-import time
 from typing import Final
 
 import pyotp
 
 from app.documents.accounts import User, totp_bound
+from app.documents.base import now
 from app.keys import KeyRing
 
 ISSUER: Final = "Idem"
@@ -46,7 +46,7 @@ def step_of(keys: KeyRing, user: User, code: str | None) -> int | None:
     if user.sealed_totp is None or _CODE.fullmatch(given) is None:
         return None
     secret = keys.open_with_master(user.sealed_totp, totp_bound(user.id)).decode()
-    totp, present = pyotp.TOTP(secret, interval=STEP_SECONDS), int(time.time()) // STEP_SECONDS
+    totp, present = pyotp.TOTP(secret, interval=STEP_SECONDS), int(now().timestamp()) // STEP_SECONDS
     # All three are compared, so that the time does not tell which one it was.
     around = [present + one for one in STEPS_AROUND]
     found = [step for step in around if hmac.compare_digest(totp.generate_otp(step), given)]

@@ -104,12 +104,12 @@ class SigningKeys:
         if key_id not in self._known:
             await self._reload(asked)
         known = self._known.get(key_id)
-        return None if known is None or known.verifies_until <= time.time() else known.public
+        return None if known is None or known.verifies_until <= now().timestamp() else known.public
 
     async def published(self) -> tuple[PublicKey, ...]:
         """All keys that a token or an assertion may be signed with, now or soon."""
         await self.keep_fresh()
-        moment = time.time()
+        moment = now().timestamp()
         return tuple(
             PublicKey(known.key_id, known.public.public_bytes_raw())
             for known in self._known.values()
@@ -125,13 +125,13 @@ class SigningKeys:
             message = "the signing keys are not loaded"
             raise RuntimeError(message)
         moment = claims.get("iat")
-        known = self._signing_at(moment if isinstance(moment, int) else time.time())
+        known = self._signing_at(moment if isinstance(moment, int) else now().timestamp())
         # Sorted: the order in which claims were put together must not show.
         ordered = dict(sorted(claims.items()))
         return jwt.encode(ordered, known.private, ALGORITHM, headers={"typ": token_type, "kid": known.key_id})
 
     def _signing_at(self, moment: float) -> _Known:
-        known, present = list(self._known.values()), time.time()
+        known, present = list(self._known.values()), now().timestamp()
         alive = [key for key in known if key.verifies_until > present] or known
         begun = [key for key in alive if key.signs_from <= moment]
         return begun[-1] if begun else alive[0]

@@ -1,7 +1,6 @@
 """What an access token says: an EdDSA (Ed25519) JWT from a stranger's hands, read with a public key and nothing else."""
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -56,10 +55,10 @@ def key_id_of(token: str) -> str:
     return key_id
 
 
-def claims_of(token: str, public: Ed25519PublicKey, issuer: str) -> TokenClaims:
+def claims_of(token: str, public: Ed25519PublicKey, issuer: str, present: float) -> TokenClaims:
     """What a token says that was signed with this key, by this issuer, for this API, and has not expired.
 
-    Raises Unauthenticated.
+    present: seconds since 1970, by the platform's clock and not the host's. Raises Unauthenticated.
     """
     try:
         claims = jwt.decode(
@@ -68,12 +67,18 @@ def claims_of(token: str, public: Ed25519PublicKey, issuer: str) -> TokenClaims:
             algorithms=[ALGORITHM],
             issuer=issuer,
             audience=ACCESS_AUDIENCE,
-            leeway=LEEWAY_SECONDS,
-            options={"require": ["iss", "aud", "sub", "iat", "exp", "jti"], "strict_aud": True},
+            # Its times are checked below: the package would ask the host's clock.
+            options={
+                "require": ["iss", "aud", "sub", "iat", "exp", "jti"],
+                "strict_aud": True,
+                "verify_exp": False,
+                "verify_iat": False,
+                "verify_nbf": False,
+            },
         )
     except jwt.PyJWTError as error:
         raise refusal() from error
-    return _checked(claims)
+    return _checked(claims, present)
 
 
 def refusal() -> Unauthenticated:
@@ -81,11 +86,11 @@ def refusal() -> Unauthenticated:
     return Unauthenticated("The token does not hold (any more).")
 
 
-def _checked(claims: Mapping[str, object]) -> TokenClaims:
+def _checked(claims: Mapping[str, object], present: float) -> TokenClaims:
     """The claims with their types; PyJWT would take `"exp": "123"` for a number. Raises Unauthenticated."""
     subject, kind, token_id = claims.get("sub"), claims.get("kind"), claims.get("jti")
     session_id, version = claims.get("sid"), claims.get("ver")
-    issued_at, expires_at = claims.get("iat"), claims.get("exp")
+    issued_at, expires_at, not_before = claims.get("iat"), claims.get("exp"), claims.get("nbf")
     if (
         not isinstance(subject, str)
         or not isinstance(token_id, str)
@@ -95,7 +100,10 @@ def _checked(claims: Mapping[str, object]) -> TokenClaims:
         or type(issued_at) is not int
         or type(expires_at) is not int
         or not 0 < expires_at - issued_at <= LONGEST_LIFE_SECONDS
-        or expires_at <= time.time()
+        or expires_at <= present
+        or issued_at > present + LEEWAY_SECONDS
+        # Ours have none.
+        or not (not_before is None or (type(not_before) is int and not_before <= present + LEEWAY_SECONDS))
     ):
         raise refusal()
     return TokenClaims(subject, kind, token_id, session_id, version, expires_at)

@@ -8,21 +8,33 @@ from beanie import Document
 from pydantic import BaseModel, ConfigDict, Field
 from pymongo import IndexModel
 
+from app.clock import Clock
+
 
 def new_id() -> str:
     """A UUIDv7 as text: unique everywhere, and ordered by the time of its making."""
     return str(uuids.uuid7())
 
 
+def go_by(clock: Clock) -> None:
+    """Go by this clock from now on; `open_runtime` calls it where it binds the documents to their database."""
+    _Present.clock = clock
+
+
 def now() -> datetime:
-    """The present in UTC, cut to the milliseconds that MongoDB keeps."""
-    moment = datetime.now(UTC)
-    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+    """The present in UTC by MongoDB's clock, cut to milliseconds; the host's clock before a Runtime is opened."""
+    return _Present.clock.now()
 
 
 def as_text(moment: datetime) -> str:
     """A time as the contract writes it: 2026-11-21T09:30:00.123Z."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class _Present:
+    """As documents are bound to one database in a process, they are bound to its clock."""
+
+    clock: ClassVar[Clock] = Clock()
 
 
 class Value(BaseModel):

@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
+from app.clock import from_now
 from app.documents.base import Stored, Value, now
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
@@ -231,6 +232,15 @@ class Identity(Stored):
             {"gallery_id": gallery_id, "status": {"$in": LIVING}, "created_at": {"$lt": moment}}, {"_id": 1}
         )
         return [row["_id"] async for row in rows.sort("created_at").limit(limit)]
+
+    @classmethod
+    async def is_older(cls, identity_id: str, span: timedelta, session: AsyncClientSession) -> bool:
+        """Whether the enrolment is further back than that by MongoDB's clock, which is asked in this statement."""
+        is_over = {"$expr": {"$lt": ["$created_at", from_now(-span)]}}
+        found = await cls.get_pymongo_collection().find_one(
+            {"_id": identity_id, **is_over}, {"_id": 1}, session=session
+        )
+        return found is not None
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:

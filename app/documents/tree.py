@@ -172,7 +172,7 @@ class TreeHead(Stored):
 
         name = "audit_heads"
         indexes: ClassVar[list[IndexModel]] = [
-            IndexModel([("time", -1)]),
+            IndexModel([("size", -1), ("time", -1)]),
             IndexModel([("is_delivered", 1), ("time", 1)], partialFilterExpression={"is_delivered": False}),
         ]
 
@@ -186,8 +186,11 @@ class TreeHead(Stored):
 
     @classmethod
     async def newest(cls) -> Self | None:
-        """The newest head; None before the first."""
-        return await cls.find_all().sort("-time").first_or_none()
+        """The newest head, which is over the most events; None before the first.
+
+        Times do not tell: a clock that was ahead may have given an older head a later one.
+        """
+        return await cls.find_all().sort("-size", "-time").first_or_none()
 
     @classmethod
     async def undelivered(cls, limit: int) -> list[Self]:

@@ -45,6 +45,10 @@ UNSETTLED = Gauge(
 )
 
 
+class _NotYet(Exception):
+    """The gallery still keeps this person, by MongoDB's clock."""
+
+
 @dataclass(frozen=True, slots=True)
 class Remainder:
     """Something that stays for a while. until: None where no clock ends it; `note` says what does."""
@@ -79,10 +83,24 @@ class _Gone:
     requeued: list[tuple[str, str]]
 
 
-async def erase(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, reason: str | None) -> Receipt:
-    """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later."""
+async def erase(
+    runtime: Runtime,
+    action: Action,
+    gallery: Gallery,
+    identity_id: str,
+    reason: str | None,
+    kept_for: timedelta | None = None,
+) -> Receipt:
+    """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later.
+
+    kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. Raises
+    NotFound, NotReady, and _NotYet before that time is over.
+    """
 
     async def commit(session: AsyncClientSession) -> tuple[Deletion, _Gone]:
+        # MongoDB's own present, in the transaction that erases: no process's idea of it takes anybody's key away.
+        if kept_for is not None and not await Identity.is_older(identity_id, kept_for, session):
+            raise _NotYet
         gone = await _take(runtime, action, gallery, identity_id, reason, session)
         deletion = Deletion(
             id=identity_id, gallery_id=gallery.id, erased_at=gone.event.time, event_id=gone.event.id, samples=gone.samples,
@@ -150,14 +168,21 @@ async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
 
 
 async def erase_expired(runtime: Runtime) -> int:
-    """Erase those whose gallery keeps nobody that long; how many. A great number is done in several sweeps."""
+    """Erase those whose gallery keeps nobody that long; how many. A great number is done in several sweeps.
+
+    Nobody is erased while this host's clock and MongoDB's differ: it is not known which of them is wrong.
+    """
+    await runtime.clock.measure(runtime.mongo)
     erased = 0
     async for gallery in Gallery.find({"policy.retention_days": {"$ne": None}}):
-        oldest = now() - timedelta(days=gallery.policy.retention_days or 0)
-        for identity_id in await Identity.kept_since_before(gallery.id, oldest, ERASED_AT_ONCE):
+        kept_for = timedelta(days=gallery.policy.retention_days or 0)
+        for identity_id in await Identity.kept_since_before(gallery.id, now() - kept_for, ERASED_AT_ONCE):
+            if not runtime.clock.agrees:
+                log.error("retention_waits_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+                return erased
             try:
-                await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention")
-            except NotFound:  # by somebody else, just now
+                await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention", kept_for)
+            except (NotFound, _NotYet):  # erased by somebody else just now, or still kept
                 continue
             except (PyMongoError, DependencyUnavailable):
                 raise

@@ -18,7 +18,9 @@ from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from app.documents.base import new_id, now
+from app.audit import by_system, rotate_key
+from app.clock import APART_SECONDS
+from app.documents.base import as_text, new_id, now
 from app.documents.events import AuditEvent
 from app.documents.tree import AuditKey, AuditTree, TreeHead, TreeNode
 from app.domain.log_export import canonical
@@ -41,6 +43,8 @@ TAKE_OVER_SECONDS: Final = 1.0
 #: Nobody waits for it as for a request; still less than a stopping process has left.
 PATIENCE_SECONDS: Final = 5.0
 DELIVERIES: Final = 100
+#: A head may be dated so far ahead: clocks are corrected by a little now and then.
+SIGNED_AHEAD: Final = timedelta(seconds=APART_SECONDS)
 #: How long an export waits until its own event has a number.
 NUMBERED_WITHIN_SECONDS: Final = 5.0
 
@@ -83,7 +87,13 @@ async def grow(runtime: Runtime) -> int:
 
 
 async def sign(runtime: Runtime) -> TreeHead:
-    """The signed head over the tree as it stands; made when there is none yet. Raises SealBroken."""
+    """The signed head over the tree as it stands; made when there is none yet.
+
+    Raises SealBroken; NotReady while this host's clock and MongoDB's differ, since a head says when it was signed.
+    """
+    if (difference := runtime.clock.difference) is not None:
+        message = f"Checkpoints are not signed here: {difference}"
+        raise NotReady(message, retry_after_seconds=5)
 
     async def body(session: AsyncClientSession) -> TreeHead:
         tree, key = await AuditTree.current(session), await AuditKey.active(session)
@@ -91,8 +101,13 @@ async def sign(runtime: Runtime) -> TreeHead:
             newest = await TreeHead.find({"size": tree.size, "key_id": key.id}, session=session).first_or_none()
             if newest is not None:
                 return newest
-        # Later than the one before, whatever this machine's clock says: an auditor takes a smaller later head for a log set back.
+        # Heads of one key are in the order of their times: an auditor takes a smaller later head for a log set back.
         time = now() if tree.signed_at is None else max(now(), tree.signed_at + timedelta(milliseconds=1))
+        if time - now() > SIGNED_AHEAD:
+            # The clock was ahead and is right again. No head may say so under the same key; a new key begins a new order.
+            reason = f"the clock was ahead: its heads are dated up to {as_text(time)}"
+            key, time = await rotate_key(session, runtime.keys, by_system("audit.rotate_key"), reason), now()
+            log.error("audit_key_replaced", key=key.id, reason=reason)
         head = TreeHead.signed(tree, key, runtime.keys, time)
         await head.insert(session=session)
         signed = {"signed_size": head.size, "signed_at": head.time, "signed_by": head.key_id}
@@ -150,9 +165,13 @@ async def head_over(runtime: Runtime, event_id: str) -> TreeHead:
         event = await AuditEvent.get(event_id)
         if event is not None and event.seq is not None:
             newest = await TreeHead.newest()
-            return newest if newest is not None and newest.size > event.seq else await sign(runtime)
+            if newest is not None and newest.size > event.seq:
+                return newest
+            if runtime.clock.agrees:
+                return await sign(runtime)
+            # A worker on another host signs within a second.
         await asyncio.sleep(POLL_SECONDS / 4)
-    message = "Events are not being numbered at the moment; is a worker running?"
+    message = runtime.clock.difference or "Events are not being numbered at the moment; is a worker running?"
     raise NotReady(message, retry_after_seconds=5)
 
 
@@ -171,17 +190,35 @@ async def kept_up(runtime: Runtime) -> AsyncIterator[None]:
 
 async def _number(runtime: Runtime, stopping: asyncio.Event) -> None:
     holder = f"{platform.node()}:{os.getpid()}:{new_id()}"
+    unsigned = _Unsigned(runtime.settings.audit_head_seconds)
     while not stopping.is_set():
         try:
             async with held(LEASE, holder, LEASE_SECONDS) as lease:
                 if lease is not None:
                     await _number_on(runtime, stopping)
+                elif runtime.clock.agrees and unsigned.is_overdue(await AuditTree.current()):
+                    await sign(runtime)
         except (PyMongoError, DependencyUnavailable, LeaseLost, TimeoutError) as error:
             log.warning("audit_log_waits", error=type(error).__name__)
         except Exception:
             # An event that cannot be numbered holds up all behind it; nothing here could put that right.
             log.exception("audit_log_stands_still")
         await _wait(stopping, TAKE_OVER_SECONDS)
+
+
+class _Unsigned:
+    """Whether somebody else must sign: who numbers the events may have a clock that differs, and then signs nothing."""
+
+    def __init__(self, head_seconds: float) -> None:
+        self._patience = 3 * head_seconds + TAKE_OVER_SECONDS
+        self._seen: int | None = None
+        self._since = time.monotonic()
+
+    def is_overdue(self, tree: AuditTree) -> bool:
+        """Whether the tree has grown for too long since its last head."""
+        if tree.signed_size == tree.size or tree.signed_size != self._seen:
+            self._seen, self._since = tree.signed_size, time.monotonic()
+        return time.monotonic() - self._since > self._patience
 
 
 async def _number_on(runtime: Runtime, stopping: asyncio.Event) -> None:
@@ -191,7 +228,7 @@ async def _number_on(runtime: Runtime, stopping: asyncio.Event) -> None:
         count = await grow(runtime)
         if loop.time() >= next_head:
             tree, key = await AuditTree.current(), await AuditKey.active()
-            if (tree.signed_size, tree.signed_by) != (tree.size, key.id):
+            if (tree.signed_size, tree.signed_by) != (tree.size, key.id) and runtime.clock.agrees:
                 await sign(runtime)
                 next_head = loop.time() + runtime.settings.audit_head_seconds
         if count < BATCH:

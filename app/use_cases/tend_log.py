@@ -26,13 +26,19 @@ async def tend(runtime: Runtime) -> None:
 
 
 async def forget_old_names(runtime: Runtime) -> int:
-    """Delete the salts and clear values of events older than AUDIT_PERSONAL_DAYS; returns of how many events."""
+    """Delete the salts and clear values of events older than AUDIT_PERSONAL_DAYS; returns of how many events.
+
+    What is deleted does not come back, so nothing is while this host's clock and MongoDB's differ.
+    """
+    await runtime.clock.measure(runtime.mongo)
+    if not runtime.clock.agrees:
+        return 0
     tree = await AuditTree.current()
     until = now() - timedelta(days=runtime.settings.audit_personal_days)
-    # Only what came of age since the last time is looked at.
-    since = {} if tree.forgotten_until is None else {"$gte": tree.forgotten_until}
+    # Only what came of age since the last time is looked at. A clock that was ahead may have marked a later moment than this.
+    since = {} if tree.forgotten_until is None or tree.forgotten_until > until else {"$gte": tree.forgotten_until}
     count = await AuditEvent.forget_personal({"time": {**since, "$lt": until}})
-    await AuditTree.get_pymongo_collection().update_one({"_id": tree.id}, {"$max": {"forgotten_until": until}})
+    await AuditTree.get_pymongo_collection().update_one({"_id": tree.id}, {"$set": {"forgotten_until": until}})
     if count:
         log.info("audit_names_forgotten", events=count)
     return count

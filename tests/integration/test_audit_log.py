@@ -163,12 +163,49 @@ async def test_h60_heads_are_in_the_order_of_their_sizes_though_the_clock_jumps_
     await _told(2)
     await grow(runtime)
     first = await sign(runtime)
-    monkeypatch.setattr("app.use_cases.sequence.now", lambda: now() - timedelta(days=1))
+    monkeypatch.setattr("app.use_cases.sequence.now", lambda: now() - timedelta(seconds=30))
     await _told(1)
     await grow(runtime)
     second = await sign(runtime)
-    assert second.time == first.time + timedelta(milliseconds=1)
+    assert (second.time, second.key_id) == (first.time + timedelta(milliseconds=1), first.key_id)
     assert await sign(runtime) == second, "one head for a size"
+
+
+async def test_heads_dated_ahead_end_with_a_new_key_when_the_clock_is_right_again(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("app.use_cases.sequence.now", lambda: now() + timedelta(days=40))
+        await _told(2)
+        await grow(runtime)
+        ahead = await sign(runtime)
+    await _told(1)
+    await grow(runtime)
+    right = await sign(runtime)
+    assert abs(right.time - now()) < timedelta(seconds=5)
+    assert right.key_id != ahead.key_id
+    assert await TreeHead.newest() == right, "the newest is over most events, whatever its time is"
+    await grow(runtime)  # the event that says why there is a new key
+    last = await sign(runtime)
+    assert (last.size, last.key_id) == (4, right.key_id)
+    told = await AuditEvent.find_one({"action": "audit.rotate_key"})
+    assert told is not None
+    assert "the clock was ahead" in str(told.detail["reason"])
+
+
+@pytest.mark.parametrize("days", [40, -3])
+async def test_a_host_whose_clock_differs_signs_nothing(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    await _told(1)
+    await grow(runtime)
+    real = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: real() + days * 86_400)
+        with pytest.raises(NotReady, match=f"The host's clock is {abs(days)} days"):
+            await sign(runtime)
+    assert await TreeHead.count() == 0
+    assert abs((await sign(runtime)).time - now()) < timedelta(seconds=5)
 
 
 async def test_a_process_killed_while_it_numbers_loses_and_doubles_nothing(runtime: Runtime) -> None:

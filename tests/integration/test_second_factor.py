@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import UTC, datetime
 
 import httpx
 import pyotp
@@ -21,9 +22,9 @@ class Clock:
     def __init__(self) -> None:
         self.now = float(int(time.time()) // STEP_SECONDS * STEP_SECONDS)
 
-    def time(self) -> float:
-        """The present, in seconds since 1970."""
-        return self.now
+    def present(self) -> datetime:
+        """The present, as documents are stamped with it."""
+        return datetime.fromtimestamp(self.now, UTC)
 
     def next_step(self) -> None:
         """Half a minute later."""
@@ -34,7 +35,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of one-time codes."""
     made = Clock()
-    monkeypatch.setattr(second_factor, "time", made)
+    monkeypatch.setattr(second_factor, "now", made.present)
     return made
 
 

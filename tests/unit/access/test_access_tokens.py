@@ -48,7 +48,7 @@ def is_refused(token: str) -> bool:
     """Whether a token that came with a request is refused."""
     try:
         key_id_of(token)
-        claims_of(token, PUBLIC, ISSUER)
+        claims_of(token, PUBLIC, ISSUER, time.time())
     except Unauthenticated:
         return True
     return False
@@ -57,7 +57,7 @@ def is_refused(token: str) -> bool:
 def test_a_genuine_token_is_read() -> None:
     token = signed(said())
     assert key_id_of(token) == "k1"
-    claims = claims_of(token, PUBLIC, ISSUER)
+    claims = claims_of(token, PUBLIC, ISSUER, time.time())
     assert (claims.subject, claims.kind, claims.token_id, claims.session_id) == ("u1", "user", "t1", "s1")
 
 
@@ -215,7 +215,7 @@ def test_h46_h48_h49_a_header_of_any_kind_is_refused_or_ours(changes: dict[str, 
 def test_h50_h51_claims_of_any_kind_are_refused_or_read_with_their_types(changes: dict[str, object]) -> None:
     token = signed(said() | changes)
     try:
-        read = claims_of(token, PUBLIC, ISSUER)
+        read = claims_of(token, PUBLIC, ISSUER, time.time())
     except Unauthenticated:
         return
     assert {type(read.subject), type(read.token_id)} == {str}

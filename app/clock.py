@@ -1,0 +1,153 @@
+"""The time that the platform goes by: MongoDB's, as this process knows it. See docs/adr/0036.
+
+    host's clock    anybody may set it: it stamps nothing, and decides nothing but whether this host is to be trusted
+    steady seconds  nobody can set them: they carry MongoDB's time on between two measurements, and while MongoDB is away
+
+What cannot be undone (an erasure) asks MongoDB's `$$NOW` in its own statement as well.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pymongo
+import structlog
+from prometheus_client import Gauge
+from pymongo import AsyncMongoClient
+from pymongo.errors import PyMongoError
+
+log = structlog.get_logger(__name__)
+
+#: A host whose clock differs from MongoDB's by more erases nobody and signs no checkpoints.
+APART_SECONDS: Final = 60.0
+#: Between two measurements. Quartz drifts by less than a millisecond meanwhile; a new primary may have another clock.
+PERIOD_SECONDS: Final = 5.0
+MEASURED_WITHIN_SECONDS: Final = 2.0
+#: MongoDB cuts its time to milliseconds.
+_RESOLUTION_SECONDS: Final = 0.001
+
+OFFSET = Gauge(
+    "idem_clock_offset_seconds",
+    "How far the host's clock is ahead of MongoDB's: alert beyond a minute, nobody is erased then",
+)
+
+
+def steady_seconds() -> float:
+    """Seconds since some moment, by a clock that nobody can set. Where the system can tell, time asleep counts as well."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boot is None else time.clock_gettime(boot)
+
+
+def host_seconds() -> float:
+    """Seconds since 1970, as this host believes."""
+    return time.time()
+
+
+class Clock:
+    """MongoDB's time in one process. Before the first measurement it is the host's."""
+
+    def __init__(self, wall: Callable[[], float] = host_seconds, steady: Callable[[], float] = steady_seconds) -> None:
+        """wall: the host's clock, in seconds since 1970. steady: seconds that only ever grow."""
+        self._wall = wall
+        self._steady = steady
+        self._base: float | None = None  # MongoDB's time less the steady seconds
+        self._measured_at = steady()
+        self._was_in_agreement = True
+
+    def time(self) -> float:
+        """The present in seconds since 1970: for tokens, codes, and whatever else is no document."""
+        return self._wall() if self._base is None else self._base + self._steady()
+
+    def now(self) -> datetime:
+        """The present in UTC, cut to the milliseconds that MongoDB keeps."""
+        moment = datetime.fromtimestamp(self.time(), UTC)
+        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+    @property
+    def offset_seconds(self) -> float:
+        """How far the host's clock is ahead of MongoDB's at this moment; negative: behind."""
+        return self._wall() - self.time()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether host and MongoDB agree within a minute. A clock that is set between two measurements is seen at once."""
+        return abs(self.offset_seconds) <= APART_SECONDS
+
+    @property
+    def measured_seconds_ago(self) -> float | None:
+        """How old the last measurement is; None before the first."""
+        return None if self._base is None else self._steady() - self._measured_at
+
+    @property
+    def difference(self) -> str | None:
+        """What an operator should know, in words; None while host and MongoDB agree."""
+        offset = self.offset_seconds
+        return f"The host's clock is {in_words(offset)} MongoDB's." if abs(offset) > APART_SECONDS else None
+
+    def learn(self, asked: float, answered: float, server: datetime) -> None:
+        """Take MongoDB's time into account. asked, answered: steady seconds around the question.
+
+        The answer bounds the truth from both sides; what was believed is moved as little as it must be. So a slow answer
+        spoils nothing that a quick one taught.
+        """
+        told = server.timestamp()
+        least, most = told - answered, told + _RESOLUTION_SECONDS - asked
+        self._base = (least + most) / 2 if self._base is None else min(max(self._base, least), most)
+        self._measured_at = answered
+        OFFSET.set(self.offset_seconds)
+
+    async def measure(self, mongo: AsyncMongoClient[dict[str, Any]]) -> None:
+        """Ask the primary for its time. Raises PyMongoError when it is away: what was learned before goes on."""
+        asked = self._steady()
+        with pymongo.timeout(MEASURED_WITHIN_SECONDS):
+            hello: Mapping[str, Any] = await mongo.admin.command("hello")
+        answered = self._steady()
+        told = hello.get("localTime")
+        if isinstance(told, datetime):
+            self.learn(asked, answered, told)
+
+    @asynccontextmanager
+    async def kept_right(self, mongo: AsyncMongoClient[dict[str, Any]]) -> AsyncIterator[None]:
+        """While the body runs: measure again and again, and log when host and MongoDB begin or cease to agree."""
+        stopping = asyncio.Event()
+        task = asyncio.create_task(self._keep_right(mongo, stopping))
+        try:
+            yield
+        finally:
+            # Asked, not cancelled: the driver may turn a cancellation into an error of the connection.
+            stopping.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep_right(self, mongo: AsyncMongoClient[dict[str, Any]], stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            try:
+                await self.measure(mongo)
+            except PyMongoError as error:
+                log.debug("clock_not_measured", error=type(error).__name__)
+            except Exception:
+                log.exception("clock_not_measured")
+            self._tell()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PERIOD_SECONDS):
+                    await stopping.wait()
+
+    def _tell(self) -> None:
+        offset, agrees = self.offset_seconds, self.agrees
+        OFFSET.set(offset)
+        if agrees != self._was_in_agreement:
+            say = log.info if agrees else log.error
+            say("clock_agrees" if agrees else "clock_differs", offset_seconds=round(offset, 3))
+        self._was_in_agreement = agrees
+
+
+def in_words(seconds: float) -> str:
+    """An offset in words, to be followed by whose clock it is compared with: "3 days, 0:00:01 behind"."""
+    return f"{timedelta(seconds=round(abs(seconds)))} {'ahead of' if seconds > 0 else 'behind'}"
+
+
+def from_now(span: timedelta) -> Mapping[str, Any]:
+    """A moment so far from MongoDB's present, for use in an aggregation expression; a negative span: before it."""
+    return {"$add": ["$$NOW", int(span.total_seconds() * 1000)]}
