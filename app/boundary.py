@@ -144,13 +144,14 @@ class Boundary:
         self._failures += 1
         if self._failures < self._limit:
             return
-        if self._rests_until is None:
-            log.error(
-                "dependency_left_alone", dependency=self.name, failures=self._failures, error=type(error).__name__
-            )
+        was_closed = self._rests_until is None
         self._rests_until = time.monotonic() + self._pause_seconds
         self._probing_until = 0.0
         STATE.labels(self.name).set(_LEVELS["open"])
+        if was_closed:  # after the state: a log that cannot be written must not keep the breaker closed
+            log.error(
+                "dependency_left_alone", dependency=self.name, failures=self._failures, error=type(error).__name__
+            )
 
     def _note_success(self) -> None:
         self._failures = 0

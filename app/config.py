@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -16,6 +17,9 @@ WEAK_SECRETS = frozenset(
 )
 
 
+#: A host name, an IPv4 address or an IPv6 address in brackets, and perhaps a port.
+_ENDPOINT = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?")
 
 
@@ -39,6 +43,27 @@ def _is_origins(text: str) -> str:
         if _ORIGIN.fullmatch(origin) is None:
             message = f"{origin} is no origin: write https://host or https://host:port; there is no wildcard"
             raise ValueError(message)
+    return text
+
+
+def _is_endpoint(text: str) -> str:
+    if text and _ENDPOINT.fullmatch(text) is None:
+        message = "write HOST or HOST:PORT, without http:// and without a path; MINIO_SECURE says whether TLS is used"
+        raise ValueError(message)
+    return text
+
+
+def _is_bucket(text: str) -> str:
+    if text and _BUCKET.fullmatch(text) is None:
+        message = "a bucket's name has 3 to 63 lower-case letters, digits, dots and hyphens"
+        raise ValueError(message)
+    return text
+
+
+def _begins(text: str, schemes: tuple[str, ...]) -> str:
+    if text and text.partition("://")[0] not in schemes:
+        message = f"an address begins with {' or '.join(f'{scheme}://' for scheme in schemes)}"
+        raise ValueError(message)
     return text
 
 
@@ -76,7 +101,7 @@ class Settings(BaseSettings):
     metrics_enabled: bool | None = None  # None: on in development, off in production
 
     # MongoDB: the only truth
-    mongodb_uri: str = ""
+    mongodb_uri: Annotated[str, AfterValidator(partial(_begins, schemes=("mongodb", "mongodb+srv")))] = ""
     mongodb_database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "idem"
     mongodb_max_pool_size: Annotated[int, Field(ge=1, le=1000)] = 50
     mongodb_min_pool_size: Annotated[int, Field(ge=0, le=1000)] = 10
@@ -84,7 +109,7 @@ class Settings(BaseSettings):
     mongodb_timeout_seconds: Annotated[float, Field(gt=0, le=3.5)] = 2.4
 
     # Redis: hints for the worker; may be lost whole
-    redis_url: str = ""
+    redis_url: Annotated[str, AfterValidator(partial(_begins, schemes=("redis", "rediss", "unix")))] = ""
     queue_name: str = "idem:jobs"
     queue_timeout_seconds: Annotated[float, Field(gt=0, le=5)] = 0.5
     worker_max_jobs: Annotated[int, Field(ge=1, le=256)] = 8
@@ -99,10 +124,10 @@ class Settings(BaseSettings):
     # Photos
     photo_store: Literal["local", "minio"] = "local"
     storage_path: LocalPath = Path(".data/photos")
-    minio_endpoint: str = ""
+    minio_endpoint: Annotated[str, AfterValidator(_is_endpoint)] = ""
     minio_access_key: str = ""
     minio_secret_key: SecretStr = SecretStr("")
-    minio_bucket: str = "idem-photos"
+    minio_bucket: Annotated[str, AfterValidator(_is_bucket)] = "idem-photos"
     minio_region: str = "us-east-1"
     minio_secure: bool = True
 
@@ -117,7 +142,9 @@ class Settings(BaseSettings):
 
     # Evidence: an append-only place outside the database
     evidence_path: LocalPath = Path(".data/evidence")
-    evidence_bucket: str = ""  # of the S3 server of the photos; instead of the folder
+    evidence_bucket: Annotated[str, AfterValidator(_is_bucket)] = (
+        ""  # of the S3 server of the photos; instead of the folder
+    )
     evidence_retention_days: Annotated[int, Field(ge=0, le=36_500)] = 3650  # 0: no period
 
     # The audit log
@@ -218,6 +245,21 @@ class Settings(BaseSettings):
         if self.key_encryption_key_previous_file is not None:
             texts = self.key_encryption_key_previous_file.read_text(encoding="utf-8")
         return texts.replace(",", " ").split()
+
+    @model_validator(mode="after")
+    def _names_the_s3_server(self) -> Self:
+        needs = [
+            name
+            for name, is_met in (
+                ("PHOTO_STORE=minio", self.photo_store == "minio"),
+                ("EVIDENCE_BUCKET", bool(self.evidence_bucket)),
+            )
+            if is_met
+        ]
+        if needs and not self.minio_endpoint:
+            message = f"MINIO_ENDPOINT is missing: {' and '.join(needs)} needs it"
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _production_is_safe(self) -> Self:

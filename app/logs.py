@@ -1,43 +1,131 @@
-"""Log lines: JSON, one event name and its fields; never a photo, an embedding, a token or a name."""
+"""Log lines: JSON, one event name and its fields; never a photo, an embedding, a token or a name.
 
+Several processes write to one pipe or file. A record is one write of at most PIPE_BUF bytes, so no record tears another. A
+log that cannot be written never fails the work that it describes.
+"""
+
+import json
 import logging
+import os
 import sys
-from typing import Literal
+import threading
+from types import TracebackType
+from typing import Any, Final, Literal, TextIO
 
 import structlog
 
 #: A field longer than this says nothing more.
-FIELD_CHARACTERS = 256
-#: A traceback is long by nature; what an error says of a caller's words is at its end, and may be as long as they are.
-TRACEBACK_CHARACTERS = 16_384
+FIELD_CHARACTERS: Final = 256
+#: POSIX writes so many bytes to a pipe in one piece (PIPE_BUF of Linux). The line feed counts.
+LINE_BYTES: Final = 4096
+_LONG_FIELDS: Final = ("exception", "stack")
 
 
 def _cut(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Keep any one field from filling the log; JSON escapes control characters by itself."""
     for name, value in event.items():
-        if isinstance(value, str) and len(value) > FIELD_CHARACTERS and name != "exception":
+        if isinstance(value, str) and len(value) > FIELD_CHARACTERS and name not in _LONG_FIELDS:
             event[name] = value[:FIELD_CHARACTERS] + "…"
-    traceback = event.get("exception")
-    if isinstance(traceback, str) and len(traceback) > TRACEBACK_CHARACTERS:
-        event["exception"] = traceback[:TRACEBACK_CHARACTERS] + "…"
     return event
 
 
+def _render(_: object, __: str, event: structlog.typing.EventDict) -> str:
+    """One line of JSON without its line feed, in ASCII, short enough for one write.
+
+    A traceback loses its beginning first: its end names the error.
+    """
+    for name in _LONG_FIELDS:
+        text = event.get(name)
+        while isinstance(text, str) and text and (excess := _excess(event)) > 0:
+            text = text[min(len(text), max(1, excess // 6 + 1)) :]
+            event[name] = "…" + text
+    line = _dumps(event)
+    if _excess(event) <= 0:
+        return line
+    # Too many fields: the event's own name and level remain.
+    return _dumps({name: event[name] for name in ("event", "level", "timestamp") if name in event} | {"is_cut": True})
+
+
+def _excess(event: structlog.typing.EventDict) -> int:
+    return len(_dumps(event)) + 1 - LINE_BYTES
+
+
+def _dumps(event: structlog.typing.EventDict) -> str:
+    return json.dumps(event, default=repr)
+
+
+class LogOutput:
+    """Standard output as a log: each text is one write, and an error is swallowed.
+
+    The full disk, the closed pipe and the closed stream lose lines. They must not turn an answer into an error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._is_torn = False
+        try:
+            self._descriptor: int | None = stream.fileno()
+        except (OSError, ValueError):  # a test's stream
+            self._descriptor = None
+
+    def write(self, text: str) -> int:
+        """Write whole lines at once. Never raises OSError."""
+        try:
+            if self._descriptor is None:
+                self._stream.write(text)
+                self._stream.flush()
+            else:
+                self._write(self._descriptor, text.encode())
+        except (OSError, ValueError):
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        with self._lock:
+            if self._is_torn:  # the disk filled up in the middle of a line: the next one begins on its own
+                data = b"\n" + data
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+            finally:
+                self._is_torn = 0 < written < len(data) or (self._is_torn and written == 0)
+
+
 def configure_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
-    """Send the product's events, and the libraries' warnings, to standard output."""
+    """Send the product's events, the libraries' warnings and what nobody caught to standard output, a JSON line each."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
         _cut,
     ]
+    output = LogOutput(sys.stdout)
     structlog.configure(
-        processors=[*shared, structlog.processors.JSONRenderer()],
+        processors=[*shared, _render],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(output),  # type: ignore[arg-type] # it writes, and needs no more
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
-    renderer = structlog.processors.JSONRenderer()
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))
+    handler: logging.StreamHandler[Any] = logging.StreamHandler(output)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=_render))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(capture=True)
+
+
+def configure_service_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
+    """As `configure_logging`, for a process whose every line is JSON: errors that nobody caught too."""
+    configure_logging(level)
+    sys.excepthook = _log_uncaught
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A process that ends by an error says so in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    structlog.get_logger(__name__).critical("process_failed", exc_info=(kind, error, trace))

@@ -10,10 +10,11 @@ from fastapi_offline import FastAPIOffline
 
 from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, users
 from app.api.draining import Drain, Draining
+from app.api.edges import Edges
 from app.api.envelope import Envelope
 from app.config import Settings
 from app.errors import HeadersTooLarge, RateLimited, RequestTimeout, Unreadable
-from app.logs import configure_logging
+from app.logs import configure_service_logging
 from app.runtime import open_runtime
 
 log = structlog.get_logger(__name__)
@@ -25,7 +26,7 @@ and prove afterwards who did what."""
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service; its Runtime is opened when it starts and closed when it stops."""
     known = settings or Settings()
-    configure_logging(known.log_level)
+    configure_service_logging(known.log_level)
     drain = Drain(known.shutdown_grace_seconds)
 
     @asynccontextmanager
@@ -58,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         body_seconds=known.body_timeout_seconds,
         allowed_origins=known.allowed_origins,
     )
+    app.add_middleware(Edges)
     return app
 
 

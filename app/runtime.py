@@ -55,6 +55,7 @@ from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
+from app.processors import processors
 from app.queue import Queue
 from app.restoring import admitted, application_name, leaving_for_a_restore
 from app.search import Limits, Search
@@ -122,7 +123,7 @@ class Runtime:
     _lines: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
-        threads = self.settings.compute_threads or os.cpu_count() or 1
+        threads = self.settings.compute_threads or processors()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute", initializer=_in_the_background)
         self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
         self.backoff = Backoff(self.settings, self.keys)

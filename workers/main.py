@@ -8,7 +8,7 @@ from arq.typing import StartupShutdown, WorkerCoroutine
 from arq.worker import Worker
 
 from app.config import Settings
-from app.logs import configure_logging
+from app.logs import configure_service_logging
 from app.queue import PUBLISH, SCAN, SCREEN, decode_job, encode_job, redis_settings
 from app.runtime import open_runtime
 from app.use_cases import sequence
@@ -35,7 +35,7 @@ def _job(coroutine: object) -> WorkerCoroutine:
 
 def create_worker(settings: Settings) -> Worker:
     """A worker that opens the same Runtime as the API, without loading the model's weights."""
-    configure_logging(settings.log_level)
+    configure_service_logging(settings.log_level)
     opened = AsyncExitStack()
 
     async def start(context: dict[Any, Any]) -> None:

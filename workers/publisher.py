@@ -10,7 +10,7 @@ import structlog
 from app.audit import by_system
 from app.config import Settings
 from app.errors import Problem
-from app.logs import configure_logging
+from app.logs import configure_service_logging
 from app.runtime import open_runtime
 from app.use_cases.publish import publish
 from storage.generations import GenerationStoreUnavailable
@@ -32,7 +32,7 @@ def main() -> int:
     os.nice(NICENESS)
     faiss.omp_set_num_threads(1)
     settings = Settings()
-    configure_logging(settings.log_level)
+    configure_service_logging(settings.log_level)
     try:
         asyncio.run(_publish(settings, gallery_id, holder))
     except (Problem, GenerationStoreUnavailable) as problem:

@@ -1,8 +1,10 @@
 """What a route may ask for, as Annotated types: the Runtime, an authorised Action, a page, an upload."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated
@@ -11,10 +13,11 @@ import pymongo
 from fastapi import Depends, Header, Request, params
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.security import OAuth2PasswordBearer
+from pymongo.errors import PyMongoError
 
 from app.audit import Action
 from app.config import RateClass
-from app.documents.claims import IdempotencyClaim
+from app.documents.claims import RENEW_SECONDS, IdempotencyClaim
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.domain.callers import Caller, Role, subscriber
@@ -231,14 +234,33 @@ async def first_answer(
     claim, is_ours = await IdempotencyClaim.begin(name, fingerprint, keep)
     if is_ours:
         action.claim = claim
+        _keep_while_running(claim)
         return None
     if claim.fingerprint != fingerprint:
         raise IdempotencyKeyReused("The key came before with another request.")
     if claim.state == "running":
-        raise IdempotencyInProgress(retry_after_seconds=1)
+        raise IdempotencyInProgress(retry_after_seconds=claim.seconds_left())
     if holds_secret:
         raise AlreadyCreated
     event = None if claim.event_id is None else await AuditEvent.get(claim.event_id)
     if event is None:
         raise NotFound("What the first request made is gone.")
     return event, claim
+
+
+def _keep_while_running(claim: IdempotencyClaim) -> None:
+    """Renew the claim in the background until it is settled or this request's task ends."""
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            with suppress(
+                PyMongoError
+            ):  # the lease may run out: then another request does the work, and this one nothing
+                if not await claim.renew():
+                    return
+
+    keeper = asyncio.create_task(keep(), name="idempotency key")
+    request = asyncio.current_task()
+    if request is not None:
+        request.add_done_callback(lambda _: keeper.cancel())

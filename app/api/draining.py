@@ -98,7 +98,8 @@ class Draining:
             async with limit:
                 with self._drain.counting(limit):
                     await self._app(scope, receive, noted)
-        except TimeoutError as error:
+        except Exception as error:
+            # Drivers turn a task's cancellation into errors of their own.
             if not limit.expired() or has_begun:
                 raise
             # Nothing is half done: a transaction that was not committed is none, and on doubt the idempotency key tells.

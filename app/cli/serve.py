@@ -1,23 +1,41 @@
 """`idem serve`: the HTTP API in production's shape."""
 
+import os
+import signal
 import socket
+import sys
+import time
+from types import FrameType
 from typing import Annotated
 
+import structlog
 import typer
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.supervisors import Multiprocess
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from app.api.envelope import HEADER_BYTES
 from app.api.wire import Connection
-from app.cli.settings import read_settings
+from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.config import Settings
+from app.engine.opening import open_engine
+from app.errors import ModelUnavailable
+from app.logs import configure_service_logging
+
+log = structlog.get_logger(__name__)
 
 #: Idle connections are kept a little longer than nginx keeps its own, so that nginx closes first.
 KEEP_ALIVE_SECONDS = 75
 #: A worker process that is busy with faces answers its supervisor late; that is no reason to kill it.
 SILENCE_SECONDS = 60
+#: How often the parent looks up from waiting for a child: a signal or a child's death must not wait.
+LOOK_SECONDS = 0.2
+#: Pauses before a child that died is started again; the last one repeats. A child that lived longer than the last starts at once.
+PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
+#: From the end of the grace to the kill of a child that does not end.
+KILL_SECONDS = 3
 BACKLOG = 1024
 
 
@@ -27,14 +45,22 @@ def serve(
 ) -> None:
     """Run the HTTP API on API_HOST:API_PORT with WORKERS processes."""
     settings = read_settings()
+    configure_service_logging(settings.log_level)
     config = configuration(settings)
     if fd is not None or settings.workers == 1:
         config.load_app()  # the long imports, while MongoDB may still be starting
         wait_for_mongo(settings.mongodb_uri, seconds=wait)
-        uvicorn.Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
-    else:
-        wait_for_mongo(settings.mongodb_uri, seconds=wait)
-        Multiprocess(config, sockets=[config.bind_socket()]).run()
+        try:
+            OneProcess(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+        except SystemExit as end:
+            raise typer.Exit(UNUSABLE_CONFIGURATION if end.code == STARTUP_FAILURE else 1) from None
+        return
+    _require_engine(settings)
+    wait_for_mongo(settings.mongodb_uri, seconds=wait)
+    parent = SeveralProcesses(config, sockets=[config.bind_socket()])
+    parent.run()
+    if parent.has_failed:
+        raise typer.Exit(UNUSABLE_CONFIGURATION)
 
 
 def configuration(
@@ -58,5 +84,129 @@ def configuration(
         forwarded_allow_ips=settings.forwarded_allow_ips,
         server_header=False,
         access_log=False,
+        log_config=None,  # the server's own lines go through ours: JSON
         log_level=settings.log_level,
     )
+
+
+def _require_engine(settings: Settings) -> None:
+    """Ends the command where the model is missing, before any child finds out by itself."""
+    try:
+        open_engine(settings, device=settings.face_device).engine.close()
+    except ModelUnavailable as problem:
+        typer.echo(f"The face model cannot be used: {problem.detail}", err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION) from None
+
+
+class OneProcess(uvicorn.Server):
+    """A server that can be told to end while it starts: there is nothing to finish yet."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End at once before the first answer; later as the server does."""
+        if not self.started:
+            log.info("stopped_while_starting", signal=signal.Signals(sig).name)
+            sys.stdout.flush()
+            os._exit(0)
+        super().handle_exit(sig, frame)
+
+
+class _Child(Process):
+    """One process of the API."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        self.started_at = time.monotonic()
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """The server that this process runs."""
+        if self._server is None:
+            self._server = OneProcess(config=self.config)
+        return self._server
+
+    def answers_within(self, seconds: float) -> bool | None:
+        """Whether it serves; None where it gave no answer within the time. Raises EOFError when it is gone."""
+        try:
+            if not self._is_asked:
+                self.parent_conn.send(b"ping")
+                self._is_asked = True
+            if not self.parent_conn.poll(seconds):
+                return None
+            self._is_asked = False
+            serves: bool = self.parent_conn.recv()
+        except OSError as error:
+            raise EOFError from error
+        return serves
+
+    _is_asked = False
+
+
+class SeveralProcesses(Multiprocess):
+    """The parent of several API processes.
+
+    It differs from uvicorn's own in what it does about trouble. It heeds a signal and a child's death at once, while it waits for
+    an answer too. It ends with `has_failed` where no child ever came to serve; a child that cannot start again later, because
+    MongoDB is away, is tried again while the others go on.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        self.has_failed = False
+        self._has_served = False
+        self._quick_deaths = 0
+
+    def init_processes(self) -> None:
+        """Start all."""
+        for _ in range(self.processes_num):
+            self.processes.append(self._started())
+
+    def keep_subprocess_alive(self) -> None:
+        """Look at each child, and replace those that died or have been silent for too long."""
+        for index, process in enumerate(self.processes):
+            assert isinstance(process, _Child)  # noqa: S101 - for the type checker
+            if self.should_exit.is_set() or self.signal_queue or self._lives(process):
+                continue
+            process.kill()
+            process.join()
+            if process.exitcode == STARTUP_FAILURE and not self._has_served:
+                # It told why in its own line. Each further try would end like this one.
+                self.has_failed = True
+                self.should_exit.set()
+                return
+            lived = time.monotonic() - process.started_at
+            self._quick_deaths = self._quick_deaths + 1 if lived < PAUSES_SECONDS[-1] else 0
+            log.error("process_died", pid=process.pid, exit_code=process.exitcode)
+            if self.should_exit.wait(PAUSES_SECONDS[min(self._quick_deaths, len(PAUSES_SECONDS) - 1)]):
+                return
+            self.processes[index] = self._started()
+
+    def join_all(self) -> None:
+        """Wait for the children to end; kill those that do not."""
+        deadline = time.monotonic() + (self.config.timeout_graceful_shutdown or 0) + KILL_SECONDS
+        for process in self.processes:
+            process.process.join(max(0.0, deadline - time.monotonic()))
+            if process.process.is_alive():
+                log.error("process_killed", pid=process.pid)
+                process.process.kill()
+                process.process.join()
+
+    def _started(self) -> _Child:
+        process = _Child(self.config, self.sockets)
+        process.start()
+        return process
+
+    def _lives(self, process: _Child) -> bool:
+        deadline = time.monotonic() + self.config.timeout_worker_healthcheck
+        while time.monotonic() < deadline:
+            if not process.process.is_alive():
+                return False
+            try:
+                serves = process.answers_within(LOOK_SECONDS)
+            except EOFError:
+                return False
+            if serves is not None:
+                self._has_served = self._has_served or serves
+                return True
+            if self.signal_queue:
+                return True  # looked at again after the signal was heeded
+        return False

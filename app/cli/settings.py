@@ -4,9 +4,9 @@ import typer
 from pydantic import ValidationError
 
 from app.config import Settings
+from app.starting import UNUSABLE_CONFIGURATION
 
-#: Exit status for what the operator has to set right first (sysexits.h calls it EX_CONFIG).
-UNUSABLE_CONFIGURATION = 78
+__all__ = ["UNUSABLE_CONFIGURATION", "read_settings"]
 
 
 def read_settings() -> Settings:

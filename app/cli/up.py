@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +75,9 @@ async def _serve(stack: Stack, settings: Settings, console: Console, *, with_dem
             console.print(await demonstrate(ready.url, credentials, sample_people(), console))
     console.print(f"[bold]Idem is ready at {ready.url}[/bold]  Ctrl-C ends it.", soft_wrap=True)
     while True:
-        console.print(await stack.messages.get(), style="yellow")
+        message = await stack.messages.get()
+        with suppress(OSError):  # a full disk or a closed terminal must not end the stack
+            console.print(message, style="yellow")
 
 
 def _show(stack: Stack, ready: ReadyStack, settings: Settings, console: Console) -> None:

@@ -7,6 +7,8 @@ import pymongo
 import typer
 from pymongo.errors import PyMongoError
 
+from app.starting import UNUSABLE_CONFIGURATION
+
 WaitOption = Annotated[
     int, typer.Option("--wait", min=0, max=600, help="Wait up to this many seconds for MongoDB to take writes.")
 ]
@@ -22,5 +24,5 @@ def wait_for_mongo(uri: str, *, seconds: int) -> None:
         with closing(pymongo.MongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=milliseconds)) as client:
             client.admin.command("ping")
     except PyMongoError as problem:
-        typer.echo(f"MongoDB did not come within {seconds} s: {type(problem).__name__}", err=True)
-        raise typer.Exit(1) from problem
+        typer.echo(f"MONGODB_URI: MongoDB did not come within {seconds} s: {type(problem).__name__}", err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION) from problem

@@ -2,9 +2,15 @@
 
 import asyncio
 
+import structlog
+import typer
+
 from app.cli.settings import read_settings
 from app.cli.waiting import WaitOption, wait_for_mongo
+from app.starting import UNUSABLE_CONFIGURATION, as_sentence
 from workers.main import create_worker
+
+log = structlog.get_logger(__name__)
 
 
 def worker(wait: WaitOption = 0) -> None:
@@ -12,4 +18,13 @@ def worker(wait: WaitOption = 0) -> None:
     settings = read_settings()
     wait_for_mongo(settings.mongodb_uri, seconds=wait)
     asyncio.set_event_loop(asyncio.new_event_loop())  # arq asks for one while it is being built
-    create_worker(settings).run()
+    process = create_worker(settings)
+    try:
+        process.run()
+    except Exception as error:
+        sentence = as_sentence(error)
+        if sentence is None:
+            raise
+        has_worked = "runtime" in process.ctx
+        log.critical("worker_ended" if has_worked else "worker_not_started", reason=sentence)
+        raise typer.Exit(1 if has_worked else UNUSABLE_CONFIGURATION) from None

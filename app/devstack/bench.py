@@ -30,6 +30,7 @@ from app.devstack.client import Caller, Credentials, Service
 from app.domain.photo import choose_face, decode
 from app.engine.port import FaceEngine
 from app.errors import Problem
+from app.processors import processors
 
 PHOTO_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 JPEG_QUALITY: Final = 92
@@ -175,7 +176,7 @@ class Bench:
 
         asked = list(islice(cycle(self._known), len(people)))
         verifying = await timed([partial(verify, *pair) for pair in asked], concurrency)
-        threads = min(concurrency, os.cpu_count() or 1)
+        threads = min(concurrency, processors())
         bare = await asyncio.to_thread(
             bare_model, self._engine, [subject.probe for subject, _ in asked], threads=threads, max_pixels=max_pixels
         )

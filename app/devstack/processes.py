@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -74,6 +74,7 @@ class Watched:
         on_start: Callable[["Watched"], None],
         on_death: Callable[["Watched", str], None],
     ) -> None:
+        """on_start, on_death: must not raise; what they raise would end the watching."""
         self.name = name
         self.command = command
         self.log = log
@@ -93,7 +94,6 @@ class Watched:
 
     async def start(self) -> None:
         """Start the child and watch over it until `stop`. Raises OSError when it cannot be started at all."""
-        set_aside_large(self.log)
         await self._spawn()
         self._watch = asyncio.create_task(self._keep_running(), name=f"watch {self.name}")
 
@@ -116,7 +116,7 @@ class Watched:
         return tail_of(self.log)
 
     async def _spawn(self) -> None:
-        with self.log.open("ab") as log:
+        with self._open_log() as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -129,6 +129,14 @@ class Watched:
             )
         self._on_start(self)
 
+    def _open_log(self) -> IO[bytes]:
+        """The log for appending; the null device where the disk or the folder does not allow it, so that the child runs."""
+        try:
+            set_aside_large(self.log)
+            return self.log.open("ab")
+        except OSError:
+            return Path(os.devnull).open("ab")
+
     async def _keep_running(self) -> None:
         while True:
             process = self._process
@@ -139,8 +147,19 @@ class Watched:
             self._quick_deaths = self._quick_deaths + 1 if time.monotonic() - started < HEALTHY_SECONDS else 0
             end_group(process.pid)  # its own children hold ports and memory
             self._on_death(self, describe_exit(code))
+            await self._spawn_again()
+
+    async def _spawn_again(self) -> None:
+        """Start the child after its pause, and try until it runs: no error of the system ends the watching."""
+        while True:
             await asyncio.sleep(PAUSES_SECONDS[min(self._quick_deaths, len(PAUSES_SECONDS) - 1)])
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:  # no process, memory or descriptor is free
+                self._quick_deaths += 1
+                self._on_death(self, f"cannot be started: {error.strerror or error}")
+            else:
+                return
 
 
 def dying_with(parent: int) -> Callable[[], None]:
@@ -250,8 +269,12 @@ def write_privately(path: Path, text: str) -> None:
     """Write a file that only its owner reads (0600), in one step: readers see the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

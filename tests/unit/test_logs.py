@@ -2,12 +2,16 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 import structlog
 
-from app.logs import FIELD_CHARACTERS, TRACEBACK_CHARACTERS, configure_logging
+from app.logs import FIELD_CHARACTERS, LINE_BYTES, LogOutput, configure_logging
 
 HOSTILE = [
     'a\r\n{"event": "forged"}', "\x1b[2J\x1b[31mred", "\x00\x07\x7f\x9b", "\u2028\u2029\u202e", '"}',
@@ -16,8 +20,8 @@ HOSTILE = [
 
 
 @pytest.fixture
-def logger() -> Iterator[structlog.typing.FilteringBoundLogger]:
-    """The product's own logging; what was there before is put back."""
+def logger(capsys: pytest.CaptureFixture[str]) -> Iterator[structlog.typing.FilteringBoundLogger]:
+    """The product's own logging to the captured output; what was there before is put back."""
     before, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     configure_logging("info")
@@ -53,4 +57,85 @@ def test_h44_the_words_in_an_error_are_cut_and_escaped_too(
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert out[:-1].isprintable()
-    assert len(json.loads(out)["exception"]) <= TRACEBACK_CHARACTERS + 1
+    assert len(out) <= LINE_BYTES
+    assert json.loads(out)["exception"]
+
+
+WRITER = """
+import logging, sys
+from app.logs import configure_service_logging
+configure_service_logging("info")
+import structlog
+log = structlog.get_logger()
+for number in range(300):
+    log.info("answered", process=sys.argv[1], number=number, text="x" * (number % 250))
+    if number % 50 == 0:
+        try:
+            raise ValueError("y" * 9000)
+        except ValueError:
+            log.exception("failed")
+            logging.getLogger("library").error("of a library", exc_info=True)
+raise RuntimeError("nobody catches this")
+"""
+
+
+def test_i4_four_processes_on_one_pipe_never_tear_a_line_and_every_line_is_json() -> None:
+    reading, writing = os.pipe()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(number)], stdout=writing, stderr=writing, env=environment)
+        for number in range(4)
+    ]
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        lines = pipe.read().splitlines()
+    for process in processes:
+        process.wait()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 4 * (300 + 2 * 6 + 1)
+    assert sum(record["event"] == "process_failed" for record in records) == 4
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")  # noqa: PTH110 - a device
+def test_r8_a_log_on_a_full_disk_raises_nothing() -> None:
+    code = (
+        "import logging, os, sys, structlog; from app.logs import configure_logging; configure_logging('info');"
+        "structlog.get_logger().error('x'); logging.getLogger('a').error('y'); os.write(2, b'went on')"
+    )
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=True)
+    assert done.stderr == b"went on"
+
+
+def test_a_line_that_the_disk_cut_does_not_swallow_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream, os.fdopen(reading, "rb") as pipe:
+        output = LogOutput(stream)
+        write, calls = os.write, iter([3, OSError("no room")])
+
+        def filling(descriptor: int, data: bytes) -> int:
+            match next(calls, None):
+                case int(count):
+                    return write(descriptor, data[:count])
+                case OSError() as error:
+                    raise error
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", filling)
+        output.write('{"a": 1}\n')
+        output.write('{"b": 2}\n')
+        stream.close()
+        assert pipe.read().splitlines() == [b'{"a', b'{"b": 2}']
+
+
+def test_threads_share_the_log_without_tearing_it() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream, os.fdopen(reading, "rb") as pipe:
+        output = LogOutput(stream)
+        work = [threading.Thread(target=lambda: [output.write('{"n": 1}\n') for _ in range(50)]) for _ in range(4)]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+        stream.close()
+        assert pipe.read().splitlines() == [b'{"n": 1}'] * 200

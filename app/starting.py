@@ -1,0 +1,32 @@
+"""Why a process cannot start, in one sentence for its operator."""
+
+from pymongo.errors import PyMongoError
+from redis.exceptions import RedisError
+
+from app.errors import ModelUnavailable, Problem
+
+#: Exit status for what the operator has to set right first (sysexits.h calls it EX_CONFIG).
+UNUSABLE_CONFIGURATION = 78
+
+
+class NotStarted(Exception):
+    """The process cannot start; the message is the sentence."""
+
+
+def as_sentence(error: BaseException) -> str | None:
+    """The reason, where the operator can mend it; None for a fault of ours, which needs its traceback."""
+    text = f"{type(error).__name__}: {error!s:.200}"
+    match error:
+        case ModelUnavailable():
+            sentence = f"The face model cannot be used: {error.detail}"
+        case Problem():
+            sentence = f"{error.title}: {error.detail}"
+        case PyMongoError():
+            sentence = f"MONGODB_URI: MongoDB cannot be used: {text}"
+        case RedisError():
+            sentence = f"REDIS_URL: Redis cannot be used: {text}"
+        case ValueError() | OSError():  # what the settings name is not there, or is not what it should be
+            sentence = f"{error!s:.500}"
+        case _:
+            return None
+    return " ".join(sentence.split())
