@@ -61,20 +61,19 @@ class LogOutput:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
         self._lock = threading.Lock()
         self._is_torn = False
         try:
             self._descriptor: int | None = stream.fileno()
-        except (OSError, ValueError):  # a test's stream
+        except (OSError, ValueError):  # not a file: standard output of a test or of a notebook
             self._descriptor = None
 
     def write(self, text: str) -> int:
         """Write whole lines at once. Never raises OSError."""
         try:
             if self._descriptor is None:
-                self._stream.write(text)
-                self._stream.flush()
+                sys.stdout.write(text)
+                sys.stdout.flush()
             else:
                 self._write(self._descriptor, text.encode())
         except (OSError, ValueError):

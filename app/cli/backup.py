@@ -124,6 +124,10 @@ def restore(
         as_json=as_json,
     )
     if not as_json:
+        typer.echo(
+            "Accounts are those of the backup now. Where `idem up` runs on this store, start it again: it makes the accounts of "
+            "its credentials.json anew."
+        )
         for misfit in restoring.Restored(**done).log:  # type: ignore[arg-type] # its own fields
             typer.echo(f"The log: {misfit}.", err=True)
         for name in restoring.Restored(**done).unreadable:  # type: ignore[arg-type]

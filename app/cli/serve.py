@@ -17,11 +17,9 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from app.api.envelope import HEADER_BYTES
 from app.api.wire import Connection
-from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings
+from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings, require_engine
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.config import Settings
-from app.engine.opening import open_engine
-from app.errors import ModelUnavailable
 from app.logs import configure_service_logging
 
 log = structlog.get_logger(__name__)
@@ -55,7 +53,7 @@ def serve(
         except SystemExit as end:
             raise typer.Exit(UNUSABLE_CONFIGURATION if end.code == STARTUP_FAILURE else 1) from None
         return
-    _require_engine(settings)
+    require_engine(settings)
     wait_for_mongo(settings.mongodb_uri, seconds=wait)
     parent = SeveralProcesses(config, sockets=[config.bind_socket()])
     parent.run()
@@ -87,15 +85,6 @@ def configuration(
         log_config=None,  # the server's own lines go through ours: JSON
         log_level=settings.log_level,
     )
-
-
-def _require_engine(settings: Settings) -> None:
-    """Ends the command where the model is missing, before any child finds out by itself."""
-    try:
-        open_engine(settings, device=settings.face_device).engine.close()
-    except ModelUnavailable as problem:
-        typer.echo(f"The face model cannot be used: {problem.detail}", err=True)
-        raise typer.Exit(UNUSABLE_CONFIGURATION) from None
 
 
 class OneProcess(uvicorn.Server):

@@ -4,9 +4,11 @@ import typer
 from pydantic import ValidationError
 
 from app.config import Settings
+from app.engine.opening import open_engine
+from app.errors import ModelUnavailable
 from app.starting import UNUSABLE_CONFIGURATION
 
-__all__ = ["UNUSABLE_CONFIGURATION", "read_settings"]
+__all__ = ["UNUSABLE_CONFIGURATION", "read_settings", "require_engine"]
 
 
 def read_settings() -> Settings:
@@ -17,4 +19,13 @@ def read_settings() -> Settings:
         for error in problem.errors(include_url=False, include_input=False):
             name = "_".join(str(part) for part in error["loc"]).upper()
             typer.echo(f"{name}: {error['msg']}" if name else error["msg"].removeprefix("Value error, "), err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION) from None
+
+
+def require_engine(settings: Settings) -> None:
+    """Ends the command where the model is missing, before any child finds out by itself."""
+    try:
+        open_engine(settings, device=settings.face_device).engine.close()
+    except ModelUnavailable as problem:
+        typer.echo(f"The face model cannot be used: {problem.detail}", err=True)
         raise typer.Exit(UNUSABLE_CONFIGURATION) from None

@@ -9,15 +9,20 @@ from pymongo.errors import PyMongoError
 
 from app.starting import UNUSABLE_CONFIGURATION
 
+#: Without `--wait`: long enough for a primary that is there, short enough for an operator who looks on.
+PROMPT_SECONDS = 3
+
 WaitOption = Annotated[
     int, typer.Option("--wait", min=0, max=600, help="Wait up to this many seconds for MongoDB to take writes.")
 ]
 
 
 def wait_for_mongo(uri: str, *, seconds: int) -> None:
-    """Return once the primary answers; 0 seconds: do not look. Ends the command when it does not come in time."""
-    if not seconds:
-        return
+    """Return once the primary answers; 0 seconds: at once or hardly later. Ends the command when it does not come in time."""
+    if not uri:
+        typer.echo("MONGODB_URI is missing: name a replica set, or let `idem up` start one", err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION)
+    seconds = seconds or PROMPT_SECONDS
     milliseconds = seconds * 1000
     try:
         # The driver itself looks again until the time is over; a ping goes to the primary.

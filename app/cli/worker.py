@@ -5,7 +5,7 @@ import asyncio
 import structlog
 import typer
 
-from app.cli.settings import read_settings
+from app.cli.settings import read_settings, require_engine
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.starting import UNUSABLE_CONFIGURATION, as_sentence
 from workers.main import create_worker
@@ -16,6 +16,7 @@ log = structlog.get_logger(__name__)
 def worker(wait: WaitOption = 0) -> None:
     """Run one worker process until SIGTERM; it finishes the jobs that it has begun."""
     settings = read_settings()
+    require_engine(settings)
     wait_for_mongo(settings.mongodb_uri, seconds=wait)
     asyncio.set_event_loop(asyncio.new_event_loop())  # arq asks for one while it is being built
     process = create_worker(settings)

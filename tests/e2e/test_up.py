@@ -1,5 +1,6 @@
 """`idem up`: one command to a ready stack, whatever happened to the one before."""
 
+import asyncio
 import json
 import signal
 import stat
@@ -109,6 +110,32 @@ async def test_a_killed_part_comes_back_by_itself(own_stack: RunningStack, part:
     await recovered(own_stack)
     assert own_stack.process.poll() is None
     assert f"{part} ended (SIGKILL)" in own_stack.said
+
+
+async def test_r3_a_part_comes_back_although_the_process_file_cannot_be_written(own_stack: RunningStack) -> None:
+    """As on a full disk. The second death was the one that nobody noticed."""
+    pids = own_stack.data_dir / "pids.json"
+    kept = pids.read_bytes()
+    pids.unlink()
+    pids.mkdir()
+    try:
+        for _ in range(2):
+            (killed,) = [
+                child.pid for child in psutil.Process(own_stack.process.pid).children() if "worker" in child.cmdline()
+            ]
+            psutil.Process(killed).kill()
+            deadline = time.monotonic() + RECOVERS_WITHIN_SECONDS
+            while not [
+                child.pid
+                for child in psutil.Process(own_stack.process.pid).children()
+                if child.pid != killed and child.is_running() and "worker" in child.cmdline()
+            ]:
+                assert time.monotonic() < deadline, own_stack.said
+                await asyncio.sleep(0.1)
+    finally:
+        pids.rmdir()
+        pids.write_bytes(kept)
+    assert "pids.json cannot be written" in own_stack.said
 
 
 async def test_a_second_start_is_quick_keeps_the_credentials_and_repeats_nothing(

@@ -62,6 +62,7 @@ def test_a_backup_is_made_proved_put_in_place_and_checked(
     done = idem(command, "restore", folder, "--replace", typed=f"{settings.mongodb_database}\n")
     assert done.exit_code == 0, done.output
     assert "is in place: " in done.stdout
+    assert "Accounts are those of the backup now" in done.stdout.splitlines()[-1]
     nothing = idem(command, "restore", folder, "--abandon")
     assert (nothing.exit_code, "No restore is under way" in nothing.stdout) == (0, True)
 

@@ -9,12 +9,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api import auth, faces, galleries, identities
+from app.api import auth, dependencies, faces, galleries, identities
 from app.api.envelope import Envelope
 from app.api.problems import TYPE_BASE, install
 from app.audit import by_system
+from app.documents import claims
 from app.documents.base import now
-from app.documents.claims import IdempotencyClaim
+from app.documents.claims import CLAIM_LEASE, IdempotencyClaim
 from app.documents.events import AuditEvent
 from app.documents.identities import Identity
 from app.domain.callers import Role
@@ -138,7 +139,7 @@ async def test_h69_while_the_first_request_runs_the_second_is_told_so(door: Door
     await _in_progress()
     answer = await door.enrol("key-1", "ann")
     assert (answer.status_code, _slug(answer)) == (409, "idempotency-in-progress")
-    assert answer.headers["retry-after"] == "1"
+    assert 1 <= int(answer.headers["retry-after"]) <= CLAIM_LEASE.total_seconds()
     assert await IdempotencyClaim.count() == 1, "the refusal gave away a key that was not its own"
 
 
@@ -177,6 +178,35 @@ async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, m
     answer = await first
     assert second.status_code == 202
     assert (answer.status_code, _slug(answer)) == (409, "idempotency-in-progress")
+    assert await Identity.count() == 1
+
+
+async def test_r6_a_key_is_held_for_as_long_as_its_request_runs_and_free_soon_after_its_owner_died(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "CLAIM_LEASE", timedelta(seconds=0.6))
+    monkeypatch.setattr(dependencies, "RENEW_SECONDS", 0.15)
+    reading, going_on = asyncio.Event(), asyncio.Event()
+    compute = Runtime.compute
+
+    async def slow(runtime: Runtime, work: object, /, *args: object, **kwargs: object) -> object:
+        if work is read_face and not reading.is_set():
+            reading.set()
+            await going_on.wait()
+        return await compute(runtime, work, *args, **kwargs)
+
+    monkeypatch.setattr(Runtime, "compute", slow)
+    first = asyncio.create_task(door.enrol("key-1", "ann"))
+    await reading.wait()
+    await asyncio.sleep(1.5)
+    meanwhile = await door.enrol("key-1", "ann")
+    assert (meanwhile.status_code, _slug(meanwhile)) == (409, "idempotency-in-progress")
+    first.cancel()  # as if its process had died: nobody renews any more
+    await asyncio.gather(first, return_exceptions=True)
+    await _in_progress()
+    await asyncio.sleep(0.7)
+    again = await door.enrol("key-1", "ann")
+    assert again.status_code == 202
     assert await Identity.count() == 1
 
 

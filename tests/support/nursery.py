@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn, Self
@@ -22,8 +21,6 @@ from typing import NoReturn, Self
 from app.devstack.processes import dying_with
 
 REPOSITORY = Path(__file__).parents[2]
-#: Not the product's: nobody here waits a minute for the key of a request whose process was killed.
-CLAIM_LEASE = timedelta(seconds=5)
 TICK_SECONDS = 0.02
 
 
@@ -86,14 +83,12 @@ def main() -> NoReturn:
     """Fork a child for every line."""
     # Imported before the first fork: that is what a nursery is for. None of it starts a thread.
     from app import cli, runtime  # noqa: F401
-    from app.documents import claims
     from app.main import create_app  # noqa: F401
     from tests.fakes import FakeEngine
     from workers import main as worker  # noqa: F401
 
     opened = SimpleNamespace(engine=FakeEngine(), reason="it reads names")
     runtime.open_engine = lambda *_, **__: opened  # type: ignore[assignment,attr-defined]
-    claims.CLAIM_LEASE = CLAIM_LEASE
     children: dict[int, str] = {}
     lines = os.fdopen(0, "rb", buffering=0)
     while True:

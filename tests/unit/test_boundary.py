@@ -215,3 +215,25 @@ def test_whatever_happens_it_refuses_only_after_enough_failures_and_never_for_lo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("level", ["error", "info"])
+async def test_r8_a_log_that_cannot_be_written_changes_no_state(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    boundary = _boundary(failures=1)
+    if level == "error":
+        monkeypatch.setattr(module.log, "error", full)
+        with pytest.raises(OSError, match="space"):
+            await boundary.call(_badly)
+        assert boundary.state == "open"
+        return
+    await _ends(boundary, _badly)
+    clock.now += PAUSE_SECONDS
+    monkeypatch.setattr(module.log, "info", full)
+    with pytest.raises(OSError, match="space"):
+        await boundary.call(_well)
+    assert boundary.state == "closed"

@@ -214,3 +214,46 @@ def test_a_parent_that_is_gone_already_is_noticed() -> None:
         arm()
         os._exit(0)  # not reached: this process is not the parent that was named
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+async def test_r3_a_child_is_watched_on_whatever_its_log_does(tmp_path: Path) -> None:
+    """A full disk, a read-only folder and a removed folder refuse the log file."""
+    deaths: list[str] = []
+    async with watched(tmp_path, SLEEP, deaths) as child:
+        (tmp_path / "child.log").unlink()
+        (tmp_path / "child.log").mkdir()
+        for round_ in range(3):
+            first = child.pid
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            await until(lambda first=first: child.pid not in {None, first})
+            assert deaths == ["SIGKILL"] * (round_ + 1)
+
+
+async def test_r3_a_start_that_the_system_refuses_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths: list[str] = []
+    spawn, refusals = asyncio.create_subprocess_exec, iter([OSError(28, "No space left on device"), BlockingIOError()])
+
+    async def refusing(*command: str, **options: object) -> asyncio.subprocess.Process:
+        if (error := next(refusals, None)) is not None:
+            raise error
+        return await spawn(*command, **options)  # type: ignore[arg-type]
+
+    async with watched(tmp_path, SLEEP, deaths) as child:
+        first = child.pid
+        assert first is not None
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refusing)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: child.pid not in {None, first})
+    assert deaths[1] == "cannot be started: No space left on device"
+    assert len(deaths) == 3
+
+
+async def test_r3_a_full_disk_leaves_no_half_of_a_private_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "pids.json"
+    target.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_privately(target, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["pids.json"]

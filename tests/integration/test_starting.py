@@ -1,0 +1,120 @@
+"""A process that cannot start says why in one sentence, ends with status 78, and heeds SIGTERM meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.devstack.servers import free_port
+from tests.support import services
+
+CONFIGURATION = 78
+#: The promise is ten seconds on an idle machine; the tests' machine is busy.
+ENDS_WITHIN_SECONDS = 60.0
+REASONS = ("MONGODB_URI: ", "REDIS_URL: ", "The face model cannot be used: ")
+MISSING_PACK = {"FACE_MODEL": "buffalo_l"}
+
+
+def _environment(tmp_path: Path, **others: str) -> dict[str, str]:
+    known = {name: text for name, text in os.environ.items() if name not in {"MODEL_DIR", "FACE_MODEL"}}
+    return (
+        known
+        | {
+            "MONGODB_URI": f"mongodb://127.0.0.1:{free_port()}/?directConnection=true",
+            "REDIS_URL": f"redis://127.0.0.1:{free_port()}/0",
+            "KEY_ENCRYPTION_KEY": "k" * 20 + "0123456789abcdefghijklmnopqrst",
+            "MODEL_DIR": str(tmp_path / "models"),
+            "FACE_MODEL": "dlib",
+            "STORAGE_PATH": str(tmp_path / "photos"),
+            "VECTOR_DB_PATH": str(tmp_path / "index"),
+            "INDEX_CACHE_PATH": str(tmp_path / "cache"),
+            "EVIDENCE_PATH": str(tmp_path / "evidence"),
+            "API_PORT": str(free_port()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        | others
+    )
+
+
+def _idem(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "app.cli", *arguments]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+
+
+def _end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        said, _ = process.communicate(timeout=ENDS_WITHIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"it did not end: {process.communicate()[0]}")
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("command", "others"),
+    [
+        ("serve", {"WORKERS": "1"}), ("serve", {"WORKERS": "2"}), ("worker", {}),
+        ("serve", {"WORKERS": "2", **MISSING_PACK}), ("worker", MISSING_PACK),
+    ],
+    ids=["one process", "two processes", "worker", "two processes, no model", "worker, no model"],
+)  # fmt: skip
+def test_i3_a_process_that_cannot_start_says_one_sentence_and_ends_with_status_78(
+    tmp_path: Path, command: str, others: dict[str, str]
+) -> None:
+    status, said = _end_of(_idem(command, environment=_environment(tmp_path, **others)))
+    assert status == CONFIGURATION, said
+    assert "Traceback" not in said
+    reasons = [line for line in said.splitlines() if any(part in line for part in REASONS)]
+    assert 1 <= len(reasons) <= int(others.get("WORKERS", "1")), said
+    for line in said.splitlines():
+        if line.startswith("{"):
+            json.loads(line)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_i3_a_process_that_waits_for_its_stores_ends_at_once_on_sigterm(
+    tmp_path: Path, mongo_server: services.Server, workers: str
+) -> None:
+    """MongoDB hangs: connections are taken, nothing is answered."""
+    environment = _environment(tmp_path, WORKERS=workers, MONGODB_URI=mongo_server.url)
+    mongo_server.process.freeze()
+    try:
+        process = _idem("serve", environment=environment)
+        time.sleep(4)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        status, said = _end_of(process)
+        assert time.monotonic() - began < 5, said
+        assert status in {0, -signal.SIGTERM}, said
+    finally:
+        mongo_server.process.thaw()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("MINIO_ENDPOINT", "http://127.0.0.1:9000"), ("MINIO_ENDPOINT", "127.0.0.1:9000/path"), ("MINIO_ENDPOINT", ""),
+        ("MINIO_ENDPOINT", "user@host"), ("MINIO_BUCKET", "Idem_Photos"), ("REDIS_URL", "127.0.0.1:6379"),
+        ("MONGODB_URI", "127.0.0.1:27017"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [["serve"], ["up", "--no-demo"]], ids=["serve", "up"])
+def test_f15_a_setting_that_cannot_work_is_named_at_once(
+    tmp_path: Path, name: str, text: str, command: list[str]
+) -> None:
+    others = {"PHOTO_STORE": "minio", "MINIO_ENDPOINT": "127.0.0.1:9000", name: text}
+    if command[0] == "up":
+        command = [*command, "--data-dir", str(tmp_path / "data")]
+    status, said = _end_of(_idem(*command, environment=_environment(tmp_path, **others)))
+    assert status == CONFIGURATION, said
+    (line,) = said.splitlines()
+    assert name in line
+    assert not (tmp_path / "data").exists()
