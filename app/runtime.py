@@ -48,6 +48,7 @@ from app.documents import (
 )
 from app.documents.base import go_by, new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.migrations import migrate
 from app.documents.root_secret import RootSecret, open_root
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
@@ -354,6 +355,7 @@ async def open_runtime(
         if not restoring:
             await admitted(mongo[settings.mongodb_database], waits=keep_up)
         with pymongo.timeout(30):  # building indexes on a large store may take its time
+            await migrate(mongo[settings.mongodb_database])
             await init_beanie(database=mongo[settings.mongodb_database], document_models=DOCUMENTS)
         runtime = Runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason,

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from app.config import Settings
-from app.domain.photo import choose_face, decode
+from app.domain.photo import decode
+from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
+from app.engine.reading import main_face
 from app.errors import Problem
 
 Scores = npt.NDArray[np.float64]
@@ -23,15 +25,15 @@ Scores = npt.NDArray[np.float64]
 MEASURED_RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 TAIL_RATES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 HIGHEST_POINT = 0.99
-#: Never met: the largest, most central face is taken even when others are as large.
-ANY_SHARE = 2.0
+#: The most prominent face is taken even when others are nearly as prominent.
+ANY_SHARE = GalleryPolicy(second_face_prominence=1)
 
 
 def embedding_of(engine: FaceEngine, file: Path) -> tuple[Scores, float] | None:
     """The photo's embedding and its raw length; None when the photo is refused."""
     try:
         photo = decode(file.read_bytes(), max_pixels=50_000_000)
-        face = choose_face(engine.detect(photo.pixels), photo.pixels.shape, ANY_SHARE)
+        face = photo.in_pixels(main_face(engine, photo, ANY_SHARE).face)
         embedding, length = engine.embed(photo.pixels, face)
     except Problem as problem:
         print(f"# refused: {file.parent.name}/{file.name}: {problem.slug()}", file=sys.stderr)

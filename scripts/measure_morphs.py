@@ -17,17 +17,19 @@ import numpy as np
 from app.config import Settings
 from app.domain.alignment import CROP_SIDE, TEMPLATE, aligned_crop
 from app.domain.faces import Embedding, Face, Pixels
-from app.domain.photo import choose_face, decode
+from app.domain.photo import decode
+from app.domain.policy import GalleryPolicy
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
+from app.engine.reading import main_face
 from app.errors import Problem
 
 #: Twice the recogniser's crop: the blend is cut out as finely as it will be looked at.
 SIDE = 2 * CROP_SIDE
 RATES = (1e-3, 1e-4, 1e-5)
-#: Never met: the largest, most central face is taken even when others are as large.
-ANY_SHARE = 2.0
+#: The most prominent face is taken even when others are nearly as prominent.
+ANY_SHARE = GalleryPolicy(second_face_prominence=1)
 ACCOMPLICES = 100
 
 
@@ -44,7 +46,7 @@ def read(engine: FaceEngine, file: Path) -> tuple[Pixels, Embedding] | None:
     """The face upright, and its embedding; None when the photo is refused."""
     try:
         photo = decode(file.read_bytes(), max_pixels=50_000_000)
-        face = choose_face(engine.detect(photo.pixels), photo.pixels.shape, ANY_SHARE)
+        face = photo.in_pixels(main_face(engine, photo, ANY_SHARE).face)
         return aligned_crop(photo.pixels, face.landmarks, SIDE), engine.embed(photo.pixels, face)[0]
     except Problem as problem:
         print(f"# refused: {file.parent.name}/{file.name}: {problem.slug()}", file=sys.stderr)

@@ -16,21 +16,22 @@ from PIL import Image
 
 from app.config import Settings
 from app.domain.near_copies import Likeness, is_near_copy, likeness
-from app.domain.photo import choose_face, decode, encode
+from app.domain.photo import decode, encode
+from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
+from app.engine.reading import main_face
 from app.errors import Problem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MOST_PIXELS = 25_000_000
-SECOND_FACE_SHARE = 0.25
 
 
 def seen(engine: FaceEngine, photo: bytes) -> Likeness | None:
     """The photo's likeness; None where no face can be used."""
     try:
-        pixels = decode(photo, max_pixels=MOST_PIXELS).pixels
-        face = choose_face(engine.detect(pixels), pixels.shape, SECOND_FACE_SHARE)
+        decoded = decode(photo, max_pixels=MOST_PIXELS)
+        pixels, face = decoded.pixels, decoded.in_pixels(main_face(engine, decoded, GalleryPolicy()).face)
     except Problem:
         return None
     return likeness(pixels, face.landmarks, engine.embed(pixels, face)[0])

@@ -19,6 +19,7 @@ from app.documents.sealed import gallery_key
 from app.domain.attributes import canonical_ref
 from app.domain.callers import Role
 from app.domain.quality import QualityReport
+from app.domain.subject import Box, FoundFace
 from app.errors import (
     Advice,
     AlreadyCreated,
@@ -68,7 +69,9 @@ class IdentificationFields(InGallery):
 class VerificationView(BaseModel):
     """The answer to 1:1; `assertion` is signed for the audience, null when there is no match.
 
-    flags: `near-copy` of an earlier selfie for the identity, `probe-equals-reference` where the selfie is an enrolment photo.
+    flags: `near-copy` of an earlier selfie for the identity, `probe-equals-reference` where the selfie is an enrolment photo,
+    `other-faces` where it shows more faces than the one that was compared. box: of that face, x, y, width, height in pixels
+    of the upright photo. Both are null where a repetition gets what an older version answered.
     """
 
     match: bool
@@ -79,6 +82,8 @@ class VerificationView(BaseModel):
     liveness: Liveness | None
     quality: QualityReport
     flags: list[verify.Flag]
+    faces_found: int | None
+    box: Box | None
     decision_id: str
     assertion: str | None
 
@@ -113,16 +118,20 @@ class IdentificationView(BaseModel):
     threshold: float
     gallery_size: int
     as_of_seq: int
+    faces_found: int
+    box: Box
     decision_id: str
 
 
 class ComparisonView(BaseModel):
-    """How alike two photos are."""
+    """How alike two photos are, and which face of each was compared."""
 
     match: bool
     score: float
     threshold: float
     fmr: float
+    photo_a: FoundFace
+    photo_b: FoundFace
 
 
 class FaceView(BaseModel):
@@ -157,13 +166,16 @@ class MeasuredView(BaseModel):
     accepted: bool
     advice: list[AdviceView]
     liveness: Liveness | None
+    faces_found: int
+    box: Box
 
 
 def _verification(answer: verify.Verification) -> VerificationView:
     return VerificationView(
         match=answer.match, identity_id=answer.identity_id, score=answer.score, threshold=answer.threshold, fmr=answer.fmr,
-        liveness=answer.liveness, quality=answer.quality, flags=list(answer.flags), decision_id=answer.decision_id,
-        assertion=answer.assertion,
+        liveness=answer.liveness, quality=answer.quality, flags=list(answer.flags),
+        faces_found=None if answer.found is None else answer.found.faces_found,
+        box=None if answer.found is None else answer.found.box, decision_id=answer.decision_id, assertion=answer.assertion,
     )  # fmt: skip
 
 
@@ -232,6 +244,8 @@ async def identify_face(
         threshold=found.threshold,
         gallery_size=found.gallery_size,
         as_of_seq=found.as_of_seq,
+        faces_found=found.found.faces_found,
+        box=found.found.box,
         decision_id=found.decision_id,
     )
 
@@ -250,7 +264,14 @@ async def compare_faces(
     gallery = await visible_gallery(runtime, action, upload.fields.gallery)
     (photo_a,), (photo_b,) = upload.photos["photo_a"], upload.photos["photo_b"]
     answer = await compare.compare(runtime, action, gallery, photo_a, photo_b)
-    return ComparisonView(match=answer.match, score=answer.score, threshold=answer.threshold, fmr=answer.fmr)
+    return ComparisonView(
+        match=answer.match,
+        score=answer.score,
+        threshold=answer.threshold,
+        fmr=answer.fmr,
+        photo_a=answer.photo_a,
+        photo_b=answer.photo_b,
+    )
 
 
 @router.post("/faces/detect", openapi_extra=body_of(NoFields, "photo"), responses=problems(*PHOTO_PROBLEMS, Validation))
@@ -288,7 +309,15 @@ async def measure_quality(
     gallery = await visible_gallery(runtime, action, upload.fields.gallery)
     found = await detect.assess(runtime, action, gallery, upload.photos["photo"][0])
     advice = [AdviceView(code=a.code, message=a.message) for a in found.advice]
-    return MeasuredView(quality=found.quality, accepted=not advice, advice=advice, liveness=found.liveness)
+    report = found.main.report
+    return MeasuredView(
+        quality=found.quality,
+        accepted=not advice,
+        advice=advice,
+        liveness=found.liveness,
+        faces_found=report.faces_found,
+        box=report.box,
+    )
 
 
 @json_router.post("/challenges", status_code=201, responses=problems(NotFound, IdempotencyInProgress, AlreadyCreated))

@@ -22,6 +22,7 @@ from app.domain.attributes import Attributes, Json, Metadata, begins_like, canon
 from app.domain.callers import Role
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
+from app.domain.subject import Box
 from app.errors import (
     Advice,
     AnimatedImage,
@@ -104,12 +105,14 @@ class Reason(Body):
 
 
 class SampleView(BaseModel):
-    """One photo of the person."""
+    """One photo of the person; faces_found and box are null for samples of older versions."""
 
     id: str
     status: Literal["pending", "active"]
     quality: QualityReport
     liveness: Liveness | None
+    faces_found: int | None
+    box: Box | None
     created_at: Moment
 
 
@@ -178,7 +181,15 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
         metadata=attributes.metadata,
         status=identity.status,
         samples=[
-            SampleView(id=s.id, status=s.status, quality=s.quality, liveness=s.liveness, created_at=s.created_at)
+            SampleView(
+                id=s.id,
+                status=s.status,
+                quality=s.quality,
+                liveness=s.liveness,
+                faces_found=None if s.found is None else s.found.faces_found,
+                box=None if s.found is None else s.found.box,
+                created_at=s.created_at,
+            )
             for s in identity.samples
         ],
         dedup=DedupView(

@@ -27,8 +27,10 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from app.devstack.client import Caller, Credentials, Service
-from app.domain.photo import choose_face, decode
+from app.domain.photo import decode
+from app.domain.policy import GalleryPolicy
 from app.engine.port import FaceEngine
+from app.engine.reading import main_face
 from app.errors import Problem
 from app.processors import processors
 
@@ -121,8 +123,7 @@ def usable_people(folder: Path, engine: FaceEngine, *, max_pixels: int, needed: 
             continue
         subject = _subject(own.name, photo)
         try:
-            pixels = decode(subject.photo, max_pixels=max_pixels).pixels
-            choose_face(engine.detect(pixels), pixels.shape, second_face_share=0.25)
+            main_face(engine, decode(subject.photo, max_pixels=max_pixels), GalleryPolicy())
         except Problem:
             refused += 1
         else:
@@ -251,10 +252,10 @@ def bare_model(engine: FaceEngine, photos: Sequence[bytes], *, threads: int, max
 
     def once(data: bytes) -> float:
         began = time.perf_counter()
-        pixels = decode(data, max_pixels=max_pixels).pixels
-        face = choose_face(engine.detect(pixels), pixels.shape, second_face_share=0.25)
-        engine.embed(pixels, face)
-        engine.liveness(pixels, face)
+        photo = decode(data, max_pixels=max_pixels)
+        face = photo.in_pixels(main_face(engine, photo, GalleryPolicy()).face)
+        engine.embed(photo.pixels, face)
+        engine.liveness(photo.pixels, face)
         return time.perf_counter() - began
 
     with ThreadPoolExecutor(threads) as pool:

@@ -5,10 +5,12 @@ from datetime import datetime
 from typing import ClassVar, Literal, NamedTuple, Self
 
 from beanie import Document
+from pydantic import field_validator
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, Value, new_id, now
+from app.documents.migrations import current_policy
 from app.domain.faces import ModelCard
 from app.domain.policy import GalleryPolicy
 from app.keys import WrappedKeys
@@ -75,6 +77,11 @@ class Gallery(Stored):
     wrapped_keys: WrappedKeys
     created_at: datetime
     updated_at: datetime
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _in_todays_shape(cls, policy: object) -> object:
+        return current_policy(policy) if isinstance(policy, dict) else policy
 
     class Settings(Stored.Settings):
         """Collection and indexes."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -13,6 +13,7 @@ from app.clock import from_now
 from app.documents.base import Stored, Value, now
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
+from app.domain.subject import FoundFace
 
 
 class Liveness(Value):
@@ -26,7 +27,7 @@ class Sample(Value):
     """One photo with its face.
 
     template: the sealed embedding; photo_digest: keyed hash of the bytes as they came; fingerprint: sealed, tells copies of the
-    photo, None where there is nothing to tell them by.
+    photo, None where there is nothing to tell them by. found: the face that was taken; None for samples of older versions.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Sample(Value):
     photo_key: str
     photo_digest: bytes
     fingerprint: bytes | None = None
+    found: FoundFace | None = None
     created_at: datetime
 
 
@@ -280,7 +282,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     """Frozen models as the documents that MongoDB stores."""
 
     def plain(value: object) -> object:
-        if isinstance(value, Value | QualityReport):
+        if isinstance(value, BaseModel):
             return value.model_dump()
         return [plain(item) for item in value] if isinstance(value, list) else value
 

@@ -1,6 +1,7 @@
 """What an engine finds on a photo, and what is known of the model that found it."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,11 @@ Embedding = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """One face on a photo.
+    """One face in the pixels that an engine looks at.
 
     box: x, y, width, height; landmarks: (5, 2) float32, left eye of the image first, then right eye, nose,
-    left and right mouth corner; both in pixels of the upright photo. detection_score in [0, 1].
+    left and right mouth corner; both in those pixels. detection_score in [0, 1]. The pixels of a large photo are reduced, so
+    nothing here is a size of the photo: PhotoFace is.
     """
 
     box: tuple[float, float, float, float]
@@ -27,6 +29,31 @@ class Face:
     def area(self) -> float:
         """Square pixels of the box."""
         return self.box[2] * self.box[3]
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoFace:
+    """One face on the photo as it was sent, upright: what rules, messages and answers speak of.
+
+    The same as Face, but in pixels of that photo. An engine takes no PhotoFace: `in_pixels` says where its Face lies.
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: npt.NDArray[np.float32]
+    detection_score: float
+
+    @classmethod
+    def of(cls, face: Face, reduction: int) -> Self:
+        """The face that was found in pixels which are `reduction` times smaller than the photo."""
+        x, y, width, height = (float(value) * reduction for value in face.box)
+        landmarks = (face.landmarks * np.float32(reduction)).astype(np.float32)
+        return cls((x, y, width, height), landmarks, face.detection_score)
+
+    def in_pixels(self, reduction: int) -> Face:
+        """Where it lies in pixels which are `reduction` times smaller than the photo."""
+        x, y, width, height = (value / reduction for value in self.box)
+        landmarks = (self.landmarks / np.float32(reduction)).astype(np.float32)
+        return Face((x, y, width, height), landmarks, self.detection_score)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A photo: from untrusted bytes to upright pixels, and to the one face that is meant.
+"""A photo: from untrusted bytes to upright pixels.
 
 The header is read before anything is decoded, by content and never by name or declared type, and by exactly the one
 decoder of its type. `formats` cuts off metadata, colour profiles and appended bytes before the decoder sees the file.
@@ -8,7 +8,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,17 +19,13 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from app.domain.alignment import similarity_to_template
-from app.domain.faces import Face, Pixels
+from app.domain.faces import Face, PhotoFace, Pixels
 from app.domain.formats import jpeg, png, webp
 from app.domain.formats.parts import Animated, Damaged, Still
 from app.errors import (
     Advice,
     AnimatedImage,
-    FaceCropped,
     FaceTooSmall,
-    MultipleFaces,
-    NoFace,
     Problem,
     TooManyPixels,
     UndecodableImage,
@@ -58,18 +54,6 @@ _large_photo = threading.Lock()
 #: Scans of a progressive JPEG times its pixels. Each scan walks over every block, so a small file with thousands of them
 #: would hold a core for minutes.
 MOST_SCANNED_PIXELS = 500_000_000
-
-#: Shorter side of a face's box. At 40 pixels the second photos of 123 people match as at full size; at 24 one in eleven falls
-#: under the threshold of de-duplication, at 16 four in ten (docs/models.md).
-MINIMUM_FACE_SIDE = 40.0
-#: Share of the face, eyebrows to chin, that must lie inside the photo. The tightest crop among 431 portraits shows 98%, two
-#: photos with a third of the face cut off 76 and 82%. Measured on the landmarks: detectors draw boxes around what they see.
-MINIMUM_VISIBLE_SHARE = 0.9
-#: Eyebrows to chin and cheek to cheek on the aligned crop: left, right, top, bottom.
-_FACE_ON_CROP = (20.0, 92.0, 30.0, 108.0)
-_GRID = 24
-#: Faces at least this large beside the largest one compete with it: the most central is meant.
-_AS_LARGE = 0.8
 
 STORED_JPEG_QUALITY = 95
 
@@ -117,12 +101,13 @@ class Photo:
     height: int
     reduction: int
 
-    def in_photo(self, face: Face) -> Face:
-        """The face in pixels of the upright photo as it was sent."""
-        factor = float(self.reduction)
-        x, y, width, height = face.box
-        box = (x * factor, y * factor, width * factor, height * factor)
-        return Face(box, (face.landmarks * np.float32(factor)).astype(np.float32), face.detection_score)
+    def in_photo(self, face: Face) -> PhotoFace:
+        """A face that was found in `pixels`, in pixels of the upright photo as it was sent."""
+        return PhotoFace.of(face, self.reduction)
+
+    def in_pixels(self, face: PhotoFace) -> Face:
+        """Where a face of the photo lies in `pixels`."""
+        return face.in_pixels(self.reduction)
 
 
 def decode(data: bytes, *, max_pixels: int) -> Photo:
@@ -150,35 +135,6 @@ def encode(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=STORED_JPEG_QUALITY)
     return buffer.getvalue()
-
-
-def choose_face(faces: Sequence[Face], shape: tuple[int, ...], second_face_share: float) -> Face:
-    """The one face that is meant: the largest, and among equally large ones the most central.
-
-    shape: height and width of the pixels that the faces were found in. Raises NoFace; MultipleFaces when the second face
-    has at least `second_face_share` of the largest one's area (only what lies inside the photo counts); FaceTooSmall;
-    FaceCropped when the photo's border cuts it.
-    """
-    visible = sorted(((_visible_area(face, shape), face) for face in faces), key=lambda pair: pair[0], reverse=True)
-    visible = [(area, face) for area, face in visible if area > 0]
-    if not visible:
-        raise _refusal(NoFace, "no-face", "No face was found.", "Face the camera, with your whole face in the picture.")
-    largest = visible[0][0]
-    if len(visible) > 1 and visible[1][0] >= second_face_share * largest:
-        share = visible[1][0] / largest
-        detail = f"{len(visible)} faces were found; the second has {share:.0%} of the largest one's area."
-        raise _refusal(MultipleFaces, "multiple-faces", detail, "Take the photo alone, with nobody behind you.")
-    contenders = [face for area, face in visible if area >= _AS_LARGE * largest]
-    face = min(contenders, key=lambda candidate: _from_centre(candidate, shape))
-    side = min(face.box[2:])
-    if side < MINIMUM_FACE_SIDE:
-        detail = f"The face is {side:.0f} pixels wide; {MINIMUM_FACE_SIDE:.0f} are needed."
-        raise _refusal(FaceTooSmall, "face-too-small", detail, "Come closer to the camera, or send a larger photo.")
-    share = _visible_share(face, shape)
-    if share < MINIMUM_VISIBLE_SHARE:
-        detail = f"Only {share:.0%} of the face lies inside the photo."
-        raise _refusal(FaceCropped, "face-cropped", detail, "Move back until your whole face is in the picture.")
-    return face
 
 
 def _sniff(data: bytes) -> Format:
@@ -343,31 +299,6 @@ def _rgb(image: Image.Image, reduction: int) -> Pixels:
     if reduction > 1:
         image = image.reduce(reduction)
     return np.array(image, dtype=np.uint8)
-
-
-def _visible_area(face: Face, shape: tuple[int, ...]) -> float:
-    x, y, width, height = face.box
-    across = min(x + width, float(shape[1])) - max(x, 0.0)
-    down = min(y + height, float(shape[0])) - max(y, 0.0)
-    return max(0.0, across) * max(0.0, down)
-
-
-def _visible_share(face: Face, shape: tuple[int, ...]) -> float:
-    """The share of the face's surface, eyebrows to chin, that lies inside the photo."""
-    try:
-        onto_crop = similarity_to_template(face.landmarks)
-    except ValueError:
-        return 0.0
-    left, right, top, bottom = _FACE_ON_CROP
-    across, down = np.meshgrid(np.linspace(left, right, _GRID), np.linspace(top, bottom, _GRID))
-    on_crop = np.stack([across.ravel(), down.ravel()]) - onto_crop[:, 2:]
-    x, y = np.linalg.solve(onto_crop[:, :2], on_crop)
-    return float(((x >= 0) & (x <= shape[1]) & (y >= 0) & (y <= shape[0])).mean())
-
-
-def _from_centre(face: Face, shape: tuple[int, ...]) -> float:
-    x, y, width, height = face.box
-    return float(np.hypot(x + width / 2 - shape[1] / 2, y + height / 2 - shape[0] / 2))
 
 
 def _damaged() -> Problem:

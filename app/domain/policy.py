@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain import thresholds
 from app.domain.faces import ModelCard
+from app.domain.subject import Faces
 
 Status = Literal["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed", "erased"]
 Decision = Literal["distinct", "duplicate"]
@@ -36,7 +37,8 @@ class GalleryPolicy(BaseModel):
     dedup_threshold: Threshold | None = None
     liveness: Literal["required", "observe", "off"] = "off"
     quality: Literal["strict", "standard", "off"] = "standard"
-    second_face_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    faces: Faces = "prominent"
+    second_face_prominence: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.33
     recall_target: Annotated[float, Field(gt=0, le=1)] = 0.9995
     require_nonce: bool = False
     near_copies: Literal["flag", "refuse"] = "flag"

@@ -38,7 +38,7 @@ _MOST_YAW = {"standard": 65.0, "strict": 30.0}
 _MOST_PITCH = {"standard": 60.0, "strict": 35.0}
 #: Degrees of |roll|: aligned away before recognition, so it only matters to people who look at the photo.
 _MOST_ROLL = {"standard": 180.0, "strict": 20.0}
-#: Pixels of the face's shorter side: see `photo.MINIMUM_FACE_SIDE`; strict: the recogniser's own 112 without enlarging.
+#: Pixels of the face's shorter side: see `subject.MINIMUM_FACE_SIDE`; strict: the recogniser's own 112 without enlarging.
 _SMALLEST_FACE = {"standard": 40.0, "strict": 90.0}
 #: `score` that strict asks for: the weakest tenth of ordinary photos falls under it.
 _STRICT_SCORE = 0.25

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from app.domain.faces import Embedding, Face, Pixels
-from app.domain.photo import choose_face, decode
+from app.domain.faces import Embedding, Face, PhotoFace, Pixels
+from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
+from app.domain.subject import MainFace, find_main_face
+from app.domain.thresholds import threshold_at_fmr
 from app.engine.port import FaceEngine
 from app.errors import Advice, LowQuality, NotLive
 
@@ -17,10 +19,14 @@ LIVE_FROM = 0.5
 
 @dataclass(frozen=True, slots=True)
 class FaceReading:
-    """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be told."""
+    """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be told.
+
+    face: where it lies in `pixels`. main: the same on the photo as it was sent, and how many faces that shows.
+    """
 
     pixels: Pixels
     face: Face
+    main: MainFace
     embedding: Embedding
     quality: QualityReport
     liveness: float | None
@@ -38,7 +44,8 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     """
     photo = decode(data, max_pixels=max_pixels)
     pixels = photo.pixels
-    face = choose_face(engine.detect(pixels), pixels.shape, policy.second_face_share)
+    main = main_face(engine, photo, policy)
+    face = photo.in_pixels(main.face)
     embedding, length = engine.embed(pixels, face)
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=photo.reduction)
@@ -48,7 +55,22 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     liveness = _liveness(engine, pixels, face, policy.liveness)
     if advice := why_not_live(liveness, policy.liveness):
         raise NotLive(advice[0].message, errors=advice)
-    return FaceReading(pixels, face, embedding, quality, liveness)
+    return FaceReading(pixels, face, main, embedding, quality, liveness)
+
+
+def main_face(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> MainFace:
+    """The face that is meant by the gallery's rule. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped. Blocking."""
+    alike = threshold_at_fmr(engine.card, policy.verify_fmr)
+
+    def is_same_person(one: PhotoFace, other: PhotoFace) -> bool:
+        try:
+            (a, _), (b, _) = (engine.embed(photo.pixels, photo.in_pixels(face)) for face in (one, other))
+        except LowQuality:
+            return False
+        return float(a @ b) >= alike
+
+    faces = [photo.in_photo(face) for face in engine.detect(photo.pixels)]
+    return find_main_face(faces, (photo.width, photo.height), policy, is_same_person)
 
 
 def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:

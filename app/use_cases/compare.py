@@ -10,6 +10,7 @@ from app.documents.galleries import Gallery
 from app.domain.callers import shown_score
 from app.domain.comparison import best_similarity
 from app.domain.policy import thresholds_for
+from app.domain.subject import FoundFace
 from app.domain.thresholds import fmr_at
 from app.engine.reading import FaceReading, read_face
 from app.errors import Problem
@@ -24,6 +25,8 @@ class Comparison:
     score: float
     threshold: float
     fmr: float
+    photo_a: FoundFace
+    photo_b: FoundFace
 
 
 async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: bytes, photo_b: bytes) -> Comparison:
@@ -36,7 +39,7 @@ async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: b
     card = runtime.engine.card
     threshold = thresholds_for(gallery.policy, card, gallery.samples).verify
     score = shown_score(action.caller, exact)
-    answer = Comparison(exact >= threshold, score, threshold, fmr_at(card, score))
+    answer = Comparison(exact >= threshold, score, threshold, fmr_at(card, score), one.main.report, other.main.report)
     await record(
         None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
         detail={"match": answer.match, "score": round(score, 2), "threshold": round(threshold, 4)},

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Liveness
-from app.domain.faces import Face
-from app.domain.photo import choose_face, decode
+from app.domain.faces import PhotoFace
+from app.domain.photo import decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
+from app.domain.subject import MainFace
 from app.engine.port import FaceEngine
-from app.engine.reading import LIVE_FROM, why_not_live
+from app.engine.reading import LIVE_FROM, main_face, why_not_live
 from app.errors import Advice
 from app.runtime import Runtime
 
@@ -19,7 +20,7 @@ from app.runtime import Runtime
 class MeasuredFace:
     """A face with its measures."""
 
-    face: Face
+    face: PhotoFace
     quality: QualityReport
     liveness: Liveness | None
 
@@ -37,6 +38,7 @@ class Detection:
 class Assessment:
     """One face's quality and what to do better; nothing when it is good enough."""
 
+    main: MainFace
     quality: QualityReport
     liveness: Liveness | None
     advice: tuple[Advice, ...]
@@ -78,14 +80,15 @@ def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixe
     """The one face's measures, and all that a gallery with this policy would refuse it for. Blocking."""
     decoded = decode(photo, max_pixels=max_pixels)
     pixels = decoded.pixels
-    face = choose_face(engine.detect(pixels), pixels.shape, policy.second_face_share)
+    main = main_face(engine, decoded, policy)
+    face = decoded.in_pixels(main.face)
     _, length = engine.embed(pixels, face)
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=decoded.reduction)
     live = None if policy.liveness == "off" else engine.liveness(pixels, face)
     # As the gallery would refuse the photo.
     advice = judge(quality, policy.quality) + why_not_live(live, policy.liveness)
-    return Assessment(quality, _liveness(live), advice)
+    return Assessment(main, quality, _liveness(live), advice)
 
 
 def _liveness(score: float | None) -> Liveness | None:

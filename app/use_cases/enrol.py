@@ -188,7 +188,7 @@ async def _prepare(
             id=sample_id, seq=0, status="pending", template=template, contract=gallery.contract, quality=reading.quality,
             liveness=liveness, photo_key=f"{gallery.id}/{identity_id}/{sample_id}",
             photo_digest=runtime.keys.keyed_hash("photo", data), created_at=now(),
-            fingerprint=seal_fingerprint(key, mark, gallery.id, identity_id, sample_id),
+            fingerprint=seal_fingerprint(key, mark, gallery.id, identity_id, sample_id), found=reading.main.report,
         )  # fmt: skip
         # Stored are our own pixels, encoded again: whatever else the file carried stays outside.
         return _Prepared(sample, seal_photo(key, encode(reading.pixels), gallery.id, identity_id, sample_id))

@@ -82,6 +82,7 @@ def _sample(sample: Sample) -> dict[str, object]:
     return {
         "id": sample.id, "status": sample.status, "created_at": sample.created_at, "quality": sample.quality.model_dump(),
         "liveness": None if sample.liveness is None else sample.liveness.model_dump(),
+        "found": None if sample.found is None else sample.found.model_dump(),
         "template": {"model": sample.contract, "bytes": len(sample.template), "given": False},
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ from app.documents.identities import Identity
 from app.documents.sealed import data_key, open_attributes
 from app.domain.callers import shown_score
 from app.domain.policy import thresholds_for
+from app.domain.subject import FoundFace
 from app.domain.thresholds import fpir_at
 from app.engine.reading import read_face
 from app.runtime import Runtime
@@ -32,6 +33,7 @@ class Identification:
     threshold: float
     gallery_size: int
     as_of_seq: int
+    found: FoundFace
     decision_id: str
 
 
@@ -67,10 +69,10 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
         detail={
             "candidates": len(candidates), "best_identity_id": candidates[0].identity_id if candidates else None,
             "best_score": round(candidates[0].score, 2) if candidates else None, "threshold": round(threshold, 4),
-            "as_of_seq": hits.as_of_seq,
+            "as_of_seq": hits.as_of_seq, "faces": reading.main.faces_found,
         },
     )  # fmt: skip
-    return Identification(candidates, threshold, head.identities, hits.as_of_seq, event.id)
+    return Identification(candidates, threshold, head.identities, hits.as_of_seq, reading.main.report, event.id)
 
 
 def _external_ref(runtime: Runtime, gallery: Gallery, identity: Identity) -> str | None:

@@ -26,6 +26,7 @@ from app.domain.comparison import best_similarity
 from app.domain.near_copies import Likeness, bucket, is_near_copy, likeness
 from app.domain.policy import AttemptLimits, GalleryPolicy, thresholds_for, wait_before_attempt
 from app.domain.quality import QualityReport
+from app.domain.subject import FoundFace
 from app.domain.thresholds import fmr_at
 from app.engine.port import FaceEngine
 from app.engine.reading import FaceReading, read_face
@@ -44,11 +45,12 @@ from app.runtime import Runtime
 
 log = structlog.get_logger(__name__)
 
-#: near-copy: of an earlier selfie for the identity; probe-equals-reference: of a photo that it was enrolled by.
-Flag = Literal["near-copy", "probe-equals-reference"]
+#: near-copy: of an earlier selfie for the identity; probe-equals-reference: of a photo that it was enrolled by; other-faces: the
+#: photo shows more faces than the one that was compared.
+Flag = Literal["near-copy", "probe-equals-reference", "other-faces"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)
 
-FLAGGED = Counter("idem_verifications_flagged_total", "Verifications by copies of earlier photos", ["flag"])
+FLAGGED = Counter("idem_verifications_flagged_total", "Verifications by what is unusual about their photos", ["flag"])
 PROBING = Counter("idem_probing_total", "Signs of slow probing: faces over budget, callers over the alarm", ["sign"])
 
 #: How long a relying party may rely on an assertion.
@@ -68,7 +70,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The answer. score is None when nothing was compared: the identity is not active."""
+    """The answer. score is None when nothing was compared: the identity is not active.
+
+    found: the face that was compared; None for a repetition of what an older version answered.
+    """
 
     match: bool
     identity_id: str
@@ -78,6 +83,7 @@ class Verification:
     liveness: Liveness | None
     quality: QualityReport
     flags: tuple[Flag, ...]
+    found: FoundFace | None
     decision_id: str
     assertion: str | None
 
@@ -143,6 +149,9 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
             score = shown_score(action.caller, compared.score)
             flags = await _flags(runtime, gallery, standing, look, compared, session, matched=matched)
             await _count_attempt(standing, session, matched=matched)
+        found = reading.main.report
+        if found.faces_found > 1:
+            flags = (*flags, "other-faces")
         # Both: the rate leads back to the score.
         coarse = None if score is None else round(score, 2)
         event = await record(
@@ -153,7 +162,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
                 "audience": audience, "nonce": claim.nonce, "challenged": challenge is not None,
                 "quality": reading.quality.coarse().model_dump_json(),
                 "liveness": None if reading.liveness is None else round(reading.liveness, 2),
-                "live": None if reading.liveness is None else reading.is_live,
+                "live": None if reading.liveness is None else reading.is_live, "found": found.model_dump_json(),
             },
         )  # fmt: skip
         return event, score
@@ -170,7 +179,7 @@ def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: floa
     """The answer that an event stands for: what the first request got, a repetition with its idempotency key gets again."""
     detail = event.detail
     matched, threshold, fmr = bool(detail["match"]), float(detail["threshold"] or 0), detail["fmr"]
-    live = detail["liveness"]
+    live, found = detail["liveness"], detail.get("found")
     return Verification(
         match=matched,
         identity_id=event.subject.id or "",
@@ -180,6 +189,7 @@ def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: floa
         liveness=None if live is None else Liveness(score=float(live), passed=bool(detail["live"])),
         quality=QualityReport.model_validate_json(str(detail["quality"])),
         flags=tuple(flag for flag in FLAGS if flag in str(detail["flags"]).split(",")),
+        found=None if found is None else FoundFace.model_validate_json(str(found)),
         decision_id=event.id,
         assertion=_assertion(runtime, gallery, event) if matched else None,
     )
@@ -299,7 +309,8 @@ def _assertion(runtime: Runtime, gallery: Gallery, event: AuditEvent) -> str:
         "sub": event.subject.id, "aud": str(detail["audience"]), "iat": issued_at, "exp": issued_at + ASSERTION_SECONDS,
         "jti": event.id, "nonce": None if detail["nonce"] is None else str(detail["nonce"]), "amr": ["face"],
         "score": float(detail["score"] or 0), "fmr": float(detail["fmr"] or 0), "gallery": gallery.name,
-        "contract": gallery.contract,
+        "contract": gallery.contract, "flags": [flag for flag in str(detail["flags"]).split(",") if flag],
+        "challenged": bool(detail["challenged"]), "live": None if detail["live"] is None else bool(detail["live"]),
     })  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from app.config import Settings
 from app.domain.faces import Embedding, Pixels
-from app.domain.photo import choose_face, decode
+from app.domain.photo import decode
 from app.domain.quality import judge, measure
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.dlib_engine import DlibEngine
@@ -55,7 +55,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def embedding(engine: FaceEngine, pixels: Pixels) -> Embedding:
-    return engine.embed(pixels, choose_face(engine.detect(pixels), pixels.shape, 0.25))[0]
+    return engine.embed(pixels, engine.detect(pixels)[0])[0]
 
 
 def verifies(engine: FaceEngine, one: Embedding, other: Embedding) -> bool:
@@ -71,7 +71,7 @@ def test_the_six_people_of_a_group_photo_are_found_largest_first(engine: FaceEng
 def test_landmarks_lie_in_the_box_left_eye_first_and_mouth_below(engine: FaceEngine) -> None:
     for file in (ASTRONAUT, HANKS):
         pixels = pixels_of(file)
-        face = choose_face(engine.detect(pixels), pixels.shape, 0.25)
+        face = engine.detect(pixels)[0]
         assert face.landmarks.shape == (5, 2)
         assert face.landmarks.dtype == np.float32
         left, right, nose, mouth_left, mouth_right = face.landmarks
@@ -156,7 +156,7 @@ def test_an_empty_room_holds_no_face(engine: FaceEngine) -> None:
 
 def test_a_close_up_is_found(engine: FaceEngine) -> None:
     pixels = pixels_of(ASTRONAUT)
-    x, y, width, height = choose_face(engine.detect(pixels), pixels.shape, 0.25).box
+    x, y, width, height = engine.detect(pixels)[0].box
     tight = pixels[max(0, int(y - 0.1 * height)) : int(y + 1.1 * height), int(x - 0.15 * width) : int(x + 1.15 * width)]
     large = np.asarray(cv2.resize(tight, None, fx=6, fy=6, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
     assert max(engine.detect(large)[0].box[2:]) > 0.6 * max(large.shape[:2])
@@ -169,7 +169,7 @@ def test_the_smallest_photo_that_is_let_in_does_no_harm(engine: FaceEngine) -> N
 
 def test_h26_a_good_photo_is_good_enough_and_a_blurred_one_is_not(engine: FaceEngine) -> None:
     pixels = pixels_of(ASTRONAUT)
-    face = choose_face(engine.detect(pixels), pixels.shape, 0.25)
+    face = engine.detect(pixels)[0]
     usual = engine.card.usual_length
     good = measure(pixels, face, engine.embed(pixels, face)[1], usual_length=usual)
     assert judge(good, "standard") == ()

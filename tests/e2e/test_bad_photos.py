@@ -9,10 +9,14 @@ import zlib
 from dataclasses import dataclass
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from app.devstack.demo import T1_CROPS
+from app.domain.faces import PhotoFace
+from app.domain.policy import GalleryPolicy
+from app.domain.subject import prominences
 from tests.e2e.builders import (
     FACES,
     Page,
@@ -312,10 +316,12 @@ def test_a_bystander_far_behind_is_left_alone_and_the_policy_says_how_far(servic
     photo = jpeg(wide)
     faces = service.app.post("/v1/faces/detect", files=[part(photo)]).json()["faces"]
     assert len(faces) == 2
-    share = faces[1]["box"][2] * faces[1]["box"][3] / (faces[0]["box"][2] * faces[0]["box"][3])
+    seen = [PhotoFace(tuple(f["box"]), np.array(f["landmarks"], np.float32), f["detection_score"]) for f in faces]
+    share = prominences(seen, (900, 600))[1][1]
+    assert 0 < share < GalleryPolicy().second_face_prominence
 
-    def taken(second_face_share: float) -> str:
-        gallery = new_gallery(service, second_face_share=second_face_share)
+    def taken(second_face_prominence: float) -> str:
+        gallery = new_gallery(service, second_face_prominence=second_face_prominence)
         return slug_of(service.officer.post("/v1/identities", files=[part(again(photo))], data={"gallery": gallery}))
 
     assert (taken(min(1.0, share * 1.2)), taken(share * 0.8)) == ("", "multiple-faces")

@@ -19,8 +19,8 @@ from tests.support.stacks import RunningStack
 
 #: A stated rule may refuse a photo for these reasons, and for no other.
 STATED_RULES = {"multiple-faces", "face-too-small", "face-cropped", "low-quality", "no-face"}
-#: Of these people the first photo shows somebody else as large as a quarter of them (see docs/models.md).
-MOST_REFUSED_SHARE = 0.12
+#: Of these people the first photo is refused (see docs/models.md).
+MOST_REFUSED_SHARE = 0.02
 LEAST_FLAGGED_SHARE = 0.95
 AT_ONCE = 6
 VERDICTS_WITHIN_SECONDS = 60

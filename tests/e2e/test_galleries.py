@@ -17,7 +17,7 @@ from tests.e2e.builders import (
 
 POLICY_FIELDS = {
     "verify_fmr", "identify_fpir", "dedup_fpir", "verify_threshold", "identify_threshold", "dedup_threshold", "liveness",
-    "quality", "second_face_share", "recall_target", "require_nonce", "near_copies", "second_review",
+    "quality", "faces", "second_face_prominence", "recall_target", "require_nonce", "near_copies", "second_review",
     "retention_days",
 }  # fmt: skip
 
@@ -72,7 +72,9 @@ def test_a_name_is_short_and_plain(service: Service, name: str) -> None:
         {"liveness": "maybe"},
         {"quality": "high"},
         {"retention_days": 0},
-        {"second_face_share": 0},
+        {"second_face_prominence": 0},
+        {"second_face_share": 0.25},
+        {"faces": "several"},
         {"recall_target": 2},
         {"colour": "blue"},
         {"verify_fmr": "often"},

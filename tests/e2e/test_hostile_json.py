@@ -79,7 +79,7 @@ def test_h30_h36_text_is_text(service: Service, made: Page, value: str) -> None:
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000])
 def test_h29_h34_numbers_are_finite(service: Service, made: Page, number: str) -> None:
-    for policy in ("verify_fmr", "verify_threshold", "retention_days", "second_face_share"):
+    for policy in ("verify_fmr", "verify_threshold", "retention_days", "second_face_prominence"):
         body = f'{{"name": "{unique("nan")}", "policy": {{"{policy}": {number}}}}}'
         refused(service.admin, "POST", "/v1/galleries", body)
         refused(service.admin, "PATCH", "/v1/galleries/default", f'{{"policy": {{"{policy}": {number}}}}}')

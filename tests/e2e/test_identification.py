@@ -49,7 +49,9 @@ def test_an_answer_names_candidates_threshold_and_what_it_saw(service: Service, 
     enrol(service, gallery, people()[2].photo)
     answer = identify(service.app, people()[1].selfie, gallery=gallery, limit="3")
     page = answer.json()
-    assert set(page) == {"candidates", "threshold", "gallery_size", "as_of_seq", "decision_id"}
+    assert set(page) == {
+        "candidates", "threshold", "gallery_size", "as_of_seq", "faces_found", "box", "decision_id",
+    }  # fmt: skip
     assert (page["gallery_size"], page["as_of_seq"]) == (2, 2)
     (best,) = page["candidates"]
     assert set(best) == {"identity_id", "external_ref", "score", "rank", "fpir"}
@@ -105,7 +107,7 @@ def test_the_limit_is_one_to_fifty(service: Service, gallery: str, limit: str) -
 def test_two_photos_are_compared_and_nothing_is_kept(service: Service, gallery: str) -> None:
     one, other = people()[1:3]
     same = compared(service.app, one.photo, one.selfie, gallery=gallery).json()
-    assert set(same) == {"match", "score", "threshold", "fmr"}
+    assert set(same) == {"match", "score", "threshold", "fmr", "photo_a", "photo_b"}
     assert same["match"]
     assert same["score"] == round(same["score"], 2)
     different = compared(service.app, one.photo, other.photo, gallery=gallery).json()

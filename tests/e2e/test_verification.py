@@ -61,7 +61,8 @@ def test_a_match_is_answered_with_a_signed_assertion(service: Service, gallery: 
     assert answer.status_code == 200, answer.text
     page = answer.json()
     assert set(page) == {
-        "match", "identity_id", "score", "threshold", "fmr", "liveness", "quality", "flags", "decision_id", "assertion",
+        "match", "identity_id", "score", "threshold", "fmr", "liveness", "quality", "flags", "faces_found", "box",
+        "decision_id", "assertion",
     }  # fmt: skip
     assert (page["match"], page["identity_id"]) == (True, made["id"])
     assert page["score"] >= page["threshold"]
@@ -71,6 +72,7 @@ def test_a_match_is_answered_with_a_signed_assertion(service: Service, gallery: 
     claims = claims_of(service, page["assertion"], service.client_id)
     assert set(claims) == {
         "iss", "sub", "aud", "iat", "exp", "jti", "nonce", "amr", "score", "fmr", "gallery", "contract",
+        "flags", "challenged", "live",
     }  # fmt: skip
     assert (claims["sub"], claims["aud"], claims["nonce"]) == (made["id"], service.client_id, "n-123")
     assert (claims["amr"], claims["gallery"], claims["score"]) == (["face"], gallery, page["score"])

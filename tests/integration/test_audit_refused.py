@@ -62,7 +62,7 @@ async def test_h97_without_its_event_nothing_happens_and_nothing_is_told(runtime
     ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
     waiting = await enrolled(runtime, "cid")
     _, case = await suspected(runtime, "bob")
-    policy = gallery.policy.model_copy(update={"second_face_share": 0.5})
+    policy = gallery.policy.model_copy(update={"second_face_prominence": 0.5})
     asked: dict[str, Callable[[], Awaitable[object]]] = {
         "enrol": lambda: enrolled(runtime, "dan"),
         "screen": lambda: screened(runtime, waiting),

@@ -15,13 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from app.domain.faces import Face
-from app.domain.photo import choose_face, decode, encode
+from app.domain.photo import decode, encode
 from app.errors import (
     AnimatedImage,
-    FaceCropped,
     FaceTooSmall,
-    MultipleFaces,
-    NoFace,
     Problem,
     TooManyPixels,
     UndecodableImage,
@@ -257,46 +254,9 @@ print((peak("VmHWM:") - before) // 1024)
     assert int(done.stdout) < 300  # MiB
 
 
-def test_nobody_is_no_face() -> None:
-    with pytest.raises(NoFace):
-        choose_face([], (200, 200), 0.25)
-
-
-def test_the_larger_face_is_meant_when_the_other_is_far_behind() -> None:
-    near, far = face(60, 60, 100), face(5, 5, 40)
-    assert choose_face([far, near], (250, 250), 0.25) is near
-
-
-def test_h24_a_second_face_of_a_quarter_of_the_area_is_refused() -> None:
-    with pytest.raises(MultipleFaces, match="25%"):
-        choose_face([face(60, 60, 100), face(5, 5, 50)], (250, 250), 0.25)
-
-
-def test_what_lies_outside_the_photo_does_not_count_as_a_second_face() -> None:
-    near, cut = face(60, 60, 100), face(-40, 5, 60)
-    assert choose_face([near, cut], (250, 250), 0.25) is near
-
-
-def test_among_equals_the_most_central_face_is_meant() -> None:
-    middle, side = face(75, 75, 98), face(0, 0, 100)
-    assert choose_face([side, middle], (250, 250), 2.0) is middle
-
-
-def test_h24_a_face_too_small_is_refused_with_its_size() -> None:
-    with pytest.raises(FaceTooSmall, match="31 pixels"):
-        choose_face([face(100, 100, 31)], (250, 250), 0.25)
-
-
-@pytest.mark.parametrize(("x", "y"), [(-35, 60), (185, 60), (60, 190)])
-def test_h24_a_face_cut_by_the_border_is_refused(x: float, y: float) -> None:
-    with pytest.raises(FaceCropped):
-        choose_face([face(x, y, 100)], (250, 250), 0.25)
-
-
 def test_every_refusal_advises_the_person() -> None:
-    for refuse in (lambda: choose_face([], (9, 9), 0.25), lambda: decode(b"GIF89a", max_pixels=LIMIT)):
-        with pytest.raises(Problem) as refusal:
-            refuse()
-        assert refusal.value.errors[0].field == "photo"
-        assert refusal.value.errors[0].code == refusal.value.slug()
-        assert refusal.value.errors[0].message
+    with pytest.raises(Problem) as refusal:
+        decode(b"GIF89a", max_pixels=LIMIT)
+    assert refusal.value.errors[0].field == "photo"
+    assert refusal.value.errors[0].code == refusal.value.slug()
+    assert refusal.value.errors[0].message

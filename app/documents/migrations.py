@@ -1,0 +1,70 @@
+"""Steps that bring stored documents into the shape that this version reads.
+
+They run whenever a process starts, before anything else is read: after an upgrade, and after the restore of an old backup.
+So each step finds by itself what is still in the old shape, changes each document in one atomic update, and does nothing on a
+migrated store. Several processes may run the same step at once. A step works on raw documents, because models go on
+changing. Steps are dated and run in order; a new one is appended.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.write_concern import WriteConcern
+
+log = structlog.get_logger(__name__)
+
+Database = AsyncDatabase[dict[str, Any]]
+#: Changes what is in the old shape; returns how many documents it changed.
+Step = Callable[[Database], Awaitable[int]]
+
+#: What `second_face_share` was unless somebody set it, and what takes its place.
+_FORMER_SHARE, _PROMINENCE = 0.25, 0.33
+
+
+def current_policy(policy: dict[str, Any]) -> dict[str, Any]:
+    """A stored policy in today's shape.
+
+    The start migrates the store; a process of an older version that still runs beside may write the old shape once more.
+    """
+    if "second_face_share" not in policy:
+        return policy
+    share = policy["second_face_share"]
+    known = {name: value for name, value in policy.items() if name != "second_face_share"}
+    return {"second_face_prominence": _PROMINENCE if share == _FORMER_SHARE else share, **known}
+
+
+async def _second_face_prominence(database: Database) -> int:
+    """`policy.second_face_share` of galleries becomes `policy.second_face_prominence`.
+
+    A share that was never set by hand becomes the new default. Another one keeps its number: for two faces equally far from the
+    centre, a share of area is a share of prominence. The policy's version rises, so that an older process cannot write
+    its copy of the old policy back.
+    """
+    changed = await database.get_collection("galleries", write_concern=WriteConcern("majority", j=True)).update_many(
+        {"policy.second_face_share": {"$exists": True}},
+        [
+            {"$set": {
+                "policy.second_face_prominence": {"$ifNull": [
+                    "$policy.second_face_prominence",
+                    {"$cond": [{"$eq": ["$policy.second_face_share", _FORMER_SHARE]}, _PROMINENCE, "$policy.second_face_share"]},
+                ]},
+                "policy_version": {"$add": [{"$ifNull": ["$policy_version", 1]}, 1]},
+            }},
+            {"$unset": "policy.second_face_share"},
+        ],
+    )  # fmt: skip
+    return changed.modified_count
+
+
+#: By the day on which they were written, the oldest first.
+STEPS: Final[tuple[tuple[str, Step], ...]] = (("2026-11-30 second_face_prominence", _second_face_prominence),)
+
+
+async def migrate(database: Database) -> None:
+    """Run every step. Raises PyMongoError when the store is away; the next start goes on."""
+    for name, step in STEPS:
+        changed = await step(database)
+        if changed:
+            log.info("documents_migrated", step=name, documents=changed)
