@@ -50,6 +50,8 @@ OFFICIAL_DIGESTS = {
     "glintr100.onnx": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
 }
 
+#: Part of dlib's contract, as ALIGNMENT is of the others'.
+DLIB_ALIGNMENT = "dlib-chip-150-2"
 DLIB_PREDICTOR = (
     "shape_predictor_5_face_landmarks.dat",
     "c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888",
@@ -441,7 +443,7 @@ def _contract(
     parts = {
         "detector": {"kind": detector_kind, "sha256": detector.sha256, "sizes": list(detection_sizes)},
         "recogniser": {"sha256": recogniser.sha256, "dimension": preprocessing.dimension},
-        "alignment": "dlib-chip-150-1" if detector_kind == "dlib-hog" else ALIGNMENT,
+        "alignment": DLIB_ALIGNMENT if detector_kind == "dlib-hog" else ALIGNMENT,
         "input": {
             "size": preprocessing.input_size,
             "mean": list(preprocessing.mean),

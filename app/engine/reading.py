@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from app.domain.alignment import hides_another_picture
 from app.domain.faces import Embedding, Face, PhotoFace, Pixels
 from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
@@ -49,7 +50,7 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     embedding, length = engine.embed(pixels, face)
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=photo.reduction)
-    advice = judge(quality, policy.quality)
+    advice = unfit(pixels, face) or judge(quality, policy.quality)
     if advice:
         raise LowQuality("; ".join(one.message for one in advice), errors=advice)
     liveness = _liveness(engine, pixels, face, policy.liveness)
@@ -71,6 +72,14 @@ def main_face(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> MainFa
 
     faces = [photo.in_photo(face) for face in engine.detect(photo.pixels)]
     return find_main_face(faces, (photo.width, photo.height), policy, is_same_person)
+
+
+def unfit(pixels: Pixels, face: Face) -> tuple[Advice, ...]:
+    """Why this is no photo to recognise anybody by, at any level of quality; empty where it is one."""
+    if not hides_another_picture(pixels, face.landmarks):
+        return ()
+    message = "The photo shows another picture when it is made smaller. Send a photo as the camera took it."
+    return (Advice("photo", "hidden-detail", message),)
 
 
 def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:

@@ -11,7 +11,7 @@ from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace
 from app.engine.port import FaceEngine
-from app.engine.reading import LIVE_FROM, main_face, why_not_live
+from app.engine.reading import LIVE_FROM, main_face, unfit, why_not_live
 from app.errors import Advice
 from app.runtime import Runtime
 
@@ -87,7 +87,7 @@ def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixe
     quality = measure(pixels, face, length, usual_length=usual, reduction=decoded.reduction)
     live = None if policy.liveness == "off" else engine.liveness(pixels, face)
     # As the gallery would refuse the photo.
-    advice = judge(quality, policy.quality) + why_not_live(live, policy.liveness)
+    advice = (unfit(pixels, face) or judge(quality, policy.quality)) + why_not_live(live, policy.liveness)
     return Assessment(main, quality, _liveness(live), advice)
 
 
