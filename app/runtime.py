@@ -50,10 +50,12 @@ from app.documents.base import go_by, new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.migrations import migrate
 from app.documents.root_secret import RootSecret, open_root
+from app.domain.photo import NoRoomYet, giving_way
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
+from app.fair_executor import FairExecutor, TooMuchWaits
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
 from app.processors import processors
@@ -72,6 +74,8 @@ T = TypeVar("T")
 
 COMPUTE_NICENESS = 5
 LAST_CHANCE_SECONDS = 0.25
+#: Short steps that may wait: each takes some milliseconds.
+MOST_SHORT_WAITING = 1024
 
 DOCUMENTS: list[type[Document]] = [
     RootSecret,
@@ -118,14 +122,18 @@ class Runtime:
     limits: RateLimits = field(init=False)
     share: Share = field(init=False)
     search: Search = field(init=False)
-    _executor: ThreadPoolExecutor = field(init=False)
-    _waiting: int = 0
+    _photos: FairExecutor = field(init=False)
+    _short: ThreadPoolExecutor = field(init=False)
+    _short_waiting: int = 0
     # A line goes away with the last one in it.
     _lines: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         threads = self.settings.compute_threads or processors()
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="compute", initializer=_in_the_background)
+        self._photos = FairExecutor(
+            threads, self.settings.compute_queue, initializer=_in_the_background, crowded=NoRoomYet
+        )
+        self._short = ThreadPoolExecutor(max(2, threads), thread_name_prefix="compute", initializer=_one_thread_each)
         self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
         self.backoff = Backoff(self.settings, self.keys)
         self.limits = RateLimits(self.settings, self.keys)
@@ -139,17 +147,33 @@ class Runtime:
         )
 
     async def compute(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run blocking work (decoding, inference, FAISS, hashing) in the one bounded executor.
+        """Run a short blocking step (searching, opening, hashing: some milliseconds) in threads that no photo holds up.
 
         Raises NotReady when too much waits already: an answer that comes too late helps nobody.
         """
-        if self._waiting >= self.settings.compute_queue:
-            raise NotReady("The service is busy; please try again in a moment.", retry_after_seconds=2)
-        self._waiting += 1
+        if self._short_waiting >= MOST_SHORT_WAITING:
+            raise _busy()
+        self._short_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*args, **kwargs))
+            return await asyncio.get_running_loop().run_in_executor(self._short, lambda: work(*args, **kwargs))
         finally:
-            self._waiting -= 1
+            self._short_waiting -= 1
+
+    async def compute_long(self, caller: str, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run long blocking work (a photo, a tile of a scan) in the threads that callers share fairly.
+
+        caller: whose work it is. Those who used the threads least are served next. The work may begin twice where it would wait
+        for another large photo. Raises NotReady when too much waits already.
+        """
+
+        def giving() -> T:
+            with giving_way():
+                return work(*args, **kwargs)
+
+        try:
+            return await self._photos.run(caller, giving)
+        except TooMuchWaits:
+            raise _busy() from None
 
     async def transaction(
         self, body: Callable[[AsyncClientSession], Awaitable[T]], *, seconds: float | None = None
@@ -243,7 +267,8 @@ class Runtime:
         await self.photos.close()
         await self.evidence.close()
         self.passwords.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._photos.shutdown()
+        self._short.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         await self.mongo.close()
 
@@ -255,8 +280,16 @@ def _in_the_background() -> None:
     verifications a second were measured with four and eight callers on two cores.
     """
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTE_NICENESS)
+    _one_thread_each()
+
+
+def _one_thread_each() -> None:
     faiss.omp_set_num_threads(1)
     cv2.setNumThreads(1)
+
+
+def _busy() -> NotReady:
+    return NotReady("The service is busy; please try again in a moment.", retry_after_seconds=2)
 
 
 async def _open_access(settings: Settings, keys: KeyRing) -> Access:

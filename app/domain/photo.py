@@ -50,6 +50,7 @@ _BAND_ROWS = 64
 #: room for one, however many come at once. An ordinary JPEG is smaller before it is decoded, and waits for nobody.
 _LARGE_PIXELS = 6_000_000
 _large_photo = threading.Lock()
+_thread = threading.local()
 
 #: Scans of a progressive JPEG times its pixels. Each scan walks over every block, so a small file with thousands of them
 #: would hold a core for minutes.
@@ -191,14 +192,32 @@ def _check_scans(still: jpeg.StillJpeg) -> None:
         )
 
 
+class NoRoomYet(Exception):
+    """Another large photo is being decoded."""
+
+
+@contextmanager
+def giving_way() -> Iterator[None]:
+    """Until the end of the body, on this thread, a large photo raises NoRoomYet where it would wait for another one."""
+    _thread.gives_way = True
+    try:
+        yield
+    finally:
+        _thread.gives_way = False
+
+
 @contextmanager
 def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
     """Wait for the turn of a large photo. is_streamed: its decoder holds a few rows at a time."""
     if is_streamed or size[0] * size[1] <= _LARGE_PIXELS:
         yield
     else:
-        with _large_photo:
+        if not _large_photo.acquire(blocking=not getattr(_thread, "gives_way", False)):
+            raise NoRoomYet
+        try:
             yield
+        finally:
+            _large_photo.release()
 
 
 def _decoded_jpeg(still: jpeg.StillJpeg) -> Photo:

@@ -33,7 +33,7 @@ async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: b
     """Compare two photos by the gallery's rules; nothing is kept of them."""
     runtime.require_contract(gallery)
     one, other = await asyncio.gather(
-        _read(runtime, gallery, "photo_a", photo_a), _read(runtime, gallery, "photo_b", photo_b)
+        _read(runtime, action, gallery, "photo_a", photo_a), _read(runtime, action, gallery, "photo_b", photo_b)
     )
     exact = best_similarity(one.embedding, other.embedding[np.newaxis, :])
     card = runtime.engine.card
@@ -47,11 +47,11 @@ async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: b
     return answer
 
 
-async def _read(runtime: Runtime, gallery: Gallery, field: str, photo: bytes) -> FaceReading:
+async def _read(runtime: Runtime, action: Action, gallery: Gallery, field: str, photo: bytes) -> FaceReading:
     """Read one of the two; a refusal's advice names which."""
     try:
         pixels = runtime.settings.max_photo_pixels
-        return await runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels)
+        return await runtime.compute_long(action.actor_id, read_face, runtime.engine, photo, gallery.policy, pixels)
     except Problem as problem:
         problem.errors = tuple(replace(advice, field=field) for advice in problem.errors)
         raise

@@ -15,6 +15,9 @@ from app.engine.reading import LIVE_FROM, main_face, unfit, why_not_live
 from app.errors import Advice
 from app.runtime import Runtime
 
+#: The largest ones are measured: one request must not hold a thread for as long as a crowd has faces.
+MOST_FACES = 50
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredFace:
@@ -27,7 +30,7 @@ class MeasuredFace:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """All faces of a photo, largest first; its size when upright."""
+    """The faces of a photo, largest first, MOST_FACES at most; its size when upright."""
 
     faces: list[MeasuredFace]
     width: int
@@ -45,9 +48,9 @@ class Assessment:
 
 
 async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
-    """Find and measure all faces; none is an empty list. Nothing is kept."""
+    """Find and measure the faces, MOST_FACES at most; none is an empty list. Nothing is kept."""
     pixels = runtime.settings.max_photo_pixels
-    found = await runtime.compute(_detect, runtime.engine, photo, pixels)
+    found = await runtime.compute_long(action.actor_id, _detect, runtime.engine, photo, pixels)
     await record(None, action, subject_kind="photo", subject_id=None, detail={"faces": len(found.faces)})
     return found
 
@@ -55,7 +58,7 @@ async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
 async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: bytes) -> Assessment:
     """Measure the one face by the gallery's rules. Raises the photo's Problems, except for poor quality: that is the answer."""
     pixels = runtime.settings.max_photo_pixels
-    found = await runtime.compute(assessment, runtime.engine, photo, gallery.policy, pixels)
+    found = await runtime.compute_long(action.actor_id, assessment, runtime.engine, photo, gallery.policy, pixels)
     await record(
         None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
         detail={"accepted": not found.advice, "score": round(found.quality.score, 2)},
@@ -66,7 +69,7 @@ async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: byte
 def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
     decoded = decode(photo, max_pixels=max_pixels)
     faces = []
-    for face in engine.detect(decoded.pixels):
+    for face in engine.detect(decoded.pixels)[:MOST_FACES]:
         live = engine.liveness(decoded.pixels, face)
         faces.append(
             MeasuredFace(

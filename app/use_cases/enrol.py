@@ -70,7 +70,7 @@ async def enrol(
         ref_hash = key.lookup_hash("external_ref", canonical_ref(attributes.external_ref))
         if await Identity.by_external_ref(gallery.id, ref_hash) is not None:
             raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.")
-    readings = await _read(runtime, gallery, photos)
+    readings = await _read(runtime, action, gallery, photos)
     thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
     if not show_one_person([reading.embedding for reading in readings], thresholds.verify):
         message = "Please give photos of one person only."
@@ -122,7 +122,7 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
     """
     runtime.require_contract(gallery)
     _require_room(runtime, identity)
-    readings = await _read(runtime, gallery, [photo])
+    readings = await _read(runtime, action, gallery, [photo])
     personal_key = data_key(runtime.keys, gallery, identity)
     thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
     if best_similarity(readings[0].embedding, open_references(personal_key, identity)) < thresholds.verify:
@@ -168,9 +168,12 @@ def _require_room(runtime: Runtime, identity: Identity) -> None:
         raise Conflict(f"An identity has at most {runtime.settings.max_samples} samples.")
 
 
-async def _read(runtime: Runtime, gallery: Gallery, photos: list[bytes]) -> list[FaceReading]:
+async def _read(runtime: Runtime, action: Action, gallery: Gallery, photos: list[bytes]) -> list[FaceReading]:
     pixels = runtime.settings.max_photo_pixels
-    reading = [runtime.compute(read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos]
+    caller = action.actor_id
+    reading = [
+        runtime.compute_long(caller, read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos
+    ]
     return await asyncio.gather(*reading)
 
 

@@ -43,7 +43,9 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
     Candidates come by range at the threshold, their statuses are read after the scan, then the limit applies.
     """
     runtime.require_contract(gallery)
-    reading = await runtime.compute(read_face, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels)
+    reading = await runtime.compute_long(
+        action.actor_id, read_face, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
+    )
     # The head as it is now: enrolments answered while the photo was read are seen as well.
     head = await Gallery.get(gallery.id) or gallery
     runtime.require_contract(head)

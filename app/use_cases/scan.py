@@ -76,6 +76,9 @@ PEOPLE_A_PAGE: Final = 500
 #: What passes: a store that is away, a gallery that is being opened, a worker of another model.
 PASSING: Final = (NotReady, DependencyUnavailable, ModelMismatch, ConnectionFailure, OSError, TimeoutError)
 
+#: Whose work a scan is, among those who share the threads.
+SCANS: Final = "scans"
+
 Tell = Callable[[Scan], None]
 
 
@@ -295,7 +298,7 @@ async def _group(runtime: Runtime, scan: Scan) -> None:
     """Make the scan's clusters and keep them."""
     grouping = Grouping(id=new_id(), as_of=now())
     found = await clusters_of(runtime, scan)
-    await ClusterRun.keep(await runtime.compute(ClusterRun.runs_of, scan.id, grouping, found))
+    await ClusterRun.keep(await runtime.compute_long(SCANS, ClusterRun.runs_of, scan.id, grouping, found))
     await scan.keep_grouping(grouping)
     log.info(
         "scan_grouped", scan=scan.id, clusters=len(found), seconds=round((now() - grouping.as_of).total_seconds(), 1)
@@ -311,7 +314,7 @@ async def clusters_of(runtime: Runtime, scan: Scan) -> list[Cluster]:
     async for some in ScanPair.links_of(scan):
         decisions = await decisions_on(some)
         links += [link for link in some if decisions.get(link[:2]) != "distinct"]
-    return await runtime.compute(clusters, links, scan.threshold)
+    return await runtime.compute_long(SCANS, clusters, links, scan.threshold)
 
 
 async def _beat(scan: Scan, stop: asyncio.Event) -> None:
@@ -393,7 +396,7 @@ class _Slice:
         others = right.ids[np.concatenate([rows.rows_right + piece.first_right for piece, rows in found])]
         scores = np.concatenate([rows.scores for _, rows in found])
         owners = await GalleryChange.owners(self.gallery.id, np.union1d(ones, others).tolist())
-        return compared, await self.runtime.compute(_pairs, ones, others, scores, owners)
+        return compared, await self.runtime.compute_long(SCANS, _pairs, ones, others, scores, owners)
 
     async def _blocks(self, where: Tile) -> tuple[Block, Block]:
         """The tile's vectors, left and right, turned by one rotation: another generation may bring another one."""
@@ -422,7 +425,9 @@ class _Slice:
 
         async def work() -> None:
             for piece in pieces:
-                rows = await self.runtime.compute(pairs_above, piece.left, piece.right, threshold, same=piece.same)
+                rows = await self.runtime.compute_long(
+                    SCANS, pairs_above, piece.left, piece.right, threshold, same=piece.same
+                )
                 if len(rows.scores):
                     found.append((piece, rows))
                 if sum(len(some.scores) for _, some in found) > MOST_PAIRS:

@@ -122,8 +122,8 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
     challenge = await _challenge(runtime, action, gallery, claim)
     if identity.status == "active":
         _require_attempts_left(runtime, identity)
-    reading, look = await runtime.compute(
-        _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
+    reading, look = await runtime.compute_long(
+        action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
     )
     threshold = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples).verify
     compared = _compare(runtime, gallery, identity, look) if identity.status == "active" else None

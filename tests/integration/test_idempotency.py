@@ -161,15 +161,15 @@ async def test_h69_a_request_whose_process_died_is_completed_once(door: Door) ->
 async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """It held the key for longer than the lease, and somebody else completed the request meanwhile."""
     reading, going_on = asyncio.Event(), asyncio.Event()
-    compute = Runtime.compute
+    compute = Runtime.compute_long
 
-    async def slow(runtime: Runtime, work: object, /, *args: object, **kwargs: object) -> object:
+    async def slow(runtime: Runtime, caller: str, work: object, /, *args: object, **kwargs: object) -> object:
         if work is read_face and not reading.is_set():
             reading.set()
             await going_on.wait()
-        return await compute(runtime, work, *args, **kwargs)
+        return await compute(runtime, caller, work, *args, **kwargs)
 
-    monkeypatch.setattr(Runtime, "compute", slow)
+    monkeypatch.setattr(Runtime, "compute_long", slow)
     first = asyncio.create_task(door.enrol("key-1", "ann"))
     await reading.wait()
     await _let_the_lease_run_out()
@@ -187,15 +187,15 @@ async def test_r6_a_key_is_held_for_as_long_as_its_request_runs_and_free_soon_af
     monkeypatch.setattr(claims, "CLAIM_LEASE", timedelta(seconds=0.6))
     monkeypatch.setattr(dependencies, "RENEW_SECONDS", 0.15)
     reading, going_on = asyncio.Event(), asyncio.Event()
-    compute = Runtime.compute
+    compute = Runtime.compute_long
 
-    async def slow(runtime: Runtime, work: object, /, *args: object, **kwargs: object) -> object:
+    async def slow(runtime: Runtime, caller: str, work: object, /, *args: object, **kwargs: object) -> object:
         if work is read_face and not reading.is_set():
             reading.set()
             await going_on.wait()
-        return await compute(runtime, work, *args, **kwargs)
+        return await compute(runtime, caller, work, *args, **kwargs)
 
-    monkeypatch.setattr(Runtime, "compute", slow)
+    monkeypatch.setattr(Runtime, "compute_long", slow)
     first = asyncio.create_task(door.enrol("key-1", "ann"))
     await reading.wait()
     await asyncio.sleep(1.5)
