@@ -259,6 +259,11 @@ class Runtime:
                 }},
             )  # fmt: skip
 
+    def end_threads(self) -> None:
+        """Let the compute threads end when they are done with what they do."""
+        self._photos.shutdown()
+        self._short.shutdown(wait=False, cancel_futures=True)
+
     async def close(self) -> None:
         """Let go of everything, in the order of use."""
         await self.search.close()
@@ -267,8 +272,7 @@ class Runtime:
         await self.photos.close()
         await self.evidence.close()
         self.passwords.close()
-        self._photos.shutdown()
-        self._short.shutdown(wait=False, cancel_futures=True)
+        self.end_threads()
         self.engine.close()
         await self.mongo.close()
 

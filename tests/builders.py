@@ -201,4 +201,4 @@ async def another_process(runtime: Runtime, photos: PhotoStore | None = None) ->
     yield other
     await other.search.close()
     await other.queue.close()
-    other._executor.shutdown()
+    other.end_threads()
