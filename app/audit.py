@@ -8,7 +8,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final
+from typing import Final, cast
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import OperationFailure
@@ -55,6 +55,22 @@ def by_system(name: str) -> Action:
     return Action(name=name, caller=None, request_id=None, ip=None)
 
 
+class UnderSalt(str):
+    """A text that an event holds as a keyed hash only, under the event's own salt.
+
+    Without the salt nobody can test a guess. Erasure and retention delete the salt.
+    """
+
+    __slots__ = ()
+
+
+def _hashed(value: object, salt: bytes) -> object:
+    """The value with each UnderSalt in it replaced by its keyed hash."""
+    if isinstance(value, dict):
+        return {name: _hashed(one, salt) for name, one in value.items()}
+    return personal_hash(salt, value) if isinstance(value, UnderSalt) else value
+
+
 def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | None, detail: Detail) -> AuditEvent:
     """Raises ValueError for a detail that has no canonical JSON: it could never enter the tree."""
     caller = action.caller
@@ -67,6 +83,7 @@ def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | No
         request_id=action.request_id if action.has_own_request_id else None,
     )
     hashed = {name: personal_hash(personal.salt, value) for name, value in personal.clear.items()}
+    told = cast("Detail", _hashed(detail, personal.salt))
     event = AuditEvent(
         time=now(),
         actor=actor.model_copy(update={"name": hashed.get("actor.name"), "ip": hashed.get("actor.ip")}),
@@ -75,8 +92,9 @@ def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | No
         outcome=outcome,
         gallery=gallery,
         request_id=hashed.get("request_id", action.request_id),
-        detail=detail,
-        personal=personal if hashed else None,
+        detail=told,
+        # Without the salt nobody could compare a hash of the detail with anything.
+        personal=personal if hashed or told != detail else None,
     )
     canonical(event.leaf(0))
     return event

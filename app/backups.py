@@ -34,6 +34,7 @@ UNTOUCHED: Final = frozenset(
         "probes",
         "face_budgets",
         "non_matches",
+        "erasures",
         "failed_logins",
     }
 )

@@ -68,12 +68,12 @@ def _begins(text: str, schemes: tuple[str, ...]) -> str:
 
 
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
-#: Requests of one kind that are counted together: logins, what looks at faces, other changes, other reads.
-RateClass = Literal["login", "face", "write", "read"]
+#: Requests of one kind that are counted together: logins, what looks at faces, erasures, other changes, other reads.
+RateClass = Literal["login", "face", "erase", "write", "read"]
 Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}/(second|minute|hour)$")]
 #: Per caller, or per address where there is none yet. In development nobody should meet them but a test that means to.
 PRODUCTION_RATES: dict[RateClass, str] = {
-    "login": "60/minute", "face": "600/minute", "write": "600/minute", "read": "3000/minute",
+    "login": "60/minute", "face": "600/minute", "erase": "60/hour", "write": "600/minute", "read": "3000/minute",
 }  # fmt: skip
 DEVELOPMENT_RATE = "6000/minute"
 
@@ -167,6 +167,7 @@ class Settings(BaseSettings):
     # Rates per caller; None: see PRODUCTION_RATES and DEVELOPMENT_RATE
     rate_login: Rate | None = None
     rate_face: Rate | None = None
+    rate_erase: Rate | None = None
     rate_write: Rate | None = None
     rate_read: Rate | None = None
 
@@ -193,6 +194,7 @@ class Settings(BaseSettings):
     challenge_seconds: Annotated[int, Field(ge=10, le=3600)] = 120
     probe_identities_per_hour: Annotated[int, Field(ge=1, le=10_000)] = 100
     non_matches_alarm_per_hour: Annotated[int, Field(ge=1, le=100_000_000)] = 1000
+    erasures_alarm_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24
 
     @property
@@ -203,7 +205,8 @@ class Settings(BaseSettings):
     def rates(self) -> dict[RateClass, str]:
         """How often one caller may ask, by class of request: "60/minute"."""
         given: dict[RateClass, str | None] = {
-            "login": self.rate_login, "face": self.rate_face, "write": self.rate_write, "read": self.rate_read,
+            "login": self.rate_login, "face": self.rate_face, "erase": self.rate_erase,
+            "write": self.rate_write, "read": self.rate_read,
         }  # fmt: skip
         return {
             kind: rate or (PRODUCTION_RATES[kind] if self.is_production else DEVELOPMENT_RATE)

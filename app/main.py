@@ -8,7 +8,7 @@ import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, users
+from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, proposals, users
 from app.api.draining import Drain, Draining
 from app.api.edges import Edges
 from app.api.envelope import Envelope
@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses=problems.problems(Unreadable, RequestTimeout, RateLimited, HeadersTooLarge),
     )
     problems.install(app)
-    for door in (auth, users, clients, galleries, identities, faces, dedup, audit, operations):
+    for door in (auth, users, clients, galleries, identities, proposals, faces, dedup, audit, operations):
         app.include_router(door.router)
     app.include_router(identities.imports)
     app.add_middleware(Draining, drain=drain)

@@ -23,6 +23,7 @@ from app.runtime import Runtime
 from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
 from app.use_cases.erase import erase_expired, settle_overdue
+from app.use_cases.galleries import take_effect
 from app.use_cases.publish import due, keep_promises
 from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
@@ -140,8 +141,11 @@ async def sweep_scans(context: Context) -> None:
 
 
 async def sweep_erasures(context: Context) -> None:
-    """Erase those whose time is over, and do what stores that were away could not do for earlier erasures."""
-    for sweep in (settle_overdue, erase_expired):  # what troubles one is no reason to leave out the other
+    """Erase those whose time is over, and do what stores that were away could not do for earlier erasures.
+
+    A pending policy change takes effect here, before anybody is erased by it.
+    """
+    for sweep in (settle_overdue, take_effect, erase_expired):  # what troubles one is no reason to leave out the other
         try:
             await sweep(context["runtime"])
         except (*AWAY, PyMongoError) as error:

@@ -39,6 +39,8 @@ _bearer = OAuth2PasswordBearer(tokenUrl="/v1/auth/token", auto_error=False)
 IDEMPOTENCY_KEY_MAXIMUM = 255
 #: What looks at faces without being called so.
 FACE_ACTIONS = frozenset({"identity.enrol", "identity.import", "sample.add"})
+#: What takes somebody, or a part of them, out of the store for good. An agreement may do so.
+ERASING_ACTIONS = frozenset({"identity.erase", "sample.remove", "proposal.agree"})
 
 
 def _runtime(request: Request) -> Runtime:
@@ -142,6 +144,8 @@ class Acting(Admission):
             return "read"
         if self.name.startswith("auth."):
             return "login"
+        if self.name in ERASING_ACTIONS:
+            return "erase"
         return "face" if self.name.startswith("face.") or self.name in FACE_ACTIONS else "write"
 
     async def _authenticated(self, request: Request) -> Caller:

@@ -219,7 +219,7 @@ async def verify_identity(
     first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if first is not None:
         return _verification(verify.answer_of(runtime, gallery, first[0], first[1].score))
-    claim = verify.Claim(identity, fields.audience, fields.nonce)
+    claim = verify.Claim(identity, fields.audience, fields.nonce, is_by_reference=fields.external_ref is not None)
     return _verification(await verify.verify(runtime, action, gallery, claim, upload.photos["photo"][0]))
 
 

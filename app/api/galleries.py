@@ -3,17 +3,19 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, visible_gallery
 from app.api.paging import Page, Paged, page_of
 from app.api.problems import problems
-from app.api.shapes import Body
+from app.api.shapes import Body, Moment
 from app.audit import Action
+from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy, thresholds_for
+from app.domain.policy_changes import PendingField
 from app.errors import Advice, Conflict, Forbidden, NotFound, Unauthenticated, Validation
 from app.runtime import Runtime
 from app.use_cases import galleries
@@ -79,6 +81,26 @@ class IndexView(BaseModel):
     recall: float | None
 
 
+class PendingView(BaseModel):
+    """A policy change that waits until `from` and for an officer. people: how many it will erase then; agreed_by: a user's id."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    field: PendingField
+    value: int | bool
+    start: Annotated[Moment, Field(alias="from")]
+    people: int
+    agreed_by: str | None
+
+
+class Agreement(Body):
+    """What the officer agrees to. With `field` or `value`, only a pending change that has them is agreed to."""
+
+    field: PendingField | None = None
+    value: int | bool | None = None
+    reason: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+
+
 class GalleryView(BaseModel):
     """A gallery as the contract gives it."""
 
@@ -86,12 +108,23 @@ class GalleryView(BaseModel):
     name: str
     model: ModelView
     policy: GalleryPolicy
+    pending: PendingView | None
     thresholds: ThresholdsView
     counts: Counts
     index: IndexView
 
 
-def view(runtime: Runtime, gallery: Gallery) -> GalleryView:
+async def _pending(gallery: Gallery) -> PendingView | None:
+    pending = gallery.pending
+    if pending is None:
+        return None
+    return PendingView(
+        field=pending.field, value=pending.value, start=pending.effective_at,
+        people=await galleries.people(gallery, pending), agreed_by=pending.agreed_by,
+    )  # fmt: skip
+
+
+async def view(runtime: Runtime, gallery: Gallery) -> GalleryView:
     """The gallery as the contract gives it."""
     card = runtime.engine.card
     limits = thresholds_for(gallery.policy, card, gallery.samples)
@@ -102,6 +135,7 @@ def view(runtime: Runtime, gallery: Gallery) -> GalleryView:
             pack=gallery.pack, dimension=gallery.dimension, contract=gallery.contract, licence=gallery.licence
         ),
         policy=gallery.policy,
+        pending=await _pending(gallery),
         thresholds=ThresholdsView(
             verify=limits.verify, identify=limits.identify, dedup=limits.dedup, source=limits.source
         ),
@@ -133,7 +167,7 @@ async def list_galleries(
     allowed = None if action.caller is None else action.caller.galleries
     filters = {} if allowed is None else {"name": {"$in": list(allowed)}}
     items, cursor = await page_of(Gallery, filters, page, request, runtime.keys)
-    return Paged(items=[view(runtime, gallery) for gallery in items], next_cursor=cursor)
+    return Paged(items=[await view(runtime, gallery) for gallery in items], next_cursor=cursor)
 
 
 @router.post("", status_code=201, responses=problems(Conflict))
@@ -158,16 +192,16 @@ async def create_gallery(
         policy = _merged(runtime.starting_policy(), runtime.starting_policy(), body.policy or {})
         gallery = await galleries.create(runtime, action, body.name, body.pack, policy)
     response.headers["Location"] = f"/v1/galleries/{gallery.name}"
-    return view(runtime, gallery)
+    return await view(runtime, gallery)
 
 
 @router.get("/{name}", responses=problems(NotFound))
 async def get_gallery(runtime: CurrentRuntime, name: str, action: Reading) -> GalleryView:
     """One gallery."""
-    return view(runtime, await visible_gallery(runtime, action, name))
+    return await view(runtime, await visible_gallery(runtime, action, name))
 
 
-@router.patch("/{name}", responses=problems(NotFound))
+@router.patch("/{name}", responses=problems(NotFound, Conflict))
 async def update_gallery(
     runtime: CurrentRuntime,
     request: Request,
@@ -176,12 +210,53 @@ async def update_gallery(
     action: Annotated[Action, Depends(acting("gallery.update", Role.ADMIN))],
     key: IdempotencyKey = None,
 ) -> GalleryView:
-    """Change the policy; it holds for the next request on every process."""
+    """Change the policy; it holds for the next request on every process.
+
+    A new or shorter `retention_days`, and the end of `second_review`, become `pending`.
+    """
     gallery = await visible_gallery(runtime, action, name)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         policy = _merged(gallery.policy, runtime.starting_policy(), body.policy)
-        gallery = await galleries.update(runtime, action, gallery, policy)
-    return view(runtime, gallery)
+        gallery = await galleries.update(runtime, action, gallery, policy, set(body.policy))
+    return await view(runtime, gallery)
+
+
+@router.post("/{name}/pending/agree", responses=problems(NotFound, Conflict))
+async def agree_to_change(
+    runtime: CurrentRuntime,
+    request: Request,
+    name: str,
+    action: Annotated[Action, Depends(acting("gallery.pending.agree", Role.OFFICER))],
+    body: Agreement | None = None,
+    key: IdempotencyKey = None,
+) -> GalleryView:
+    """Agree to the pending policy change, as another user than the one who asked for it.
+
+    With a body, only while the pending change is the one that the body names.
+    """
+    gallery = await visible_gallery(runtime, action, name)
+    action.subject = Subject(kind="gallery", id=gallery.id)
+    given = body or Agreement()
+    if await first_answer(runtime, request, action, key, given.model_dump()) is None:
+        seen = galleries.Seen(given.field, given.value)
+        gallery = await galleries.agree(runtime, action, gallery, seen, given.reason)
+    return await view(runtime, gallery)
+
+
+@router.post("/{name}/pending/cancel", responses=problems(NotFound, Conflict))
+async def cancel_change(
+    runtime: CurrentRuntime,
+    request: Request,
+    name: str,
+    action: Annotated[Action, Depends(acting("gallery.pending.cancel", Role.OFFICER, Role.ADMIN))],
+    key: IdempotencyKey = None,
+) -> GalleryView:
+    """Take the pending policy change back; the policy in force stays."""
+    gallery = await visible_gallery(runtime, action, name)
+    action.subject = Subject(kind="gallery", id=gallery.id)
+    if await first_answer(runtime, request, action, key, None) is None:
+        gallery = await galleries.cancel(runtime, action, gallery)
+    return await view(runtime, gallery)
 
 
 @router.delete("/{name}", status_code=204, responses=problems(NotFound, Conflict))

@@ -14,9 +14,11 @@ from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.api.uploads import Upload, body_of, uploaded
 from app.audit import Action
-from app.documents.events import Subject
+from app.documents.claims import IdempotencyClaim
+from app.documents.events import AuditEvent, Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
+from app.documents.proposals import IdentityProposal
 from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
 from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
 from app.domain.callers import Role
@@ -163,6 +165,12 @@ class ReceiptView(BaseModel):
     index_purge_by: Moment
     remains: list[RemainderView]
     receipt: str | None
+
+
+class ProposedView(BaseModel):
+    """The action waits for a second officer: see `/v1/proposals`."""
+
+    proposal_id: str
 
 
 def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
@@ -342,7 +350,26 @@ async def get_identity(runtime: CurrentRuntime, response: Response, identity_id:
     return _answer(runtime, response, *await _found(action, identity_id))
 
 
-@router.patch("/{identity_id}", responses=problems(NotFound, ExternalRefTaken, PreconditionFailed))
+PROPOSED = {"model": ProposedView, "description": "Proposed: a second officer must agree"}
+
+
+def proposed(response: Response, proposal_id: str) -> ProposedView:
+    """The answer where a second officer must agree."""
+    response.status_code = 202
+    response.headers["Location"] = f"/v1/proposals/{proposal_id}"
+    return ProposedView(proposal_id=proposal_id)
+
+
+def first_proposed(first: tuple[AuditEvent, IdempotencyClaim]) -> str | None:
+    """The proposal that the first request with this idempotency key made, if it made one."""
+    event, _ = first
+    return str(event.detail["proposal_id"]) if event.action == "proposal.create" else None
+
+
+@router.patch(
+    "/{identity_id}",
+    responses=problems(NotFound, Conflict, ExternalRefTaken, PreconditionFailed, http_202=PROPOSED),
+)
 async def update_identity(
     runtime: CurrentRuntime,
     request: Request,
@@ -352,12 +379,21 @@ async def update_identity(
     action: Annotated[Action, Depends(acting("identity.update", Role.OFFICER))],
     if_match: Annotated[str | None, Header()] = None,
     key: IdempotencyKey = None,
-) -> IdentityView:
-    """Change attributes; with `If-Match` only at that version."""
+) -> IdentityView | ProposedView:
+    """Change attributes; with `If-Match` only at that version.
+
+    In a gallery with `second_review` a change of `external_ref` is proposed: 202.
+    """
     gallery, identity = await _found(action, identity_id)
     patch = body.model_dump(mode="json", exclude_unset=True)
-    if await first_answer(runtime, request, action, key, patch) is None:
-        identity = await update.update(runtime, action, gallery, identity_id, patch, _version(if_match))
+    first = await first_answer(runtime, request, action, key, patch)
+    if first is None:
+        updated = await update.update(runtime, action, gallery, identity_id, patch, _version(if_match))
+        if isinstance(updated, IdentityProposal):
+            return proposed(response, updated.id)
+        identity = updated
+    elif (proposal_id := first_proposed(first)) is not None:
+        return proposed(response, proposal_id)
     return _answer(runtime, response, gallery, identity)
 
 
@@ -370,27 +406,38 @@ def _version(if_match: str | None) -> int | None:
     return int(text)
 
 
-@router.delete("/{identity_id}", responses=problems(NotFound))
-async def erase_identity(
-    runtime: CurrentRuntime,
-    request: Request,
-    identity_id: str,
-    action: Annotated[Action, Depends(acting("identity.erase", Role.OFFICER))],
-    reason: Annotated[str | None, Query(max_length=1000)] = None,
-    key: IdempotencyKey = None,
-) -> ReceiptView:
-    """Erase someone: keys destroyed, photos deleted, unmatchable at once."""
-    first = await first_answer(runtime, request, action, key, None)
-    if first is None:
-        gallery, _ = await _found(action, identity_id)
-        receipt = await erase.erase(runtime, action, gallery, identity_id, reason)
-    else:
-        receipt = await erase.receipt_of_event(first[0])
+def receipt_view(receipt: erase.Receipt) -> ReceiptView:
+    """The receipt as the contract gives it."""
     return ReceiptView(
         identity_id=receipt.identity_id, erased_at=receipt.erased_at, samples=receipt.samples, photos=receipt.photos,
         audit_event_id=receipt.audit_event_id, index_purge_by=receipt.index_purge_by,
         remains=[RemainderView(what=r.what, until=r.until, note=r.note) for r in receipt.remains], receipt=receipt.text,
     )  # fmt: skip
+
+
+@router.delete("/{identity_id}", responses=problems(NotFound, http_202=PROPOSED))
+async def erase_identity(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    identity_id: str,
+    action: Annotated[Action, Depends(acting("identity.erase", Role.OFFICER))],
+    reason: Annotated[str, Query(min_length=1, max_length=1000)],
+    key: IdempotencyKey = None,
+) -> ReceiptView | ProposedView:
+    """Erase someone: keys destroyed, photos deleted, unmatchable at once.
+
+    In a gallery with `second_review` it is proposed: 202.
+    """
+    first = await first_answer(runtime, request, action, key, None)
+    if first is None:
+        gallery, _ = await _found(action, identity_id)
+        done = await erase.ask(runtime, action, gallery, identity_id, reason)
+        return proposed(response, done.id) if isinstance(done, IdentityProposal) else receipt_view(done)
+    proposal_id = first_proposed(first)
+    if proposal_id is not None:
+        return proposed(response, proposal_id)
+    return receipt_view(await erase.receipt_of_event(first[0]))
 
 
 @router.post(

@@ -50,6 +50,11 @@ class User(Stored):
             IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
         ]
 
+    def may(self, role: Role, gallery_name: str) -> bool:
+        """Whether this user has the role in that gallery at present."""
+        is_bound_elsewhere = self.galleries is not None and gallery_name not in self.galleries
+        return role in self.roles and not self.disabled and not is_bound_elsewhere
+
 
 class Client(Stored):
     """An application that calls on its own behalf; its id is its OAuth `client_id`.

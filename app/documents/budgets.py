@@ -51,26 +51,27 @@ class FaceBudget(Stored):
         return True
 
 
-class NonMatches(Stored):
-    """How many verifications ended without a match for one caller in one hour; the id is a keyed hash of the two."""
+class _CallerHour(Stored):
+    """How often something happened for one caller in one hour; the id is a keyed hash of the two under LABEL."""
+
+    LABEL: ClassVar[str]
 
     total: int
     expires_at: datetime
 
     class Settings(Stored.Settings):
-        """Collection and indexes."""
+        """Indexes; each count names its collection."""
 
-        name = "non_matches"
         indexes: ClassVar[list[IndexModel]] = [IndexModel("expires_at", expireAfterSeconds=0)]
 
     @classmethod
     async def add(cls, keys: KeyRing, caller_id: str) -> int:
         """One more; how many there are now.
 
-        Not in the verification's transaction: all of a caller's non-matches would conflict there.
+        Not in the action's transaction: all of a caller's actions would conflict there.
         """
         began, over = this_hour()
-        id_ = keys.keyed_hash("non-matches", f"{caller_id}|{began.isoformat()}".encode()).hex()
+        id_ = keys.keyed_hash(cls.LABEL, f"{caller_id}|{began.isoformat()}".encode()).hex()
         after = await cls.get_pymongo_collection().find_one_and_update(
             {"_id": id_},
             {"$inc": {"total": 1}, "$setOnInsert": {"expires_at": over}},
@@ -78,6 +79,28 @@ class NonMatches(Stored):
             return_document=ReturnDocument.AFTER,
         )
         return 1 if after is None else int(after["total"])
+
+
+class NonMatches(_CallerHour):
+    """How many verifications ended without a match for one caller in one hour."""
+
+    LABEL = "non-matches"
+
+    class Settings(_CallerHour.Settings):
+        """Collection and indexes."""
+
+        name = "non_matches"
+
+
+class Erasures(_CallerHour):
+    """How many people one caller erased in one hour."""
+
+    LABEL = "erasures"
+
+    class Settings(_CallerHour.Settings):
+        """Collection and indexes."""
+
+        name = "erasures"
 
 
 def this_hour() -> tuple[datetime, datetime]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -11,7 +11,10 @@ from app.documents.base import Stored, Value, as_text
 from app.domain.log_export import SALT_BYTES, Json, Line, personal_hash
 
 Outcome = Literal["success", "denied", "failure"]
-Detail = dict[str, str | int | float | bool | None]
+Scalar = str | int | float | bool | None
+#: {field: {"old": ..., "new": ...}}
+Changes = dict[str, dict[str, Scalar]]
+Detail = dict[str, Scalar | dict[str, Scalar] | Changes]
 
 
 class Subject(Value):
@@ -109,8 +112,13 @@ class AuditEvent(Stored):
             "id": self.id, "seq": seq, "time": as_text(self.time),
             "actor": {"kind": self.actor.kind, "id": self.actor.id, "name": self.actor.name, "ip": self.actor.ip},
             "action": self.action, "subject": {"kind": self.subject.kind, "id": self.subject.id}, "outcome": self.outcome,
-            "gallery": self.gallery, "request_id": self.request_id, "detail": dict(self.detail),
+            "gallery": self.gallery, "request_id": self.request_id, "detail": cast("Line", self.detail),
         }  # fmt: skip
+
+    @property
+    def facts(self) -> dict[str, Scalar]:
+        """The plain values of `detail`, without the nested ones."""
+        return {name: value for name, value in self.detail.items() if not isinstance(value, dict)}
 
     @property
     def borne_out(self) -> dict[str, str]:

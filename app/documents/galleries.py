@@ -13,6 +13,8 @@ from app.documents.base import Stored, Value, new_id, now
 from app.documents.migrations import current_policy
 from app.domain.faces import ModelCard
 from app.domain.policy import GalleryPolicy
+from app.domain.policy_changes import PendingField
+from app.errors import NotFound
 from app.keys import WrappedKeys
 
 DEFAULT_GALLERY = "default"
@@ -47,6 +49,24 @@ class Fault(Value):
     found_at: datetime
 
 
+class PendingChange(Value):
+    """A policy change that waits. It takes effect after `effective_at`, and only when an officer has agreed.
+
+    old: the field's value when the change was asked for. asked_by, agreed_by: callers' ids, never the same. All times are
+    MongoDB's.
+    """
+
+    id: str
+    field: PendingField
+    old: int | bool | None
+    value: int | bool
+    asked_by: str
+    asked_at: datetime
+    effective_at: datetime
+    agreed_by: str | None = None
+    agreed_at: datetime | None = None
+
+
 class Gallery(Stored):
     """One document, read by every query: the head is `epoch`, `seq`, `contract`, `policy_version`, `published`.
 
@@ -55,7 +75,8 @@ class Gallery(Stored):
     what is not erased, `removed` the vectors ever taken out, kept by the same transactions. `published` is the newest
     generation of the index, `previous` the one before it, as long as its files may stay; `fault` what is wrong with the newest.
     `purge_by`: when index files that hold an erased person's vectors must be gone. `wrapped_keys`: what opens its people's data
-    keys, and what it looks up by.
+    keys, and what it looks up by. `policy` is in force; `pending` is the change of it that waits.
+    `retention_held_until`: retention erases nobody before this time.
     """
 
     name: str
@@ -65,6 +86,8 @@ class Gallery(Stored):
     licence: str
     policy: GalleryPolicy
     policy_version: int = 1
+    pending: PendingChange | None = None
+    retention_held_until: datetime | None = None
     epoch: str
     seq: int = 0
     published: Generation | None = None
@@ -173,6 +196,39 @@ class Gallery(Stored):
             {"$set": {"fault": fault.model_dump()}},
         )
         return bool(result.modified_count)
+
+    async def set_policy(
+        self, session: AsyncClientSession, policy: GalleryPolicy, pending: PendingChange | None
+    ) -> bool:
+        """Put a policy in force, and have this change wait. False when somebody else changed either at the same moment."""
+        result = await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "policy_version": self.policy_version},
+            {
+                "$set": {
+                    "policy": policy.model_dump(),
+                    "pending": None if pending is None else pending.model_dump(),
+                    "updated_at": now(),
+                },
+                "$inc": {"policy_version": 1},
+            },
+            session=session,
+        )
+        return bool(result.matched_count)
+
+    @classmethod
+    async def with_pending(cls) -> list[Self]:
+        """The galleries whose policy has a change that waits."""
+        return await cls.find({"pending": {"$type": "object"}}).to_list()
+
+    async def store_time(self, session: AsyncClientSession | None = None) -> datetime:
+        """The present by MongoDB's clock: a host whose clock is wrong must not shorten a wait."""
+        rows = await self.get_pymongo_collection().aggregate(
+            [{"$match": {"_id": self.id}}, {"$project": {"now": "$$NOW"}}], session=session
+        )
+        async for row in rows:
+            moment: datetime = row["now"]
+            return moment
+        raise NotFound
 
     async def stands(self, session: AsyncClientSession) -> bool:
         """Whether epoch and contract still are what they were when the gallery was read."""

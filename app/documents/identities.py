@@ -245,6 +245,13 @@ class Identity(Stored):
         return found is not None
 
     @classmethod
+    async def count_kept_since_before(cls, gallery_id: str, moment: datetime) -> int:
+        """How many were enrolled before that moment."""
+        return await cls.find(
+            {"gallery_id": gallery_id, "status": {"$in": LIVING}, "created_at": {"$lt": moment}}
+        ).count()
+
+    @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
         """Identities whose queued screening should have run by now; not while their status lets none run."""
         due = {"outbox_at": {"$lte": moment}, "status": {"$in": ["pending", "active"]}}

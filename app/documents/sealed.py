@@ -121,6 +121,16 @@ def open_attributes(key: DataKey, sealed: bytes, gallery_id: str, identity_id: s
     return Attributes.model_validate_json(key.open(sealed, _bound("attributes", gallery_id, identity_id, "")))
 
 
+def seal_patch(key: DataKey, patch: bytes, gallery_id: str, identity_id: str) -> bytes:
+    """A proposed change of the attributes as it is stored."""
+    return key.seal(patch, _bound("proposed-patch", gallery_id, identity_id, ""))
+
+
+def open_patch(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str) -> bytes:
+    """A proposed change of the attributes. Raises SealBroken."""
+    return key.open(sealed, _bound("proposed-patch", gallery_id, identity_id, ""))
+
+
 def name_tags(key: GalleryKey, attributes: Attributes) -> list[bytes]:
     """What a search by the beginning of a name meets; see docs/adr/0031."""
     return [] if attributes.full_name is None else key.lookup_tags("name", name_prefixes(attributes.full_name))

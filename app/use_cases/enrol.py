@@ -14,7 +14,7 @@ from typing import TypeVar
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from app.audit import Action, record
+from app.audit import Action, UnderSalt, record
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Liveness, Sample, Screening
@@ -101,7 +101,10 @@ async def enrol(
         await _insert_changes(gallery.id, identity_id, samples, session)
         await record(
             session, action, subject_kind="identity", subject_id=identity_id, gallery=gallery.name, status_code=202,
-            detail={"samples": len(samples), "job_id": job_id, "seq": seq},
+            detail={
+                "samples": len(samples), "job_id": job_id, "seq": seq,
+                "external_ref": None if ref_hash is None else UnderSalt(ref_hash.hex()),
+            },
         )  # fmt: skip
         return identity
 

@@ -10,21 +10,24 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import structlog
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
 from app.audit import Action, by_system, record
 from app.documents.base import now
+from app.documents.budgets import Erasures
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
-from app.documents.events import AuditEvent
+from app.documents.events import AuditEvent, Detail
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Attempts, Identity, Screening
 from app.documents.probes import Probe
+from app.documents.proposals import IdentityProposal
 from app.documents.scans import ScanPair
 from app.errors import DependencyUnavailable, NotFound, NotReady
 from app.runtime import Runtime
+from app.second_officer import Wanted, agree, propose
 from storage.evidence import EvidenceExists, EvidenceUnavailable
 from storage.photos import PhotoStoreUnavailable
 
@@ -42,6 +45,10 @@ LATE: Final = timedelta(hours=24)
 
 UNSETTLED = Gauge(
     "idem_erasures_unsettled", "Erasures whose photos or ledger line are not settled yet, at the last sweep"
+)
+
+ALARMS = Counter(
+    "idem_erasure_alarms", "Times that one officer's erasures within an hour reached ERASURES_ALARM_PER_HOUR"
 )
 
 
@@ -83,25 +90,44 @@ class _Gone:
     requeued: list[tuple[str, str]]
 
 
+async def ask(
+    runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, reason: str
+) -> Receipt | IdentityProposal:
+    """Erase someone for an officer; where the gallery asks for two officers, propose it."""
+    if not gallery.policy.second_review:
+        return await erase(runtime, action, gallery, identity_id, reason)
+
+    async def commit(session: AsyncClientSession) -> IdentityProposal:
+        identity = await Identity.living(identity_id, session)
+        if identity is None:
+            raise NotFound
+        return await propose(session, action, gallery, identity, Wanted("erasure", reason))
+
+    return await runtime.transaction(commit)
+
+
 async def erase(
     runtime: Runtime,
     action: Action,
     gallery: Gallery,
     identity_id: str,
     reason: str | None,
+    *,
     kept_for: timedelta | None = None,
+    proposal: IdentityProposal | None = None,
 ) -> Receipt:
     """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later.
 
-    kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. Raises
-    NotFound, NotReady, and _NotYet before that time is over.
+    kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. proposal: the one
+    that the actor agrees to by this; see `second_officer.agree`. Raises NotFound, NotReady, and _NotYet before that time is over.
     """
 
     async def commit(session: AsyncClientSession) -> tuple[Deletion, _Gone]:
         # MongoDB's own present, in the transaction that erases: no process's idea of it takes anybody's key away.
         if kept_for is not None and not await Identity.is_older(identity_id, kept_for, session):
             raise _NotYet
-        gone = await _take(runtime, action, gallery, identity_id, reason, session)
+        told: Detail = {} if proposal is None else await agree(session, action, proposal)
+        gone = await _take(runtime, action, gallery, identity_id, told | {"reason": reason}, session)
         deletion = Deletion(
             id=identity_id, gallery_id=gallery.id, erased_at=gone.event.time, event_id=gone.event.id, samples=gone.samples,
             index_purge_by=gone.purge_by, photo_keys=gone.photo_keys, unsettled_since=gone.event.time,
@@ -112,7 +138,27 @@ async def erase(
 
     deletion, gone = await runtime.in_line(gallery.id, commit)
     await _afterwards(runtime, deletion, gone)
+    if action.caller is not None:
+        await _count(runtime, {action.actor_id, action.actor_id if proposal is None else proposal.proposed_by})
     return receipt_of(deletion)
+
+
+async def _count(runtime: Runtime, officers: set[str]) -> None:
+    """Count the erasure for each officer of it. Every time that another `alarm` are full within the hour, it is an alarm."""
+    alarm = runtime.settings.erasures_alarm_per_hour
+    for officer in sorted(officers):
+        try:
+            erasures = await Erasures.add(runtime.keys, officer)
+            if erasures % alarm:
+                continue
+            ALARMS.inc()
+            log.error("erasures_alarm", caller=officer, erasures=erasures)
+            await record(
+                None, by_system("identity.erase.alarm"), subject_kind="caller", subject_id=officer,
+                detail={"erasures": erasures},
+            )  # fmt: skip
+        except PyMongoError as failure:  # the erasure has happened
+            log.warning("erasure_not_counted", caller=officer, error=type(failure).__name__)
 
 
 async def receipt_of_event(event: AuditEvent) -> Receipt:
@@ -149,7 +195,12 @@ async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
     async def commit(session: AsyncClientSession) -> _Gone | None:
         try:
             gone = await _take(
-                runtime, by_system("identity.erase"), gallery, deletion.id, "the ledger of erasures", session
+                runtime,
+                by_system("identity.erase"),
+                gallery,
+                deletion.id,
+                {"reason": "the ledger of erasures"},
+                session,
             )
         except NotFound:  # another process was quicker
             return None
@@ -174,14 +225,18 @@ async def erase_expired(runtime: Runtime) -> int:
     """
     await runtime.clock.measure(runtime.mongo)
     erased = 0
-    async for gallery in Gallery.find({"policy.retention_days": {"$ne": None}}):
+    not_held = {"$or": [{"retention_held_until": None}, {"retention_held_until": {"$lt": now()}}]}
+    async for gallery in Gallery.find({"policy.retention_days": {"$ne": None}, **not_held}):
         kept_for = timedelta(days=gallery.policy.retention_days or 0)
         for identity_id in await Identity.kept_since_before(gallery.id, now() - kept_for, ERASED_AT_ONCE):
             if not runtime.clock.agrees:
                 log.error("retention_waits_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
                 return erased
+            fresh = await Gallery.get(gallery.id)
+            if fresh is None or fresh.policy.retention_days != gallery.policy.retention_days:
+                break  # an admin stopped it, or changed it
             try:
-                await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention", kept_for)
+                await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention", kept_for=kept_for)
             except (NotFound, _NotYet):  # erased by somebody else just now, or still kept
                 continue
             except (PyMongoError, DependencyUnavailable):
@@ -228,10 +283,10 @@ async def _take(
     action: Action,
     gallery: Gallery,
     identity_id: str,
-    reason: str | None,
+    told: Detail,
     session: AsyncClientSession,
 ) -> _Gone:
-    """Take everything of the person out of the documents. Raises NotFound, NotReady."""
+    """Take everything of the person out of the documents. told: for the event. Raises NotFound, NotReady."""
     identity = await Identity.living(identity_id, session)
     if identity is None:
         raise NotFound
@@ -247,6 +302,7 @@ async def _take(
     await Pair.forget(identity.id, session)
     await ScanPair.forget(identity.id, session)
     await Probe.forget(identity.id, session)
+    await IdentityProposal.forget(identity.id, session)
     gone: dict[str, object] = {
         "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None, "name_tags": [],
         "wrapped_key": None, "key_generation": None, "attempts": Attempts(), "outbox_at": None, "erased_at": moment,
@@ -255,7 +311,7 @@ async def _take(
         raise NotReady("The identity was changed at the same moment.")
     event = await record(
         session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
-        detail={"samples": samples, "reason": reason},
+        detail={"samples": samples} | told,
     )  # fmt: skip
     return _Gone(event, samples, event.time + keep, [s.photo_key for s in identity.samples], requeued)
 

@@ -51,6 +51,7 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.restores import Restore
 from app.documents.tree import AuditTree
+from app.domain.policy_changes import WAIT
 from app.heads_outside import misfits_outside
 from app.leases import held
 from app.restoring import still_here
@@ -306,6 +307,7 @@ class _Loading:
         for row in rows:
             fields = {"epoch": new_id(), "published": None, "previous": None, "fault": None, "purge_by": None}
             await galleries.update_one({"_id": row["_id"]}, {"$set": fields})
+        await _hold_policies(galleries)
         for callers in (User, Client):  # whoever holds a token gets another one
             staged = database[STAGED + callers.get_collection_name()]
             step = VERSION_STEPS.start + secrets.randbelow(len(VERSION_STEPS))
@@ -347,6 +349,18 @@ class _Loading:
         with pymongo.timeout(WRITE_SECONDS):
             async for _ in await ledger.aggregate([{"$merge": {"into": SET_ASIDE}}]):
                 pass
+
+
+async def _hold_policies(galleries: Any) -> None:  # noqa: ANN401 - the driver's, of documents of any shape
+    """Let no policy of the backup act on people at once: it may have been lifted, or cancelled, since the backup was made.
+
+    Retention erases nobody for the time that a shorter one would have to wait. A pending change waits anew, for its time and for
+    an officer's agreement.
+    """
+    later = {"$dateAdd": {"startDate": "$$NOW", "unit": "day", "amount": WAIT.days}}
+    await galleries.update_many({"policy.retention_days": {"$ne": None}}, [{"$set": {"retention_held_until": later}}])
+    waits = {"pending.effective_at": later, "pending.agreed_by": None, "pending.agreed_at": None}
+    await galleries.update_many({"pending": {"$type": "object"}}, [{"$set": waits}])
 
 
 async def _switch(runtime: Runtime, standing: Restore, tell: Tell) -> None:

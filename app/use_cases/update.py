@@ -1,64 +1,178 @@
 """Update: change what is known of a person besides the face."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
-from app.audit import Action, record
+from app.audit import Action, UnderSalt, record
+from app.documents.events import Detail, Scalar
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.documents.sealed import data_key, gallery_key, name_tags, open_attributes, seal_attributes
+from app.documents.proposals import IdentityProposal
+from app.documents.sealed import (
+    data_key,
+    gallery_key,
+    name_tags,
+    open_attributes,
+    open_patch,
+    seal_attributes,
+    seal_patch,
+)
 from app.domain.attributes import Attributes, Json, canonical_ref
-from app.errors import Advice, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
+from app.errors import Advice, Conflict, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
+from app.keys import DataKey, GalleryKey
 from app.runtime import Runtime
+from app.second_officer import Wanted, agree, propose
+
+Patch = Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a merge patch makes of the attributes of an identity."""
+
+    identity: Identity
+    key: DataKey
+    lookup: GalleryKey
+    patch: Patch
+    before: Attributes
+    after: Attributes
+
+    @property
+    def is_of_reference(self) -> bool:
+        """Whether it sets, changes or removes the reference."""
+        return self.before.external_ref != self.after.external_ref
+
+    def hash_of(self, reference: str | None) -> bytes | None:
+        """How a reference is looked up in the gallery."""
+        return None if reference is None else self.lookup.lookup_hash("external_ref", canonical_ref(reference))
+
+    @property
+    def told(self) -> Detail:
+        """What its event tells: the fields by name; of a reference, both values as keyed hashes."""
+        fields: Detail = {"fields": ",".join(sorted(self.patch))}
+        if not self.is_of_reference:
+            return fields
+        values = {"old": self.hash_of(self.before.external_ref), "new": self.hash_of(self.after.external_ref)}
+        hashed: dict[str, Scalar] = {
+            name: None if value is None else UnderSalt(value.hex()) for name, value in values.items()
+        }
+        return fields | {"changes": {"external_ref": hashed}}
+
+
+def change_of(runtime: Runtime, gallery: Gallery, identity: Identity, patch: Patch) -> Change:
+    """Apply an RFC 7396 merge patch, in memory only. Raises NotFound, Validation when the result does not fit."""
+    if identity.attributes is None:
+        raise NotFound
+    key = data_key(runtime.keys, gallery, identity)
+    before = open_attributes(key, identity.attributes, gallery.id, identity.id)
+    merged = _merged(before.model_dump(mode="json"), patch)
+    after = _validated({name: value for name, value in merged.items() if value is not None})
+    return Change(identity, key, gallery_key(runtime.keys, gallery), patch, before, after)
+
+
+def proposed_change(runtime: Runtime, gallery: Gallery, identity: Identity, proposal: IdentityProposal) -> Change:
+    """What a proposal would make of the attributes. Raises NotFound when it went with the person."""
+    if proposal.sealed_patch is None:
+        raise NotFound
+    key = data_key(runtime.keys, gallery, identity)
+    patch: Patch = json.loads(open_patch(key, proposal.sealed_patch, gallery.id, identity.id))
+    return change_of(runtime, gallery, identity, patch)
 
 
 async def update(
-    runtime: Runtime,
-    action: Action,
-    gallery: Gallery,
-    identity_id: str,
-    patch: Mapping[str, Json],
-    if_version: int | None,
-) -> Identity:
+    runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, patch: Patch, if_version: int | None
+) -> Identity | IdentityProposal:
     """Apply an RFC 7396 merge patch to the attributes.
 
-    Raises PreconditionFailed when the version is another, ExternalRefTaken, Validation when the result does not fit.
+    Where the gallery asks for two officers, a patch that sets, changes or removes the reference is proposed as a whole. Raises
+    PreconditionFailed when the version is another, ExternalRefTaken, Validation when the result does not fit.
     """
 
-    async def commit(session: AsyncClientSession) -> None:
-        identity = await Identity.living(identity_id, session)
-        if identity is None or identity.attributes is None:
-            raise NotFound
+    async def commit(session: AsyncClientSession) -> IdentityProposal | None:
+        identity = await _found(identity_id, session)
         if if_version is not None and identity.version != if_version:
             raise PreconditionFailed(f"The identity is at version {identity.version}.")
-        key = data_key(runtime.keys, gallery, identity)
-        known = open_attributes(key, identity.attributes, gallery.id, identity.id).model_dump(mode="json")
-        attributes = _validated({name: value for name, value in _merged(known, patch).items() if value is not None})
-        ref = attributes.external_ref
-        lookup = gallery_key(runtime.keys, gallery)
-        fields = {
-            "attributes": seal_attributes(key, attributes, gallery.id, identity.id),
-            "external_ref_hash": None if ref is None else lookup.lookup_hash("external_ref", canonical_ref(ref)),
-            "name_tags": name_tags(lookup, attributes),
-        }
-        if not await identity.change(session, fields):
-            raise NotReady("The identity was changed at the same moment.")
-        await record(
-            session, action, subject_kind="identity", subject_id=identity_id, gallery=gallery.name,
-            detail={"fields": ",".join(sorted(patch))},
-        )  # fmt: skip
+        change = change_of(runtime, gallery, identity, patch)
+        if change.is_of_reference and gallery.policy.second_review:
+            return await _proposed(session, runtime, action, gallery, change)
+        await _write(session, action, gallery, change, {})
+        return None
 
+    proposal = await _committed(runtime, gallery, commit)
+    return proposal or await _found(identity_id)
+
+
+async def carry_out(runtime: Runtime, action: Action, gallery: Gallery, proposal: IdentityProposal) -> None:
+    """Apply the patch that another officer proposed. Raises as `second_officer.agree` does, and ExternalRefTaken."""
+
+    async def commit(session: AsyncClientSession) -> None:
+        told = await agree(session, action, proposal)
+        identity = await _found(proposal.identity_id, session)
+        await _write(session, action, gallery, proposed_change(runtime, gallery, identity, proposal), told)
+
+    await _committed(runtime, gallery, commit)
+
+
+async def _proposed(
+    session: AsyncClientSession, runtime: Runtime, action: Action, gallery: Gallery, change: Change
+) -> IdentityProposal:
+    identity, wanted = change.identity, change.hash_of(change.after.external_ref)
+    holder = None if wanted is None else await Identity.by_external_ref(gallery.id, wanted)
+    if holder is not None and holder.id != identity.id:
+        raise _taken(gallery)
+    sealed = seal_patch(change.key, json.dumps(dict(change.patch)).encode(), gallery.id, identity.id)
+
+    def is_same(known: IdentityProposal) -> bool:
+        return proposed_change(runtime, gallery, identity, known).after == change.after
+
+    asked = Wanted("reference_change", sealed_patch=sealed, told=change.told)
+    return await propose(session, action, gallery, identity, asked, is_same=is_same)
+
+
+async def _write(session: AsyncClientSession, action: Action, gallery: Gallery, change: Change, told: Detail) -> None:
+    identity, after = change.identity, change.after
+    fields = {
+        "attributes": seal_attributes(change.key, after, gallery.id, identity.id),
+        "external_ref_hash": change.hash_of(after.external_ref),
+        "name_tags": name_tags(change.lookup, after),
+    }
+    if not await identity.change(session, fields):
+        raise NotReady("The identity was changed at the same moment.")
+    await record(
+        session,
+        action,
+        subject_kind="identity",
+        subject_id=identity.id,
+        gallery=gallery.name,
+        detail=change.told | told,
+    )
+
+
+async def _committed(
+    runtime: Runtime, gallery: Gallery, commit: Callable[[AsyncClientSession], Awaitable[IdentityProposal | None]]
+) -> IdentityProposal | None:
     try:
-        await runtime.transaction(commit)
+        return await runtime.transaction(commit)
     except DuplicateKeyError as error:
-        raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.") from error
-    identity = await Identity.living(identity_id)
+        if "external_ref_hash" in str(error.details):
+            raise _taken(gallery) from error
+        raise Conflict("The same was proposed at the same moment.") from error
+
+
+async def _found(identity_id: str, session: AsyncClientSession | None = None) -> Identity:
+    identity = await Identity.living(identity_id, session)
     if identity is None:
         raise NotFound
     return identity
+
+
+def _taken(gallery: Gallery) -> ExternalRefTaken:
+    return ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.")
 
 
 def _merged(target: Mapping[str, Json], patch: Mapping[str, Json]) -> dict[str, Json]:

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from app.audit import Action, by_system, record
+from app.audit import Action, UnderSalt, by_system, record
 from app.documents.base import now
 from app.documents.budgets import FaceBudget, NonMatches, this_hour
 from app.documents.challenges import NONCE_PREFIX, Challenge, challenge_id
@@ -61,11 +61,21 @@ A_DAY_SECONDS = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Whom the selfie is said to show, and for whom the answer is signed. nonce: of a challenge, or the caller's own."""
+    """Whom the selfie is said to show, and for whom the answer is signed.
+
+    nonce: of a challenge, or the caller's own. is_by_reference: whether the identity was named by its reference.
+    """
 
     identity: Identity
     audience: str | None
     nonce: str | None
+    is_by_reference: bool = False
+
+    @property
+    def hashed_reference(self) -> UnderSalt | None:
+        """What the event holds of the claimed reference: it may be another person's tomorrow."""
+        reference = self.identity.external_ref_hash if self.is_by_reference else None
+        return None if reference is None else UnderSalt(reference.hex())
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +170,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
                 "match": matched, "score": coarse, "threshold": threshold,
                 "fmr": None if coarse is None else fmr_at(runtime.engine.card, coarse), "flags": ",".join(flags),
                 "audience": audience, "nonce": claim.nonce, "challenged": challenge is not None,
+                "external_ref": claim.hashed_reference,
                 "quality": reading.quality.coarse().model_dump_json(),
                 "liveness": None if reading.liveness is None else round(reading.liveness, 2),
                 "live": None if reading.liveness is None else reading.is_live, "found": found.model_dump_json(),
@@ -177,7 +188,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
 
 def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: float | None) -> Verification:
     """The answer that an event stands for: what the first request got, a repetition with its idempotency key gets again."""
-    detail = event.detail
+    detail = event.facts
     matched, threshold, fmr = bool(detail["match"]), float(detail["threshold"] or 0), detail["fmr"]
     live, found = detail["liveness"], detail.get("found")
     return Verification(
@@ -304,7 +315,7 @@ async def _count_non_match(runtime: Runtime, action: Action) -> None:
 def _assertion(runtime: Runtime, gallery: Gallery, event: AuditEvent) -> str:
     """The signed answer for relying parties; the same event gives the same text."""
     issued_at = int(event.time.astimezone(UTC).timestamp())
-    detail = event.detail
+    detail = event.facts
     return runtime.access.sign_assertion({
         "sub": event.subject.id, "aud": str(detail["audience"]), "iat": issued_at, "exp": issued_at + ASSERTION_SECONDS,
         "jti": event.id, "nonce": None if detail["nonce"] is None else str(detail["nonce"]), "amr": ["face"],

@@ -74,7 +74,7 @@ def test_the_story_of_a_person_stands_in_the_log(service: Service, gallery: str)
     service.officer.post(f"{path}/samples", files=[part(person.selfie)])
     verify(service.app, person.selfie, identity_id=made["id"])
     service.officer.post(f"{path}/revoke", json={"reason": "lost"})
-    service.officer.delete(path)
+    service.officer.delete(path, params={"reason": "asked for"})
     told = events(service, subject=made["id"])
     actions = [event["action"] for event in reversed(told)]
     assert actions.pop(-3 - actions[::-1].index("dedup.verdict") + 2) == "dedup.verdict"
@@ -111,7 +111,7 @@ def test_face_operations_are_events_that_the_answer_names(service: Service, gall
 def test_refusals_are_events_too(service: Service, gallery: str) -> None:
     with user_with(service, "officer", galleries=[]) as stranger:
         made = enrol(service, gallery, people()[0].photo)
-        problem(stranger.delete(f"/v1/identities/{made['id']}"), 404, "not-found")
+        problem(stranger.delete(f"/v1/identities/{made['id']}", params={"reason": "asked for"}), 404, "not-found")
         problem(stranger.get("/v1/users"), 403, "forbidden")
         problem(stranger.get("/v1/audit/events"), 403, "forbidden")
         told = {

@@ -191,7 +191,7 @@ def test_a_decision_with_its_key_is_made_once(service: Service, gallery: str) ->
 
 def test_erasing_a_candidate_has_its_newcomer_screened_again(service: Service, gallery: str) -> None:
     first, suspect, case = twins(service, gallery)
-    assert service.officer.delete(f"/v1/identities/{first['id']}").status_code == 200
+    assert service.officer.delete(f"/v1/identities/{first['id']}", params={"reason": "asked for"}).status_code == 200
     deadline = time.monotonic() + SETTLED_WITHIN_SECONDS
     while (page := identity(service, suspect["id"]))["status"] != "active":
         assert page["status"] in ("pending", "suspected_duplicate")
@@ -203,7 +203,7 @@ def test_erasing_a_candidate_has_its_newcomer_screened_again(service: Service, g
 
 def test_erasing_the_newcomer_closes_its_case_and_leaves_the_candidate(service: Service, gallery: str) -> None:
     first, suspect, case = twins(service, gallery)
-    assert service.officer.delete(f"/v1/identities/{suspect['id']}").status_code == 200
+    assert service.officer.delete(f"/v1/identities/{suspect['id']}", params={"reason": "asked for"}).status_code == 200
     closed = service.officer.get(f"/v1/dedup/cases/{case['id']}").json()
     assert (closed["state"], closed["newcomer"]) == ("decided", None)
     assert identity(service, first["id"])["status"] == "active"

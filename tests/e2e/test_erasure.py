@@ -60,7 +60,7 @@ def test_an_erased_person_is_unmatchable_and_not_found_ever_after(service: Servi
     problem(verify(service.app, person.selfie, external_ref="R1", gallery=gallery), 404, "not-found")
     path = f"/v1/identities/{made['id']}"
     for method, call in (
-        ("GET", ""), ("DELETE", ""), ("GET", f"/samples/{made['samples'][0]['id']}/photo"), ("POST", "/screen"),
+        ("GET", ""), ("DELETE", "?reason=again"), ("GET", f"/samples/{made['samples'][0]['id']}/photo"), ("POST", "/screen"),
     ):  # fmt: skip
         problem(service.officer.request(method, path + call), 404, "not-found")
     problem(service.officer.post(f"{path}/samples", files=[part(person.selfie)]), 404, "not-found")
@@ -109,9 +109,11 @@ def test_an_identity_can_be_erased_in_any_state(service: Service, gallery: str, 
 def test_an_erasure_repeated_with_its_key_gets_the_same_receipt(service: Service, gallery: str) -> None:
     made = enrol(service, gallery, people()[1].photo)
     path, headers = f"/v1/identities/{made['id']}", {"Idempotency-Key": unique("key")}
-    first = service.officer.delete(path, headers=headers)
+    why = {"reason": "asked for"}
+    first = service.officer.delete(path, params=why, headers=headers)
     assert first.status_code == 200
-    again_asked = service.officer.delete(path, headers=headers)
+    again_asked = service.officer.delete(path, params=why, headers=headers)
     assert (again_asked.status_code, again_asked.json()) == (200, first.json())
-    problem(service.officer.delete(path), 404, "not-found")
-    problem(service.officer.delete(f"/v1/identities/{NOBODY}", headers=headers), 422, "idempotency-key-reused")
+    problem(service.officer.delete(path, params=why), 404, "not-found")
+    other = service.officer.delete(f"/v1/identities/{NOBODY}", params=why, headers=headers)
+    problem(other, 422, "idempotency-key-reused")

@@ -24,7 +24,7 @@ POLICY_FIELDS = {
 
 def test_the_gallery_default_is_there_from_the_start(service: Service) -> None:
     page = service.app.get("/v1/galleries/default").json()
-    assert set(page) == {"id", "name", "model", "policy", "thresholds", "counts", "index"}
+    assert set(page) == {"id", "name", "model", "policy", "pending", "thresholds", "counts", "index"}
     assert set(page["model"]) == {"pack", "dimension", "contract", "licence"}
     assert page["model"]["contract"].startswith("sha256:")
     assert set(page["policy"]) == POLICY_FIELDS
@@ -92,24 +92,42 @@ def test_a_policy_that_does_not_fit_is_refused_by_field(service: Service, policy
 def test_a_policy_is_merged_and_a_threshold_by_hand_wins_over_its_rate(service: Service, gallery: str) -> None:
     path = f"/v1/galleries/{gallery}"
     before = service.admin.get(path).json()
-    changed = service.admin.patch(path, json={"policy": {"verify_threshold": 0.77, "retention_days": 30}})
+    changed = service.admin.patch(path, json={"policy": {"verify_threshold": 0.77, "quality": "strict"}})
     assert changed.status_code == 200, changed.text
     page = changed.json()
-    assert page["policy"] == before["policy"] | {"verify_threshold": 0.77, "retention_days": 30}
+    assert page["policy"] == before["policy"] | {"verify_threshold": 0.77, "quality": "strict"}
     assert page["thresholds"]["verify"] == 0.77
     assert page["thresholds"]["identify"] == before["thresholds"]["identify"]
-    back = service.admin.patch(path, json={"policy": {"verify_threshold": None, "retention_days": None}}).json()
+    back = service.admin.patch(path, json={"policy": {"verify_threshold": None, "quality": None}}).json()
     assert (back["policy"], back["thresholds"]) == (before["policy"], before["thresholds"])
     stricter = service.admin.patch(path, json={"policy": {"verify_fmr": before["policy"]["verify_fmr"] / 100}}).json()
     assert stricter["thresholds"]["verify"] > before["thresholds"]["verify"]
     problem(service.admin.patch(path, json={"name": "other"}), 422, "validation")
 
 
+def test_a_shorter_retention_waits_for_a_week_and_an_officer(service: Service, gallery: str) -> None:
+    path = f"/v1/galleries/{gallery}"
+    enrol(service, gallery, people()[0].photo)
+    asked = service.admin.patch(path, json={"policy": {"retention_days": 1}})
+    assert asked.status_code == 200, asked.text
+    page = asked.json()
+    assert page["policy"]["retention_days"] is None
+    assert (page["pending"]["value"], page["pending"]["people"], page["pending"]["agreed_by"]) == (1, 1, None)
+    assert service.officer.get(path).json()["pending"] == page["pending"]
+    problem(service.admin.post(f"{path}/pending/agree"), 403, "forbidden")
+    agreed = service.officer.post(f"{path}/pending/agree")
+    assert agreed.status_code == 200, agreed.text
+    assert agreed.json()["pending"]["agreed_by"] == service.officer.get("/v1/auth/me").json()["id"]
+    cancelled = service.officer.post(f"{path}/pending/cancel")
+    assert (cancelled.status_code, cancelled.json()["pending"]) == (200, None)
+    problem(service.officer.post(f"{path}/pending/cancel"), 409, "conflict")
+
+
 def test_only_an_empty_gallery_can_be_removed(service: Service, gallery: str) -> None:
     made = enrol(service, gallery, people()[0].photo)
     path = f"/v1/galleries/{gallery}"
     problem(service.admin.delete(path), 409, "conflict")
-    service.officer.delete(f"/v1/identities/{made['id']}")
+    service.officer.delete(f"/v1/identities/{made['id']}", params={"reason": "asked for"})
     assert service.admin.delete(path).status_code == 204
     problem(service.admin.get(path), 404, "not-found")
     problem(service.admin.delete(path), 404, "not-found")
@@ -118,7 +136,7 @@ def test_only_an_empty_gallery_can_be_removed(service: Service, gallery: str) ->
 def test_a_gallery_removed_and_made_again_knows_nobody(service: Service, gallery: str) -> None:
     person = people()[1]
     made = enrol(service, gallery, person.photo)
-    service.officer.delete(f"/v1/identities/{made['id']}")
+    service.officer.delete(f"/v1/identities/{made['id']}", params={"reason": "asked for"})
     assert service.admin.delete(f"/v1/galleries/{gallery}").status_code == 204
     assert service.admin.post("/v1/galleries", json={"name": gallery}).status_code == 201
     assert identify(service.app, person.selfie, gallery=gallery).json()["candidates"] == []

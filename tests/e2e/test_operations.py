@@ -200,7 +200,7 @@ def test_h75_with_mongodb_frozen_everything_is_refused_in_time_and_comes_back(
         lambda: hurt.officer.post("/v1/identities", files=[part(people()[2].photo)], data={"gallery": gallery}),
         lambda: verify(hurt.app, person.selfie, identity_id=known["id"]),
         lambda: identify(hurt.app, person.selfie, gallery=gallery),
-        lambda: hurt.officer.delete(f"/v1/identities/{known['id']}"),
+        lambda: hurt.officer.delete(f"/v1/identities/{known['id']}", params={"reason": "asked for"}),
         lambda: hurt.anonymous.post(
             "/v1/auth/token", data={"grant_type": "password", "username": "a", "password": "b"}
         ),

@@ -35,7 +35,7 @@ def test_h100_a_running_service_leaves_for_a_restore_and_comes_back_without_the_
             made = json.loads(command("backup", folder))
             assert made["photos"] == 1
             lost = enrol(service, gallery, bob.photo)
-            service.officer.delete(f"/v1/identities/{erased['id']}").raise_for_status()
+            service.officer.delete(f"/v1/identities/{erased['id']}", params={"reason": "asked for"}).raise_for_status()
             before, caller = stack.pids(), service.officer
             done = json.loads(command("restore", folder, "--replace", "--yes"))
             assert (done["set_id"], done["erased_again"], len(done["log"])) == (made["id"], 1, 1)

@@ -78,7 +78,7 @@ async def test_h97_without_its_event_nothing_happens_and_nothing_is_told(runtime
         "revoke": lambda: standing.revoke(runtime, by_officer("identity.revoke"), gallery, ann.id, "lost"),
         "erase": lambda: erased(runtime, ann),
         "gallery": lambda: galleries.create(runtime, by_officer("gallery.create"), "north", None, gallery.policy),
-        "policy": lambda: galleries.update(runtime, by_officer("gallery.update"), gallery, policy),
+        "policy": lambda: galleries.update(runtime, by_officer("gallery.update"), gallery, policy, ()),
         "key": lambda: runtime.transaction(
             lambda session: rotate_key(session, runtime.keys, by_system("audit.rotate_key"), "why not")
         ),

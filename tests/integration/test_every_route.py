@@ -15,8 +15,11 @@ import pytest
 from fastapi import FastAPI
 
 from app.audit import by_system
+from app.documents.base import now
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
+from app.documents.identities import Identity
+from app.documents.proposals import IdentityProposal
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy
 from app.errors import NotReady
@@ -27,6 +30,7 @@ from app.use_cases.keep_users import UserFields, create_user
 from app.use_cases.scan import start
 from app.use_cases.sequence import kept_up
 from tests.builders import by_officer, case_about, enrolled, portrait, screened
+from tests.support.callers import NEW_PASSWORD, http_of, token_of
 
 Json = dict[str, Any]
 
@@ -63,6 +67,8 @@ MAY: dict[str, set[str]] = {
     "GET /v1/galleries/{name}": ADMIN | OFFICER | APP,
     "POST /v1/galleries": ADMIN,
     "PATCH /v1/galleries/{name}": ADMIN,
+    "POST /v1/galleries/{name}/pending/agree": OFFICER,
+    "POST /v1/galleries/{name}/pending/cancel": ADMIN | OFFICER,
     "DELETE /v1/galleries/{name}": ADMIN,
     "POST /v1/identities": OFFICER,
     "GET /v1/identities": OFFICER,
@@ -79,6 +85,10 @@ MAY: dict[str, set[str]] = {
     "POST /v1/identities/import": OFFICER,
     "GET /v1/imports/{import_id}": OFFICER,
     "GET /v1/imports/{import_id}/results": OFFICER,
+    "GET /v1/proposals": OFFICER,
+    "GET /v1/proposals/{proposal_id}": OFFICER,
+    "POST /v1/proposals/{proposal_id}/agree": OFFICER,
+    "POST /v1/proposals/{proposal_id}/withdraw": OFFICER,
     "POST /v1/verifications": OFFICER | APP,
     "POST /v1/identifications": OFFICER | APP,
     "POST /v1/comparisons": OFFICER | APP,
@@ -115,6 +125,7 @@ OF_NO_GALLERY = {
     "GET /v1/clients",
     "GET /v1/galleries",
     "GET /v1/identities",
+    "GET /v1/proposals",
     "GET /v1/dedup/cases",
     "POST /v1/faces/detect",
     "GET /v1/audit/events",
@@ -132,11 +143,10 @@ NOT_THERE = {"GET /v1/imports/{import_id}", "GET /v1/imports/{import_id}/results
 #: What asks for a password or a code besides the token.
 WITH_PROOF = {"POST /v1/auth/password", "POST /v1/auth/totp", "POST /v1/auth/totp/confirm", "DELETE /v1/auth/totp"}
 NOBODY = "01a1fc00-0000-7000-8000-000000000000"
-NEW_PASSWORD = "correct horse battery"
 #: Parameters of a path, and whose id stands there.
 NAMED = {
     "user_id": "user", "client_id": "client", "name": "gallery", "identity_id": "identity", "sample_id": "sample",
-    "job_id": "job", "case_id": "case", "scan_id": "scan", "event": "event", "import_id": "nobody",
+    "proposal_id": "proposal", "job_id": "job", "case_id": "case", "scan_id": "scan", "event": "event", "import_id": "nobody",
 }  # fmt: skip
 
 
@@ -201,6 +211,7 @@ def request(call: str, ids: dict[str, str]) -> tuple[str, str, Json]:
         "POST /v1/galleries": {"json": {"name": ids["gallery"]}},
         "PATCH /v1/galleries/{name}": {"json": {"policy": {"verify_threshold": 0.01}}},
         "PATCH /v1/identities/{identity_id}": {"json": {"full_name": "Intruder"}},
+        "DELETE /v1/identities/{identity_id}": {"params": {"reason": "x"}},
         "POST /v1/identities/{identity_id}/revoke": {"json": {"reason": "x"}},
         "POST /v1/identities/{identity_id}/reinstate": {"json": {"reason": "x"}},
         "POST /v1/challenges": {"json": {"gallery": ids["gallery"], "identity_id": ids["identity"]}},
@@ -228,21 +239,32 @@ async def scene(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Scene]
     system = by_system("user.create")
     user = await create_user(runtime, system, UserFields("their-user", (Role.OFFICER,), ("theirs-7",)), NEW_PASSWORD)
     client, _ = await create_client(runtime, system, ClientFields("their-client", (Role.RELYING_APP,), ("theirs-7",)))
+    proposal = await proposed(theirs, ann)
     app = create_app(runtime.settings)
     app.state.runtime = runtime
     ids = {
         "gallery": "theirs-7", "identity": ann.id, "sample": ann.samples[0].id, "job": ann.screenings[0].job_id,
-        "case": case.id, "scan": scan.id, "user": user.id, "client": client.id, "nobody": NOBODY,
+        "case": case.id, "proposal": proposal.id, "scan": scan.id, "user": user.id, "client": client.id, "nobody": NOBODY,
         "event": await _event_about(ann.id),
     }  # fmt: skip
-    callers: dict[tuple[str, str], httpx.AsyncClient] = {("", ""): _http(app, None)}
+    callers: dict[tuple[str, str], httpx.AsyncClient] = {("", ""): http_of(app, None)}
     for bound, galleries in BOUND.items():
         for role in ROLES:
-            callers[role, bound] = _http(app, await _token(runtime, app, f"{role}-{bound}", role, galleries))
+            callers[role, bound] = http_of(app, await token_of(runtime, app, f"{role}-{bound}", role, galleries))
     marks = (*(ids[key] for key in ids if key != "nobody"), suspect.id, "NID-THEIRS", "Ann Theirs", "their-user")
     yield Scene(app, ids, marks, callers)
     for http in callers.values():
         await http.aclose()
+
+
+async def proposed(gallery: Gallery, identity: Identity) -> IdentityProposal:
+    """An erasure that waits for a second officer."""
+    proposal = IdentityProposal(
+        gallery_id=gallery.id, identity_id=identity.id, identity_version=identity.version, kind="erasure",
+        reason="moved away", proposed_by="officer-1", created_at=now(),
+    )  # fmt: skip
+    await proposal.insert()
+    return proposal
 
 
 @pytest.fixture
@@ -268,24 +290,6 @@ async def _event_about(identity_id: str) -> str:
     event = await AuditEvent.find_one({"subject.id": identity_id})
     assert event is not None
     return event.id
-
-
-def _http(app: FastAPI, token: str | None) -> httpx.AsyncClient:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
-    return httpx.AsyncClient(transport=transport, base_url="http://idem.test", headers=headers)
-
-
-async def _token(runtime: Runtime, app: FastAPI, name: str, role: str, galleries: tuple[str, ...] | None) -> str:
-    if role == "relying_app":
-        fields = ClientFields(name, (Role(role),), galleries)
-        client, secret = await create_client(runtime, by_system("client.create"), fields)
-        form = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret}
-    else:
-        await create_user(runtime, by_system("user.create"), UserFields(name, (Role(role),), galleries), NEW_PASSWORD)
-        form = {"grant_type": "password", "username": name, "password": NEW_PASSWORD}
-    async with _http(app, None) as http:
-        return str((await http.post("/v1/auth/token", data=form)).json()["access_token"])
 
 
 async def ask(scene: Scene, call: str, role: str, bound: str, ids: dict[str, str]) -> httpx.Response:

@@ -48,7 +48,7 @@ async def queued(settings: Settings, redis_server: services.Server, database_nam
     given = settings.model_copy(update={"redis_url": redis_server.url, "queue_name": database_name})
     async with open_runtime(given, FakeEngine()) as runtime:
         policy = (await default_gallery()).policy.model_copy(update={"quality": "off"})
-        await galleries.update(runtime, by_officer("gallery.update"), await default_gallery(), policy)
+        await galleries.update(runtime, by_officer("gallery.update"), await default_gallery(), policy, ())
         yield runtime
 
 

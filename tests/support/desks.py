@@ -205,7 +205,7 @@ class Desk:
             if answer.status_code != httpx.codes.OK:
                 self.broken.append(f"erasure of {person.reference}: {answer.status_code} {answer.text[:300]}")
 
-        return self._new("erase", "DELETE", f"/v1/identities/{person.id}", told)
+        return self._new("erase", "DELETE", f"/v1/identities/{person.id}", told, params={"reason": "torture"})
 
     def _new(
         self,

@@ -296,7 +296,7 @@ class _Load:
         try:
             if suspect_id:
                 self.people[suspect_id].maybe_active = person.leaving
-            if await self._ask(door, "DELETE", f"/v1/identities/{chosen}") is None:
+            if await self._ask(door, "DELETE", f"/v1/identities/{chosen}", params={"reason": "load"}) is None:
                 return
             person.gone = time.time()
             self.counted["erasures"] += 1

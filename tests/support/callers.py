@@ -1,0 +1,32 @@
+"""Callers of the whole application without servers in between: users and clients who are logged in."""
+
+import httpx
+from fastapi import FastAPI
+
+from app.audit import by_system
+from app.domain.callers import Role
+from app.runtime import Runtime
+from app.use_cases.keep_clients import ClientFields, create_client
+from app.use_cases.keep_users import UserFields, create_user
+
+NEW_PASSWORD = "correct horse battery"
+
+
+def http_of(app: FastAPI, token: str | None) -> httpx.AsyncClient:
+    """The application as a caller with this access token reaches it."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://idem.test", headers=headers)
+
+
+async def token_of(runtime: Runtime, app: FastAPI, name: str, role: str, galleries: tuple[str, ...] | None) -> str:
+    """The access token of a new caller with this role."""
+    if role == "relying_app":
+        fields = ClientFields(name, (Role(role),), galleries)
+        client, secret = await create_client(runtime, by_system("client.create"), fields)
+        form = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret}
+    else:
+        await create_user(runtime, by_system("user.create"), UserFields(name, (Role(role),), galleries), NEW_PASSWORD)
+        form = {"grant_type": "password", "username": name, "password": NEW_PASSWORD}
+    async with http_of(app, None) as http:
+        return str((await http.post("/v1/auth/token", data=form)).json()["access_token"])
