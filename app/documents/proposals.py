@@ -40,6 +40,7 @@ class IdentityProposal(Stored):
         indexes: ClassVar[list[IndexModel]] = [
             IndexModel([("gallery_id", 1), ("state", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("gallery_id", 1), ("created_at", -1), ("_id", -1)]),
+            IndexModel("identity_id"),
             # Of one action there is one open proposal, also when two officers ask at the same moment.
             IndexModel(
                 [("identity_id", 1), ("kind", 1), ("sample_id", 1)],

@@ -11,7 +11,7 @@ from app.documents.events import Detail
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.domain.policy import Decision, LookAlike, may_activate
-from app.errors import Advice, Conflict, NotFound, UndecidedCandidates, Validation
+from app.errors import Advice, Conflict, Forbidden, NotFound, UndecidedCandidates, Validation
 from app.runtime import Runtime
 
 
@@ -31,8 +31,9 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
     Under the policy `second_review` a decision is a proposal at first: it comes into force when another officer decides the
     same, and another officer's different decision takes its place as a proposal.
 
-    Raises Conflict when it is decided already or proposed by the same officer, UndecidedCandidates when two undecided
-    look-alikes would become active, Validation when the judgement does not fit the case.
+    Raises Forbidden when an application agrees to a proposal, Conflict when it is decided already or proposed by the same
+    officer, UndecidedCandidates when two undecided look-alikes would become active, Validation when the judgement does not fit
+    the case.
     """
 
     async def decide(session: AsyncClientSession) -> None:
@@ -57,6 +58,8 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
             fields: dict[str, object] = {"proposals": [p.model_dump() for p in (*others, wanted)]}
             detail |= {"step": "proposal", "decided": False, "contradicts": None if proposed is None else proposed.by}
         else:
+            if proposed is not None and (action.caller is None or action.caller.kind != "user"):
+                raise Forbidden("A person must agree, not an application.")
             by = None if proposed is None else proposed.by
             fields = await _decided(case, newcomer, targets, loser, _Review(wanted, by), session)
             detail |= {"decided": fields.get("state") == "decided", "proposed_by": by}

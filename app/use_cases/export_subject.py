@@ -17,6 +17,7 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity, Sample, Screening
 from app.documents.probes import Probe
+from app.documents.proposals import IdentityProposal
 from app.documents.sealed import data_key, open_attributes, open_photo
 from app.domain.attributes import Attributes
 from app.errors import NotFound
@@ -40,6 +41,7 @@ async def export_subject(runtime: Runtime, action: Action, gallery: Gallery, ide
         "screenings": [_screening(screening) for screening in identity.screenings],
         "pairs": [_pair(pair, identity.id) for pair in await Pair.of(identity.id)],
         "cases": [_case(case, identity.id) for case in await _cases_of(identity.id)],
+        "proposals": [_proposal(one) for one in await IdentityProposal.find({"identity_id": identity.id}).to_list()],
         "probes": {"count": len(await Probe.recent(identity.id)), "kept_hours": runtime.settings.replay_window_hours},
         "deletion": _deletion(runtime, gallery, identity),
     }
@@ -128,6 +130,14 @@ def _case(case: Case, identity_id: str) -> dict[str, object]:
             {"identity_id": c.identity_id, "score": round(c.score, SCORE_DECIMALS), "decision": c.decision}
             for c in case.candidates if is_newcomer or c.identity_id == identity_id
         ],
+    }  # fmt: skip
+
+
+def _proposal(proposal: IdentityProposal) -> dict[str, object]:
+    return {
+        "id": proposal.id, "kind": proposal.kind, "state": proposal.state, "sample_id": proposal.sample_id,
+        "reason": proposal.reason, "proposed_by": proposal.proposed_by, "created_at": proposal.created_at,
+        "decided_by": proposal.decided_by, "decided_at": proposal.decided_at,
     }  # fmt: skip
 
 

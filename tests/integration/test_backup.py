@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from app.audit import by_system, record
 from app.backups import EMPTIED, LEFT_OUT, UNTOUCHED, OpenSet, OtherKey, Tell
 from app.config import Settings, random_secret
 from app.documents.accounts import Client, Login, User
+from app.documents.base import new_id, now
 from app.documents.claims import IdempotencyClaim
 from app.documents.deletions import LEDGER, Deletion
 from app.documents.events import AuditEvent
-from app.documents.galleries import Gallery
+from app.documents.galleries import Gallery, PendingChange
 from app.documents.identities import Identity
 from app.documents.restores import COLLECTION, RESTORE, Restore
 from app.documents.tree import AuditKey, AuditTree
@@ -36,6 +38,7 @@ from app.use_cases import restore as restoring_all
 from app.use_cases.back_up import Made, back_up, verify
 from app.use_cases.check import check
 from app.use_cases.erase import erase_again
+from app.use_cases.galleries import take_effect
 from app.use_cases.publish import publish
 from app.use_cases.restore import EvidenceAway, NotEmpty, RestoreBusy, Restored, StillServing, abandon, restore
 from storage.archive import Archive, BackupBroken, BackupMissing
@@ -408,6 +411,36 @@ async def test_a_backup_of_before_a_change_of_the_key_opens_with_the_former_key_
     await restored(later, folder)
     async with opened(later) as runtime:
         assert await names_found(runtime, "ann") == [ann.id]
+
+
+async def test_a6_a_restored_policy_erases_nobody_before_a_week_and_an_officer(
+    settings: Settings, folder: Path
+) -> None:
+    async with opened(settings) as runtime:
+        ann = await active(runtime, "ann")
+        long_ago = now() - timedelta(days=100)
+        await Identity.get_pymongo_collection().update_one({"_id": ann.id}, {"$set": {"created_at": long_ago}})
+        due = PendingChange(
+            id=new_id(), field="retention_days", old=30, value=1, asked_by="admin-1", asked_at=long_ago,
+            effective_at=now() - timedelta(days=1), agreed_by="officer-1", agreed_at=long_ago,
+        )  # fmt: skip
+        policy = {"policy.retention_days": 30, "pending": due.model_dump()}
+        await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": policy})
+        await back_up(runtime, folder, silent)
+    await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        assert await take_effect(runtime) == 0
+        assert await erase.erase_expired(runtime) == 0, "it may have been lifted since the backup"
+        gallery = await default_gallery()
+        assert gallery.pending is not None
+        assert (gallery.pending.value, gallery.pending.agreed_by) == (1, None)
+        week = now() + timedelta(days=6)
+        assert gallery.pending.effective_at > week
+        assert gallery.retention_held_until is not None
+        assert gallery.retention_held_until > week
+        over = {"retention_held_until": now() - timedelta(seconds=1)}
+        await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": over})
+        assert await erase.erase_expired(runtime) == 1
 
 
 async def test_a_store_that_holds_people_is_replaced_only_when_that_is_said(settings: Settings, folder: Path) -> None:
@@ -791,8 +824,8 @@ def test_of_every_collection_somebody_has_decided_whether_it_is_backed_up() -> N
     """A new document: put it here, or into what is left out, with the reason."""
     kept = {
         "audit_events", "audit_heads", "audit_keys", "audit_nodes", "audit_tree", "cases", "clients", "deletions",
-        "galleries", "gallery_changes", "identities", "pairs", "root_secrets", "scan_clusters", "scan_pairs", "scans",
-        "signing_keys", "stranger_counts", "users",
+        "galleries", "gallery_changes", "identities", "pairs", "proposals", "root_secrets", "scan_clusters", "scan_pairs",
+        "scans", "signing_keys", "stranger_counts", "users",
     }  # fmt: skip
     names = {document.Settings.name for document in DOCUMENTS}  # type: ignore[attr-defined]
     assert names == kept | LEFT_OUT

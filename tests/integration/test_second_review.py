@@ -1,6 +1,7 @@
 """Galleries in which a decision needs two officers: the first proposes, another one agrees or proposes otherwise."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.domain.policy import Status
-from app.errors import Conflict, Validation
+from app.errors import Conflict, Forbidden, Validation
 from app.runtime import Runtime
 from tests.builders import (
     SECOND_OFFICER,
@@ -74,6 +75,14 @@ async def test_h73_the_same_officer_is_not_a_second_one(runtime: Runtime) -> Non
         await decided(runtime, case, "distinct")
     with pytest.raises(Conflict):
         await decided(runtime, case, "duplicate", about=ann)
+    assert await _statuses(ann, newcomer) == ["active", "suspected_duplicate"]
+
+
+async def test_an_application_is_not_a_second_officer(runtime: Runtime) -> None:
+    ann, newcomer, case = await _twins(runtime)
+    await decided(runtime, case, "distinct")
+    with pytest.raises(Forbidden):
+        await decided(runtime, case, "distinct", by=replace(SECOND_OFFICER, kind="client"))
     assert await _statuses(ann, newcomer) == ["active", "suspected_duplicate"]
 
 
