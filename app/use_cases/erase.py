@@ -118,8 +118,9 @@ async def erase(
 ) -> Receipt:
     """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later.
 
-    kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. proposal: the one
-    that the actor agrees to by this; see `second_officer.agree`. Raises NotFound, NotReady, and _NotYet before that time is over.
+    kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. proposal: the
+    one that the actor agrees to by this. Raises NotFound, NotReady, _NotYet before that time is over, and as
+    `second_officer.agree` does.
     """
 
     async def commit(session: AsyncClientSession) -> tuple[Deletion, _Gone]:

@@ -199,10 +199,16 @@ async def _settle(
 async def take_effect(runtime: Runtime) -> int:
     """Put the pending changes in force whose time has come and that an officer has agreed to; how many.
 
-    An agreement counts only while its officer could give it: without an account, or without the role, it lapses.
+    An agreement counts only while its officer could give it: without an account, or without the role, it lapses. Nothing takes
+    effect while this host's clock and MongoDB's differ: it is not known which of them is wrong.
     """
-    done = 0
-    for gallery in await Gallery.with_pending():
+    done, waiting = 0, await Gallery.with_pending()
+    if waiting:
+        await runtime.clock.measure(runtime.mongo)
+    if not runtime.clock.agrees:
+        log.error("policy_changes_wait_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+        return 0
+    for gallery in waiting:
         try:
             done += await runtime.transaction(partial(_take_effect, gallery.id))
         except (PyMongoError, DependencyUnavailable):

@@ -200,11 +200,11 @@ async def test_a_person_who_cannot_be_erased_holds_up_no_other_whose_time_is_ove
     carried_out = erase.erase
 
     async def troubled(
-        runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, why: str, kept_for: timedelta
+        runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, why: str, *, kept_for: timedelta
     ) -> erase.Receipt:
         if identity_id in troubles:
             raise troubles[identity_id]
-        return await carried_out(runtime, action, gallery, identity_id, why, kept_for)
+        return await carried_out(runtime, action, gallery, identity_id, why, kept_for=kept_for)
 
     monkeypatch.setattr(erase, "erase", troubled)
     assert await erase.erase_expired(runtime) == 1
