@@ -149,6 +149,7 @@ class Settings(BaseSettings):
 
     # The audit log
     audit_head_seconds: Annotated[float, Field(ge=0.05, le=3600)] = 1
+    audit_checkpoint_seconds: Annotated[float, Field(ge=0.05, le=3600)] = 60
     audit_personal_days: Annotated[int, Field(ge=1, le=36_500)] = 365
 
     # Face model

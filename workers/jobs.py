@@ -24,6 +24,7 @@ from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
 from app.use_cases.erase import erase_expired, settle_overdue
 from app.use_cases.galleries import take_effect
+from app.use_cases.keep_evidence import keep_evidence
 from app.use_cases.publish import due, keep_promises
 from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
@@ -158,6 +159,23 @@ async def sweep_audit_log(context: Context) -> None:
     """Tell of strangers' refusals, and forget the names in old events."""
     try:
         await tend(context["runtime"])
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
+
+
+async def sweep_evidence(context: Context) -> None:
+    """Notice that the evidence store was lost, and write it again."""
+    await _keep_evidence(context, whole=False)
+
+
+async def sweep_all_evidence(context: Context) -> None:
+    """Compare all that should lie in the evidence store with what does."""
+    await _keep_evidence(context, whole=True)
+
+
+async def _keep_evidence(context: Context, *, whole: bool) -> None:
+    try:
+        await keep_evidence(context["runtime"], whole=whole)
     except (*AWAY, PyMongoError) as error:
         log.warning("sweep_waits", error=type(error).__name__)
 

@@ -20,6 +20,8 @@ JOB_TIMEOUT_SECONDS = 10
 SCAN_TIMEOUT_SECONDS = 300
 #: Erasures stand in line with enrolments, some twenty a second.
 ERASURES_TIMEOUT_SECONDS = 300
+#: Years of names are listed, and a lost store is written again, name by name.
+EVIDENCE_TIMEOUT_SECONDS = 3600
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600
 #: arq looks for work every half second by default: too slow for an officer who waits.
@@ -68,6 +70,8 @@ def create_worker(settings: Settings) -> Worker:
                 keep_result=0,
             ),
             cron(_job(jobs.sweep_audit_log), second=13, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
+            cron(_job(jobs.sweep_evidence), second={3, 23, 43}, timeout=EVIDENCE_TIMEOUT_SECONDS, keep_result=0),
+            cron(_job(jobs.sweep_all_evidence), hour=3, minute=7, timeout=EVIDENCE_TIMEOUT_SECONDS, keep_result=0),
             cron(_job(jobs.sweep_orphan_photos), minute=17, timeout=3600, keep_result=0),
         ],
         queue_name=settings.queue_name,

@@ -1,6 +1,7 @@
 """The audit log: listed, filtered, exported, and proved."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -13,6 +14,8 @@ from app.api.paging import Page, Paged, page_of
 from app.api.problems import problems
 from app.api.shapes import Moment
 from app.audit import Action, record
+from app.config import Settings
+from app.documents.base import now
 from app.documents.events import AuditEvent, Detail, Outcome
 from app.documents.tree import AuditKey, AuditTree, TreeHead, node_hashes, proof
 from app.domain.callers import Role
@@ -28,7 +31,9 @@ Reading = Annotated[Action, Depends(acting("audit.read", Role.AUDITOR, Role.ADMI
 
 EVENTS = Gauge("idem_audit_events", "Events in the Merkle tree")
 UNNUMBERED = Gauge("idem_audit_events_unnumbered", "Events that are not in the Merkle tree yet (counted up to 10,000)")
-UNDELIVERED = Gauge("idem_audit_heads_undelivered", "Signed tree heads that the evidence store does not hold yet")
+UNDELIVERED = Gauge(
+    "idem_audit_heads_undelivered", "Signed tree heads that should be in the evidence store, and are not"
+)
 COUNTED_AT_MOST: Final = 10_000
 
 EXPORT_BATCH: Final = 500
@@ -287,12 +292,12 @@ async def _signed_size(runtime: Runtime, least: int) -> int:
     return (newest if newest is not None and newest.size >= least else await sign(runtime)).size
 
 
-async def refresh_figures() -> None:
+async def refresh_figures(settings: Settings) -> None:
     """Ask the store how the log is doing; the same figures in every process."""
     EVENTS.set((await AuditTree.current()).size)
     waiting = {"seq": {"$type": "null"}}
     UNNUMBERED.set(await AuditEvent.get_pymongo_collection().count_documents(waiting, limit=COUNTED_AT_MOST))
-    UNDELIVERED.set(await TreeHead.get_pymongo_collection().count_documents({"is_delivered": False}))
+    UNDELIVERED.set(await TreeHead.waiting(now() - timedelta(seconds=2 * settings.audit_checkpoint_seconds)))
 
 
 def _unfit(field: str, message: str) -> Validation:

@@ -159,7 +159,7 @@ async def metrics(runtime: CurrentRuntime) -> Response:
         raise NotFound
     with suppress(PyMongoError), pymongo.timeout(CHECK_SECONDS):
         FAILED_SCREENINGS.set(await Identity.count_failed())
-        await refresh_figures()
+        await refresh_figures(runtime.settings)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

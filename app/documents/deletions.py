@@ -7,6 +7,7 @@ can write there must not be able to have somebody erased.
 
 import hmac
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import ClassVar, Final, Self
 
@@ -90,6 +91,17 @@ class Deletion(Stored):
         """The ids of those with something left to do since before that moment, the longest waiting first."""
         waiting = cls.get_pymongo_collection().find({"unsettled_since": {"$lt": before}}, {"_id": 1})
         return [row["_id"] async for row in waiting.sort("unsettled_since").limit(limit)]
+
+    @classmethod
+    async def outside(cls) -> AsyncIterator[Self]:
+        """All whose line should be in the evidence store."""
+        async for one in cls.find({"unsettled_since": None}):
+            yield one
+
+    @classmethod
+    async def newest_outside(cls) -> Self | None:
+        """One of the latest whose line should be there."""
+        return await cls.find({"unsettled_since": None}).sort("-_id").first_or_none()
 
     async def photos_are_gone(self) -> None:
         """The store holds none of its photos any more."""

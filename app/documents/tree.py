@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import ClassVar, Final, NamedTuple, Self
 
@@ -158,7 +158,11 @@ class AuditKey(Stored):
 
 
 class TreeHead(Stored):
-    """A signed tree head; at most one for each size and key. is_delivered: whether it lies in the evidence store."""
+    """A signed tree head; at most one for each size and key.
+
+    is_delivered: whether nothing is left to do for it. is_superseded: it is not in the evidence store. A later head of the same
+    key over no fewer events is there and proves it.
+    """
 
     size: int
     root_hash: str
@@ -166,6 +170,7 @@ class TreeHead(Stored):
     key_id: str
     signature: str
     is_delivered: bool = False
+    is_superseded: bool = False
 
     class Settings(Stored.Settings):
         """Collection and indexes."""
@@ -193,9 +198,34 @@ class TreeHead(Stored):
         return await cls.find_all().sort("-size", "-time").first_or_none()
 
     @classmethod
-    async def undelivered(cls, limit: int) -> list[Self]:
-        """Heads that the evidence store does not hold yet, the oldest first."""
-        return await cls.find({"is_delivered": False}).sort("+time").limit(limit).to_list()
+    async def undelivered(cls) -> Self | None:
+        """The head over the most events among those that are to be brought to the evidence store."""
+        return await cls.find({"is_delivered": False}).sort("-size", "-time").first_or_none()
+
+    @classmethod
+    async def waiting(cls, before: datetime | None = None) -> int:
+        """How many heads are to be brought there; those signed before that moment."""
+        late = {} if before is None else {"time": {"$lt": before}}
+        return await cls.get_pymongo_collection().count_documents({"is_delivered": False, **late})
+
+    @classmethod
+    async def newest_outside(cls) -> Self | None:
+        """The head over the most events among those that are in the evidence store."""
+        outside = {"is_delivered": True, "is_superseded": {"$ne": True}}
+        return await cls.find(outside).sort("-size", "-time").first_or_none()
+
+    @classmethod
+    async def outside(cls) -> AsyncIterator[Self]:
+        """All that should be in the evidence store, in the order of their sizes."""
+        async for head in cls.find({"is_delivered": True, "is_superseded": {"$ne": True}}).sort("+size", "+time"):
+            yield head
+
+    async def delivered(self) -> None:
+        """It is outside. Heads of the same key over no more events need not be brought there any more: this one proves them."""
+        heads = self.get_pymongo_collection()
+        await heads.update_one({"_id": self.id}, {"$set": {"is_delivered": True}})
+        earlier = {"is_delivered": False, "key_id": self.key_id, "size": {"$lte": self.size}}
+        await heads.update_many(earlier, {"$set": {"is_delivered": True, "is_superseded": True}})
 
     @property
     def head(self) -> Head:

@@ -31,8 +31,10 @@ from app.documents.tree import AuditTree, KeptHead
 from app.domain.log_export import canonical
 from app.domain.merkle import Growth, leaf_hash
 from app.heads_outside import HeadsOutside, heads_outside, misfit_of
+from app.kept_outside import lost, write_again
 from app.keys import DataKey, SealBroken
 from app.runtime import Runtime
+from storage.evidence import EvidenceUnavailable
 from storage.generations import BadGeneration, GenerationStoreUnavailable
 from storage.photos import PhotoNotFound
 
@@ -98,6 +100,7 @@ async def _check(runtime: Runtime, tell: Tell, *, repair: bool, photos: bool) ->
             await one.index(gallery)
         if photos:
             await one.orphans()
+        await one.evidence()
         await one.restore()
     return one.found
 
@@ -268,6 +271,17 @@ class _Looking:
                 if self.repair:
                     await self.runtime.photos.delete([key])
                 self._find("photo-orphan", None, key, "no document names this photo", is_mended=self.repair)
+
+    async def evidence(self) -> None:
+        """What must outlive the database lies outside of it."""
+        try:
+            async for one in lost(self.runtime.evidence, self.runtime.keys):
+                if self.repair:
+                    await write_again(self.runtime.evidence, one)
+                told = "the evidence store does not hold it any more"
+                self._find("evidence-missing", None, one.name, told, is_mended=self.repair)
+        except EvidenceUnavailable as error:
+            self._find("evidence-away", None, None, f"the evidence store cannot be compared: {error}")
 
     async def restore(self) -> None:
         """No restore was left half done."""

@@ -42,7 +42,6 @@ POLL_SECONDS: Final = 0.2
 TAKE_OVER_SECONDS: Final = 1.0
 #: Nobody waits for it as for a request; still less than a stopping process has left.
 PATIENCE_SECONDS: Final = 5.0
-DELIVERIES: Final = 100
 #: A head may be dated so far ahead: clocks are corrected by a little now and then.
 SIGNED_AHEAD: Final = timedelta(seconds=APART_SECONDS)
 #: How long an export waits until its own event has a number.
@@ -118,25 +117,42 @@ async def sign(runtime: Runtime) -> TreeHead:
 
 
 async def deliver(runtime: Runtime) -> int:
-    """Bring heads that were signed to the evidence store, after the public keys that they are signed by.
+    """Upload the newest signed head of each key to the evidence store, public keys first.
 
-    Returns how many heads still wait. Asked again until none does.
+    Earlier heads of that key need no file of their own: a head over more events proves them. Returns how many heads still wait.
     """
-    heads = await TreeHead.undelivered(DELIVERIES)
-    waiting: list[AuditKey | TreeHead] = [*await AuditKey.undelivered(), *heads]
-    for done, one in enumerate(waiting):
-        name, data = one.evidence
-        try:
-            await runtime.evidence.append(name, data)
-        except EvidenceUnavailable as error:
-            left = min(len(heads), len(waiting) - done)
-            log.warning("audit_heads_undelivered", name=name, waiting=left, error=str(error))
-            return left
-        except EvidenceExists:
-            # Somebody else wrote under this very name: an auditor must see it, and the heads behind it must not wait.
-            log.critical("audit_head_contradicted", name=name)
-        await one.get_pymongo_collection().update_one({"_id": one.id}, {"$set": {"is_delivered": True}})
+    try:
+        for key in await AuditKey.undelivered():
+            await _append(runtime, *key.evidence)
+            await key.get_pymongo_collection().update_one({"_id": key.id}, {"$set": {"is_delivered": True}})
+        while (head := await TreeHead.undelivered()) is not None:
+            await _append(runtime, *head.evidence)
+            await head.delivered()
+    except EvidenceUnavailable as error:
+        left = await TreeHead.waiting()
+        log.warning("audit_heads_undelivered", waiting=left, error=str(error))
+        return left
     return 0
+
+
+async def _append(runtime: Runtime, name: str, data: bytes) -> None:
+    try:
+        await runtime.evidence.append(name, data)
+    except EvidenceExists:
+        # Somebody else wrote under this very name: an auditor must see it, and the heads behind it must not wait.
+        log.critical("audit_head_contradicted", name=name)
+
+
+async def _is_delivery_due(runtime: Runtime) -> bool:
+    """Whether a key or a head is to be uploaded now: one head in AUDIT_CHECKPOINT_SECONDS, whichever worker brings it."""
+    if await AuditKey.undelivered():
+        return True
+    if await TreeHead.undelivered() is None:
+        return False
+    newest = await TreeHead.newest_outside()
+    return newest is None or not newest.time <= now() <= newest.time + timedelta(
+        seconds=runtime.settings.audit_checkpoint_seconds
+    )
 
 
 async def close(runtime: Runtime) -> int:
@@ -151,10 +167,7 @@ async def close(runtime: Runtime) -> int:
             await sign(runtime)
     except Exception:
         log.exception("audit_log_not_closed")
-    while await TreeHead.undelivered(1):
-        if left := await deliver(runtime):
-            return left
-    return 0
+    return await deliver(runtime)
 
 
 async def head_over(runtime: Runtime, event_id: str) -> TreeHead:
@@ -238,7 +251,8 @@ async def _number_on(runtime: Runtime, stopping: asyncio.Event) -> None:
 async def _deliver(runtime: Runtime, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
         try:
-            await deliver(runtime)
+            if await _is_delivery_due(runtime):
+                await deliver(runtime)
         except (PyMongoError, DependencyUnavailable) as error:
             log.warning("audit_delivery_waits", error=type(error).__name__)
         except Exception:

@@ -174,7 +174,7 @@ async def _spoil_gallery_key(ann: Identity) -> str:
 
 
 async def _raise_erased(ann: Identity) -> str:
-    await Deletion(id=ann.id, gallery_id=ann.gallery_id, erased_at=now(), event_id="x").insert()
+    await Deletion(id=ann.id, gallery_id=ann.gallery_id, erased_at=now(), event_id="x", unsettled_since=now()).insert()
     return ann.id
 
 

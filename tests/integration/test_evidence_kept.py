@@ -1,0 +1,125 @@
+"""The evidence store is kept whole, and does not grow by a file a second."""
+
+import asyncio
+import shutil
+from datetime import timedelta
+
+import pytest
+
+from app.audit import by_system, record
+from app.documents.base import now
+from app.documents.deletions import LEDGER
+from app.documents.galleries import Gallery
+from app.documents.tree import HEADS, KEYS, TreeHead
+from app.runtime import Runtime
+from app.use_cases import check as checking
+from app.use_cases import sequence
+from app.use_cases.erase import erase
+from app.use_cases.keep_evidence import keep_evidence
+from storage.evidence import EvidenceUnavailable
+from tests.builders import active, by_officer, default_gallery
+from workers.jobs import sweep_evidence
+
+
+async def _told(runtime: Runtime) -> None:
+    await runtime.transaction(lambda session: record(session, by_system("test"), subject_kind="none", subject_id=None))
+
+
+async def _kept(runtime: Runtime) -> dict[str, bytes]:
+    names = [name for prefix in (KEYS, HEADS, LEDGER) for name in await runtime.evidence.names(prefix)]
+    return {name: await runtime.evidence.read(name) for name in names}
+
+
+async def _with_evidence(runtime: Runtime) -> dict[str, bytes]:
+    """A key, two heads, and the line of somebody who was erased."""
+    gallery: Gallery = await default_gallery()
+    ann = await active(runtime, "ann")
+    for _ in range(2):
+        await _told(runtime)
+        while await sequence.grow(runtime):
+            pass
+        await sequence.sign(runtime)
+        assert await sequence.deliver(runtime) == 0
+    await erase(runtime, by_officer("identity.erase"), gallery, ann.id, "asked to")
+    kept = await _kept(runtime)
+    assert [sum(name.startswith(prefix) for name in kept) for prefix in (KEYS, HEADS, LEDGER)] == [1, 2, 1]
+    return kept
+
+
+async def _findings(runtime: Runtime, *, repair: bool = False) -> checking.Checked:
+    return await checking.check(runtime, lambda *_: None, repair=repair)
+
+
+async def test_r5_a_lost_evidence_store_is_found_by_the_check_and_written_again_by_its_repair(runtime: Runtime) -> None:
+    before = await _with_evidence(runtime)
+    shutil.rmtree(runtime.settings.evidence_path)
+    found = await _findings(runtime)
+    assert found.counts["evidence-missing"] == len(before)
+    assert found.standing >= len(before)
+    assert await _kept(runtime) == {}, "looking writes nothing"
+    mended = await _findings(runtime, repair=True)
+    assert mended.counts["evidence-missing"] == len(before)
+    assert await _kept(runtime) == before, "byte by byte"
+    assert (await _findings(runtime)).counts["evidence-missing"] == 0
+
+
+async def test_r5_a_lost_evidence_store_is_written_again_by_itself(runtime: Runtime) -> None:
+    before = await _with_evidence(runtime)
+    shutil.rmtree(runtime.settings.evidence_path)
+    # Something new is delivered first: the store looks alive again.
+    await _told(runtime)
+    while await sequence.grow(runtime):
+        pass
+    await sequence.sign(runtime)
+    await sequence.deliver(runtime)
+    await sweep_evidence({"runtime": runtime})
+    after = await _kept(runtime)
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("prefix", [KEYS, HEADS, LEDGER])
+async def test_r5_one_lost_file_of_each_kind_is_written_again_once_a_day(runtime: Runtime, prefix: str) -> None:
+    before = await _with_evidence(runtime)
+    name = next(name for name in before if name.startswith(prefix))
+    (runtime.settings.evidence_path / name).unlink()
+    assert await keep_evidence(runtime, whole=True) == 1
+    assert await _kept(runtime) == before
+    assert await keep_evidence(runtime, whole=True) == 0
+
+
+async def test_an_evidence_store_that_is_away_is_not_taken_for_lost(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await _with_evidence(runtime)
+
+    async def away(*_: object) -> list[str]:
+        raise EvidenceUnavailable("the server does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.evidence, "names", away)
+        assert await keep_evidence(runtime, whole=True) == 0
+        with pytest.raises(EvidenceUnavailable):
+            await _findings(runtime)
+    assert (await _findings(runtime)).counts["evidence-missing"] == 0
+    assert await _kept(runtime) == before
+
+
+async def test_r11_one_head_a_minute_goes_outside_however_many_are_signed(runtime: Runtime) -> None:
+    """86,400 files a day were the old count: one for each second with an event."""
+    runtime.settings.audit_head_seconds = 0.05
+    runtime.settings.audit_checkpoint_seconds = 60
+    async with sequence.kept_up(runtime), asyncio.timeout(60):
+        while await TreeHead.count() < 8:
+            await _told(runtime)
+            await asyncio.sleep(0.02)
+        assert len(await runtime.evidence.names(HEADS)) == 1
+        assert await TreeHead.waiting() >= 6
+        # A minute later the newest one goes outside, and proves those before it.
+        (first,) = [head async for head in TreeHead.outside()]
+        past = {"$set": {"time": now() - timedelta(seconds=61)}}
+        await TreeHead.get_pymongo_collection().update_one({"_id": first.id}, past)
+        while len(await runtime.evidence.names(HEADS)) < 2:
+            await asyncio.sleep(0.05)
+    newest = await TreeHead.newest_outside()
+    assert newest is not None
+    assert newest.size > first.size + 3
