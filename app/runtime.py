@@ -51,11 +51,12 @@ from app.documents.base import go_by, new_id
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.migrations import migrate
 from app.documents.root_secret import RootSecret, open_root
+from app.documents.sealed import data_key, open_photo
 from app.domain.photo import NoRoomYet, giving_way
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.errors import DependencyUnavailable, ModelMismatch, NotReady
+from app.errors import DependencyUnavailable, ModelMismatch, NotReady, PhotoMissing
 from app.fair_executor import FairExecutor, TooMuchWaits
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
@@ -66,7 +67,7 @@ from app.search import Limits, Search
 from app.share import Share
 from storage.evidence import BucketEvidence, EvidenceStore, EvidenceUnavailable, FolderEvidence
 from storage.generations import GenerationStore
-from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStore
+from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoNotFound, PhotoStore
 
 log = structlog.get_logger(__name__)
 
@@ -223,6 +224,19 @@ class Runtime:
             raise ModelMismatch(
                 f"Gallery {gallery.name} was made with {gallery.pack}; {self.engine.card.pack} is running."
             )
+
+    async def stored_photo(self, gallery: Gallery, identity: identities.Identity, sample: identities.Sample) -> bytes:
+        """The sample's stored photo, a JPEG. Raises PhotoMissing, also when the store gives another's or changed bytes."""
+        try:
+            sealed = await self.photos.get(sample.photo_key)
+            key = data_key(self.keys, gallery, identity)
+            return await self.compute(open_photo, key, sealed, gallery.id, identity.id, sample.id)
+        except PhotoNotFound as error:
+            log.error("photo_missing", identity=identity.id, sample=sample.id)  # noqa: TRY400 - its fields say all
+            raise PhotoMissing("The photo store does not hold this photo.") from error
+        except SealBroken as error:
+            log.error("photo_broken", identity=identity.id, sample=sample.id)  # noqa: TRY400
+            raise PhotoMissing("The photo store holds other bytes under this photo's key.") from error
 
     def starting_policy(self) -> GalleryPolicy:
         """What a gallery of the running model asks for when nobody says otherwise."""

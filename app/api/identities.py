@@ -486,6 +486,31 @@ async def get_photo(
     return Response(photo, media_type="image/jpeg", headers=headers)
 
 
+@router.get(
+    "/{identity_id}/samples/{sample_id}/crop",
+    response_class=Response,
+    responses=problems(
+        NotFound,
+        PhotoMissing,
+        NoFace,
+        NotReady,
+        DependencyUnavailable,
+        http_200={"content": {"image/png": {}}, "description": "The face as it is compared"},
+    ),
+)
+async def get_crop(
+    runtime: CurrentRuntime,
+    identity_id: str,
+    sample_id: str,
+    action: Annotated[Action, Depends(acting("identity.photo.view", Role.OFFICER))],
+) -> Response:
+    """The face as the recogniser gets it, 112 pixels a side; each view is audited."""
+    gallery, identity = await _found(action, identity_id)
+    crop = await view_photo.view_crop(runtime, action, gallery, identity, sample_id)
+    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{sample_id}-crop.png"'}
+    return Response(crop, media_type="image/png", headers=headers)
+
+
 @router.post("/{identity_id}/screen", status_code=202, responses=problems(NotFound, Conflict))
 async def screen_identity(
     runtime: CurrentRuntime,

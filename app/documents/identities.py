@@ -28,6 +28,7 @@ class Sample(Value):
 
     template: the sealed embedding; photo_digest: keyed hash of the bytes as they came; fingerprint: sealed, tells copies of the
     photo, None where there is nothing to tell them by. found: the face that was taken; None for samples of older versions.
+    landmarks: sealed, where that face lies on the stored photo; None for samples of older versions.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Sample(Value):
     photo_digest: bytes
     fingerprint: bytes | None = None
     found: FoundFace | None = None
+    landmarks: bytes | None = None
     created_at: datetime
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from app.documents.galleries import Change, Gallery
 from app.documents.identities import Identity, Sample, SealedTemplates
 from app.domain.attributes import PREFIX_CHARACTERS, Attributes, name_prefixes
-from app.domain.faces import Embedding
+from app.domain.faces import Embedding, Landmarks
 from app.domain.near_copies import Likeness
 from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
 
@@ -99,6 +99,17 @@ def open_likenesses(key: DataKey, identity: Identity) -> list[Likeness]:
         )
         for s in identity.active_samples
     ]
+
+
+def seal_landmarks(key: DataKey, landmarks: Landmarks, gallery_id: str, identity_id: str, sample_id: str) -> bytes:
+    """A face's landmarks (5, 2), in pixels of the stored photo, as they are stored."""
+    return key.seal(landmarks.astype("<f4").tobytes(), _bound("landmarks", gallery_id, identity_id, sample_id))
+
+
+def open_landmarks(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str, sample_id: str) -> Landmarks:
+    """The landmarks (5, 2) of the sample's face. Raises SealBroken."""
+    opened = key.open(sealed, _bound("landmarks", gallery_id, identity_id, sample_id))
+    return np.frombuffer(opened, dtype="<f4").reshape(5, 2)
 
 
 def seal_photo(key: DataKey, data: bytes, gallery_id: str, identity_id: str, sample_id: str) -> bytes:

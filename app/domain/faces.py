@@ -10,6 +10,8 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 #: float32 (d,), unit length; or (n, d) for several.
 Embedding = npt.NDArray[np.float32]
+#: float32 (5, 2): x and y of the left eye of the image, right eye, nose, left and right mouth corner.
+Landmarks = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

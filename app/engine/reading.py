@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from app.domain.alignment import hides_another_picture
-from app.domain.faces import Embedding, Face, PhotoFace, Pixels
+from app.domain.faces import Embedding, Face, Landmarks, PhotoFace, Pixels
 from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, find_main_face
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.port import FaceEngine
-from app.errors import Advice, LowQuality, NotLive
+from app.errors import Advice, LowQuality, NoFace, NotLive
 
 Asked = Literal["required", "observe", "off"]
 #: The passive models' mean probability of a live face from which on a photo passes: their own decision boundary.
@@ -80,6 +82,20 @@ def unfit(pixels: Pixels, face: Face) -> tuple[Advice, ...]:
         return ()
     message = "The photo shows another picture when it is made smaller. Send a photo as the camera took it."
     return (Advice("photo", "hidden-detail", message),)
+
+
+def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> Face:
+    """The face of a photo that was accepted already, and so is judged no more. Blocking.
+
+    near: its landmarks as they were found at enrolment. A sample without them comes from a version whose rule was: the largest
+    face. Raises NoFace.
+    """
+    faces = engine.detect(pixels)
+    if not faces:
+        raise NoFace("No face is found on the stored photo.")
+    if near is None:
+        return max(faces, key=lambda face: face.area)
+    return min(faces, key=lambda face: float(np.abs(face.landmarks - near).mean()))
 
 
 def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:

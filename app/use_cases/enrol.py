@@ -25,6 +25,7 @@ from app.documents.sealed import (
     open_references,
     seal_attributes,
     seal_fingerprint,
+    seal_landmarks,
     seal_photo,
     seal_template,
 )
@@ -195,6 +196,7 @@ async def _prepare(
             liveness=liveness, photo_key=f"{gallery.id}/{identity_id}/{sample_id}",
             photo_digest=runtime.keys.keyed_hash("photo", data), created_at=now(),
             fingerprint=seal_fingerprint(key, mark, gallery.id, identity_id, sample_id), found=reading.main.report,
+            landmarks=seal_landmarks(key, reading.face.landmarks, gallery.id, identity_id, sample_id),
         )  # fmt: skip
         # Stored are our own pixels, encoded again: whatever else the file carried stays outside.
         return _Prepared(sample, seal_photo(key, encode(reading.pixels), gallery.id, identity_id, sample_id))

@@ -1,40 +1,54 @@
-"""View a stored photo; each view is an event, written before the photo is given."""
-
-import structlog
+"""View a stored photo, or the crop of it that is compared; each view is an event, written before the picture is given."""
 
 from app.audit import Action, record
+from app.documents.events import Detail
 from app.documents.galleries import Gallery
-from app.documents.identities import Identity
-from app.documents.sealed import data_key, open_photo
-from app.errors import NotFound, PhotoMissing
-from app.keys import SealBroken
+from app.documents.identities import Identity, Sample
+from app.documents.sealed import data_key, open_landmarks
+from app.domain.alignment import aligned_crop
+from app.domain.faces import Landmarks
+from app.domain.photo import decode_stored, encode_lossless
+from app.engine.port import FaceEngine
+from app.engine.reading import stored_face
+from app.errors import NotFound
 from app.runtime import Runtime
-from storage.photos import PhotoNotFound
-
-log = structlog.get_logger(__name__)
 
 
 async def view_photo(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, sample_id: str) -> bytes:
     """The photo's JPEG bytes. Raises NotFound, PhotoMissing (also when the store gives another's or changed bytes)."""
+    photo = await runtime.stored_photo(gallery, identity, _sample(identity, sample_id))
+    await _record(action, gallery, identity, {"sample_id": sample_id})
+    return photo
+
+
+async def view_crop(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, sample_id: str) -> bytes:
+    """The face as the recogniser gets it, a PNG. Raises NotFound, PhotoMissing, NoFace when an old sample shows none any more."""
+    sample = _sample(identity, sample_id)
+    photo = await runtime.stored_photo(gallery, identity, sample)
+    landmarks = None
+    if sample.landmarks is not None:
+        key = data_key(runtime.keys, gallery, identity)
+        landmarks = open_landmarks(key, sample.landmarks, gallery.id, identity.id, sample_id)
+    crop = await runtime.compute(_crop, runtime.engine, photo, landmarks)
+    await _record(action, gallery, identity, {"sample_id": sample_id, "crop": True})
+    return crop
+
+
+def _sample(identity: Identity, sample_id: str) -> Sample:
     sample = next((s for s in identity.samples if s.id == sample_id), None)
     if sample is None:
         raise NotFound
-    try:
-        sealed = await runtime.photos.get(sample.photo_key)
-        key = data_key(runtime.keys, gallery, identity)
-        photo = await runtime.compute(open_photo, key, sealed, gallery.id, identity.id, sample_id)
-    except PhotoNotFound as error:
-        log.error("photo_missing", identity=identity.id, sample=sample_id)  # noqa: TRY400 - its fields tell all
-        raise PhotoMissing("The photo store does not hold this photo.") from error
-    except SealBroken as error:
-        log.error("photo_broken", identity=identity.id, sample=sample_id)  # noqa: TRY400
-        raise PhotoMissing("The photo store holds other bytes under this photo's key.") from error
+    return sample
+
+
+def _crop(engine: FaceEngine, photo: bytes, landmarks: Landmarks | None) -> bytes:
+    pixels = decode_stored(photo)
+    if landmarks is None:
+        landmarks = stored_face(engine, pixels).landmarks
+    return encode_lossless(aligned_crop(pixels, landmarks))
+
+
+async def _record(action: Action, gallery: Gallery, identity: Identity, detail: Detail) -> None:
     await record(
-        None,
-        action,
-        subject_kind="identity",
-        subject_id=identity.id,
-        gallery=gallery.name,
-        detail={"sample_id": sample_id},
-    )
-    return photo
+        None, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, detail=detail
+    )  # fmt: skip

@@ -42,6 +42,7 @@ CALLS = {
     "DELETE /v1/identities/{}": 200,
     "POST /v1/identities/{}/samples": 202,
     "GET /v1/identities/{}/samples/{}/photo": 200,
+    "GET /v1/identities/{}/samples/{}/crop": 200,
     "POST /v1/identities/{}/screen": 202,
     "POST /v1/identities/{}/revoke": 200,
     "POST /v1/identities/{}/reinstate": 200,

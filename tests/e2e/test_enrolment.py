@@ -353,6 +353,11 @@ def test_the_stored_photo_is_our_own_encoding_and_is_kept_by_nobody(service: Ser
     assert b"a secret place" not in answer.content
     assert len(Image.open(io.BytesIO(answer.content)).getexif()) == 0
     problem(service.officer.get(f"/v1/identities/{made['id']}/samples/{NOBODY}/photo"), 404, "not-found")
+    crop = service.officer.get(path.replace("/photo", "/crop"))
+    assert (crop.status_code, crop.headers["content-type"]) == (200, "image/png")
+    assert "no-store" in crop.headers["cache-control"]
+    assert Image.open(io.BytesIO(crop.content)).size == (112, 112)
+    problem(service.app.get(path.replace("/photo", "/crop")), 403, "forbidden")
 
 
 @pytest.mark.parametrize(

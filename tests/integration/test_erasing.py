@@ -1,20 +1,25 @@
 """Erasure: what it destroys, and whom it sets free."""
 
 import asyncio
+import io
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
 from app.documents.galleries import GalleryChange
 from app.documents.identities import Identity
-from app.errors import NotFound, PhotoMissing
+from app.domain.alignment import CROP_SIDE, TEMPLATE, aligned_crop
+from app.domain.faces import Face, Pixels
+from app.errors import NoFace, NotFound, PhotoMissing
 from app.runtime import Runtime
 from app.use_cases import screen
 from app.use_cases.verify import Claim, Verification, verify
-from app.use_cases.view_photo import view_photo
+from app.use_cases.view_photo import view_crop, view_photo
 from storage.photos import PhotoNotFound
 from tests.builders import (
     active,
@@ -32,6 +37,11 @@ from tests.builders import (
     settled,
     suspected,
 )
+from tests.fakes import FACE_AT
+
+
+def pixels_of_bytes(data: bytes) -> Pixels:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 async def claimed(process: Runtime, identity: Identity, person: str, capture: int) -> Verification:
@@ -196,6 +206,35 @@ async def test_h70_an_erasure_racing_with_a_verdict_never_leaves_a_case_about_no
     assert newcomer.status in ("pending", "active"), race
     assert await Case.find({"state": "open"}).count() == 0
     assert (await screened(runtime, newcomer)).status == "active"
+
+
+async def test_the_crop_that_is_compared_can_be_seen_and_each_view_is_an_event(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await active(runtime, "ann")
+    (sample,), gallery, viewing = ann.samples, await default_gallery(), by_officer("identity.photo.view")
+    photo = pixels_of_bytes(await view_photo(runtime, viewing, gallery, ann, sample.id))
+    whole = aligned_crop(photo, (TEMPLATE + FACE_AT).astype(np.float32))
+    crop = await view_crop(runtime, viewing, gallery, ann, sample.id)
+    assert np.array_equal(pixels_of_bytes(crop), whole)
+    events = await AuditEvent.find({"action": "identity.photo.view"}).sort("_id").to_list()
+    assert [event.detail for event in events] == [{"sample_id": sample.id}, {"sample_id": sample.id, "crop": True}]
+    # A sample of an older version does not say where its face lies: it is looked for again.
+    old = ann.model_copy(update={"samples": [sample.model_copy(update={"landmarks": None})]})
+    small, large = (
+        Face((0.0, 0.0, side, side), (TEMPLATE * side / CROP_SIDE).astype(np.float32), 0.9) for side in (50.0, 100.0)
+    )
+    monkeypatch.setattr(runtime.engine, "detect", lambda _: [small, large])
+    again = await view_crop(runtime, viewing, gallery, old, sample.id)
+    assert np.array_equal(pixels_of_bytes(again), aligned_crop(photo, large.landmarks))
+    monkeypatch.setattr(runtime.engine, "detect", lambda _: [])
+    with pytest.raises(NoFace):
+        await view_crop(runtime, viewing, gallery, old, sample.id)
+    await runtime.photos.delete([sample.photo_key])
+    with pytest.raises(PhotoMissing):
+        await view_crop(runtime, viewing, gallery, ann, sample.id)
+    with pytest.raises(NotFound):
+        await view_crop(runtime, viewing, gallery, ann, "another")
 
 
 async def test_a_photo_that_the_store_lost_or_changed_is_missing(runtime: Runtime) -> None:

@@ -77,6 +77,7 @@ MAY: dict[str, set[str]] = {
     "DELETE /v1/identities/{identity_id}": OFFICER,
     "POST /v1/identities/{identity_id}/samples": OFFICER,
     "GET /v1/identities/{identity_id}/samples/{sample_id}/photo": OFFICER,
+    "GET /v1/identities/{identity_id}/samples/{sample_id}/crop": OFFICER,
     "POST /v1/identities/{identity_id}/screen": OFFICER,
     "POST /v1/identities/{identity_id}/revoke": OFFICER,
     "POST /v1/identities/{identity_id}/reinstate": OFFICER,
