@@ -43,6 +43,7 @@ from app.documents import (
     leases,
     probes,
     proposals,
+    renewals,
     restores,
     scans,
     tree,
@@ -96,6 +97,7 @@ DOCUMENTS: list[type[Document]] = [
     claims.Once,
     challenges.Challenge,
     probes.Probe,
+    renewals.Renewal,
     budgets.FaceBudget,
     budgets.NonMatches,
     budgets.Erasures,
@@ -219,10 +221,22 @@ class Runtime:
             lock.release()
 
     def require_contract(self, gallery: Gallery) -> None:
-        """Raises ModelMismatch when the gallery's templates were made by another model than this process runs."""
-        if gallery.contract != self.engine.card.contract:
+        """Raises ModelMismatch when the gallery's templates were made by another model than this process runs.
+
+        NotReady while the gallery is being moved to another model.
+        """
+        card = self.engine.card
+        if gallery.moves_to is not None:
+            raise NotReady(
+                f"Gallery {gallery.name} is being moved to another face model. Try again in a moment. If the move was "
+                f"interrupted, `idem models re-embed --gallery {gallery.name}` finishes it.",
+                retry_after_seconds=5,
+            )
+        if gallery.contract != card.contract:
+            other = f"an older version of {card.pack}" if gallery.pack == card.pack else gallery.pack
             raise ModelMismatch(
-                f"Gallery {gallery.name} was made with {gallery.pack}; {self.engine.card.pack} is running."
+                f"Gallery {gallery.name} was made with {other}; {card.pack} is running. "
+                f"`idem models re-embed --gallery {gallery.name}` moves the gallery to the running model."
             )
 
     async def stored_photo(self, gallery: Gallery, identity: identities.Identity, sample: identities.Sample) -> bytes:

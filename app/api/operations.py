@@ -33,6 +33,8 @@ from storage.photos import PhotoStoreUnavailable
 router = APIRouter(tags=["operations"])
 
 CHECK_SECONDS = 1.0
+#: Galleries that a check names, of those in trouble.
+NAMED_AT_MOST = 5
 FAILED_SCREENINGS = Gauge(
     "idem_screenings_failed",
     "Identities whose screening was given up after five tries: alert on any, they wait for a person",
@@ -89,20 +91,22 @@ async def _index(runtime: Runtime) -> Seen:
         gallery = await Gallery.named(DEFAULT_GALLERY)
         if gallery is None:
             raise NotFound("no gallery")
-        runtime.require_contract(gallery)
+        contract = runtime.engine.card.contract
+        others = await Gallery.of_another_model(contract)
         try:
-            vectors = await runtime.search.warm(gallery)
+            vectors = await runtime.search.warm(gallery) if gallery.contract == contract else 0
         except SealBroken:  # told below: nobody is found in this gallery, and the others serve
             vectors = runtime.search.size(gallery.id)
         # Any gallery's trouble is told here, whichever of them is asked most.
-        troubles = [state.trouble for state in await examine.heads() if state.trouble is not None]
+        troubles = [_of_another_model(others)] if others else []
+        troubles += [state.trouble for state in await examine.heads() if state.trouble is not None]
         troubles += [f"{name}: a template does not open" for name in sorted(runtime.search.unreadable)]
         some = await Gallery.find_one({"published": {"$ne": None}})
     if some is not None and not await runtime.search.shares(some):
         troubles.append("the folder of the index is away: nothing can be published")
     published = gallery.published
     seen: Seen = {
-        "kind": "exact" if published is None else published.kind, "vectors": vectors, "seq": gallery.seq,
+        "pack": gallery.pack, "kind": "exact" if published is None else published.kind, "vectors": vectors, "seq": gallery.seq,
         "generation": None if published is None else published.number, "tail": gallery.seq - gallery.watermark,
         "recall": 1.0 if published is None else published.recall,
         "recall_bound": 1.0 if published is None else published.recall_bound,
@@ -111,6 +115,13 @@ async def _index(runtime: Runtime) -> Seen:
     if troubles:
         seen |= {"status": "degraded", "galleries_in_trouble": len(troubles), "reason": troubles[0]}
     return seen
+
+
+def _of_another_model(galleries: list[Gallery]) -> str:
+    names = ", ".join(gallery.name for gallery in galleries[:NAMED_AT_MOST])
+    more = len(galleries) - NAMED_AT_MOST
+    names += f" and {more} more" if more > 0 else ""
+    return f"made by another face model and not served: {names}; `idem models re-embed` moves them to this model"
 
 
 async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime) -> dict[str, Any]:

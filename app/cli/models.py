@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from app.cli.re_embed import re_embed
 from app.cli.settings import read_settings
 from app.engine.packs import MANIFEST, OFFICIAL_DIGESTS, FoundPack, discover, sha256_of
 from app.errors import ModelUnavailable
 
-app = typer.Typer(help="Packs of face model weights: list, pull, verify.", no_args_is_help=True)
+app = typer.Typer(
+    help="Packs of face model weights: list, pull, verify; and moving galleries to another one.", no_args_is_help=True
+)
+app.command("re-embed")(re_embed)
 
 INSIGHTFACE_RELEASE = "https://github.com/deepinsight/insightface/releases/download/v0.7"
 OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/main/models"

@@ -45,7 +45,6 @@ from app.devstack.servers import (
     redis_url,
     wait_for_redis,
 )
-from app.errors import ModelMismatch
 
 #: Everything must be down 10 s after the signal. What has begun gets SHUTDOWN_GRACE_SECONDS, but no more than this;
 SERVICE_GRACE_SECONDS: Final = 8
@@ -291,19 +290,21 @@ class Stack:
     async def _until_ready(self) -> None:
         async with Service(self.url) as service:
             while not ((seen := await service.readiness()) and seen.serves):
-                if seen is not None and seen.checks["index"].error == ModelMismatch.__name__:
-                    message = (
-                        f"{self._data_dir} was filled with another face model than {seen.checks['model'].pack}: "
-                        "name that one with --model, or take another --data-dir"
-                    )
-                    raise StackFailed(message)
                 for child in self._children:
                     if self._is_hopeless(child.name):
                         message = f"{child.name} keeps dying; its log ends:\n{child.log_tail()}"
                         raise StackFailed(message)
                 await asyncio.sleep(POLL_SECONDS)
-        if seen.checks["model"].pack:
-            write_privately(self._data_dir / MODEL_NAME, seen.checks["model"].pack)
+        filled_with, running = seen.checks["index"].pack, seen.checks["model"].pack
+        if filled_with is not None and filled_with != running:
+            message = (
+                f"{self._data_dir} was filled with another face model than {running}: "
+                "name that one with --model, take another --data-dir, or move its galleries with "
+                f"`FACE_MODEL={running} idem models re-embed --data-dir {self._data_dir}`"
+            )
+            raise StackFailed(message)
+        if running:
+            write_privately(self._data_dir / MODEL_NAME, running)
 
     async def _accounts(self, environment: dict[str, str]) -> None:
         """See to it that everybody in `credentials.json` can log in; nobody in production.

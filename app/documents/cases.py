@@ -1,5 +1,6 @@
 """Look-alikes: every pair that a screening recorded, and the cases that a person decides."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import ClassVar, Literal, Self
 
@@ -78,6 +79,20 @@ class Case(Stored):
         sides = [{"newcomer_id": identity_id}, {"candidates.identity_id": identity_id}]
         return await cls.find({"state": "open", "$or": sides}, session=session).to_list()
 
+    @classmethod
+    async def measured_anew(cls, gallery_id: str, scores: Mapping[tuple[str, str], float], threshold: float) -> None:
+        """Give the candidates of the gallery's open cases the scores of another model, by the ordered ids of each pair."""
+        async for case in cls.find({"gallery_id": gallery_id, "state": "open"}):
+            writes = []
+            for candidate in case.candidates:
+                low, high = sorted((case.newcomer_id, candidate.identity_id))
+                if (low, high) in scores:
+                    of_it = {"_id": case.id, "candidates.identity_id": candidate.identity_id}
+                    fields = {"candidates.$.score": scores[low, high], "threshold": threshold}
+                    writes.append(UpdateOne(of_it, {"$set": fields}))
+            if writes:
+                await cls.get_pymongo_collection().bulk_write(writes)
+
     async def change(self, session: AsyncClientSession, fields: dict[str, object]) -> bool:
         """`$set` the fields and raise the version, if it still is what it was; False when somebody else was first."""
         result = await self.get_pymongo_collection().update_one(
@@ -126,6 +141,21 @@ class Pair(Stored):
     async def of(cls, identity_id: str, session: AsyncClientSession | None = None) -> list[Self]:
         """Every recorded pair with the identity on either side."""
         return await cls.find({"$or": [{"low": identity_id}, {"high": identity_id}]}, session=session).to_list()
+
+    @classmethod
+    async def of_gallery(cls, gallery_id: str) -> list[Self]:
+        """Every recorded pair of a gallery."""
+        return await cls.find({"gallery_id": gallery_id}).to_list()
+
+    @classmethod
+    async def measured_anew(cls, scores: Mapping[tuple[str, str], float], contract: str) -> None:
+        """Give these pairs, by their ordered ids, the scores of another model."""
+        writes = [
+            UpdateOne({"_id": f"{low}:{high}"}, {"$set": {"score": score, "contract": contract}})
+            for (low, high), score in scores.items()
+        ]
+        if writes:
+            await cls.get_pymongo_collection().bulk_write(writes, ordered=False)
 
     @classmethod
     async def record(

@@ -19,6 +19,10 @@ from app.keys import WrappedKeys
 
 DEFAULT_GALLERY = "default"
 OWNERS_AT_ONCE = 5000
+#: What stands before the two contracts of a gallery that is just being moved from one to the other.
+_MOVING = "moving|"
+#: Fields of the policy that are scores of one model.
+THRESHOLDS_BY_HAND = ("verify_threshold", "identify_threshold", "dedup_threshold")
 
 
 class Generation(Value):
@@ -140,6 +144,52 @@ class Gallery(Stored):
         """Names for answers, by id."""
         rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"name": 1})
         return {row["_id"]: row["name"] async for row in rows}
+
+    @classmethod
+    async def of_another_model(cls, contract: str) -> list[Self]:
+        """The galleries whose templates were made under another contract, or are just being moved; by name."""
+        return await cls.find({"contract": {"$ne": contract}}).sort("name").to_list()
+
+    @property
+    def moves_to(self) -> str | None:
+        """The contract that the gallery is just being moved to; None when it serves."""
+        return self.contract.rpartition("|")[2] if self.contract.startswith(_MOVING) else None
+
+    @property
+    def moved_from(self) -> str:
+        """The contract of the gallery's templates, or the one that it is just being moved from."""
+        return self.contract.split("|")[1] if self.contract.startswith(_MOVING) else self.contract
+
+    async def start_to_move(self, contract: str, session: AsyncClientSession) -> bool:
+        """Close the gallery for everybody who runs a model; False when it is another gallery by now.
+
+        `contract` then names no model. So every process, of whatever version, refuses to enrol, screen and search.
+        """
+        return await self._bind(f"{_MOVING}{self.moved_from}|{contract}", {}, session)
+
+    async def stay(self, session: AsyncClientSession) -> bool:
+        """Open a gallery again that was closed, and of which nothing was moved yet."""
+        return await self._bind(self.moved_from, {}, session)
+
+    async def end_to_move(self, card: ModelCard, session: AsyncClientSession) -> bool:
+        """Bind the gallery to the model, under a new epoch: every process reads its vectors anew.
+
+        Thresholds that were set by hand go: they were scores of another model.
+        """
+        fields: dict[str, object] = {
+            "pack": card.pack, "dimension": card.dimension, "licence": card.licence, "epoch": new_id(),
+            "published": None, "previous": None, "fault": None, "updated_at": now(),
+            **{f"policy.{name}": None for name in THRESHOLDS_BY_HAND},
+        }  # fmt: skip
+        return await self._bind(card.contract, fields, session)
+
+    async def _bind(self, contract: str, fields: dict[str, object], session: AsyncClientSession) -> bool:
+        changed = await self.get_pymongo_collection().update_one(
+            {"_id": self.id, "contract": self.contract, "epoch": self.epoch},
+            {"$set": {**fields, "contract": contract}, "$inc": {"policy_version": 1 if fields else 0}},
+            session=session,
+        )
+        return bool(changed.matched_count)
 
     async def take_seq(
         self, session: AsyncClientSession, rows: int, *, identities: int = 0, samples: int = 0, removed: int = 0

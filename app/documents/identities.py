@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.clock import from_now
@@ -44,6 +44,11 @@ class Sample(Value):
     found: FoundFace | None = None
     landmarks: bytes | None = None
     created_at: datetime
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has no template: the gallery moved to another model, which found no face on the stored photo."""
+        return not self.template
 
 
 class Candidate(Value):
@@ -143,7 +148,7 @@ class Identity(Stored):
     @property
     def active_samples(self) -> list[Sample]:
         """The samples that serve as references."""
-        return [sample for sample in self.samples if sample.status == "active"]
+        return [sample for sample in self.samples if sample.status == "active" and not sample.is_lost]
 
     def screening(self, job_id: str) -> Screening | None:
         """The screening that this job carries out."""
@@ -252,6 +257,30 @@ class Identity(Stored):
         return await cls.find(
             {"gallery_id": gallery_id, "status": {"$in": LIVING}, "created_at": {"$lt": moment}}
         ).count()
+
+    @classmethod
+    async def after(cls, gallery_id: str, identity_id: str, limit: int) -> list[Self]:
+        """Those of the gallery who are not erased, by id, from behind this one on; at most `limit`."""
+        found = cls.find({"gallery_id": gallery_id, "status": {"$ne": "erased"}, "_id": {"$gt": identity_id}})
+        return await found.sort("_id").limit(limit).to_list()
+
+    @classmethod
+    async def replace_samples(cls, changed: Sequence[tuple[Self, list[Sample]]]) -> int:
+        """Give each of these identities those samples, if it still is what it was when it was read; how many were changed.
+
+        The version stays: what officers know of the identity does not change.
+        """
+        writes = [
+            UpdateOne(
+                {"_id": identity.id, "version": identity.version},
+                {"$set": _plain({"samples": list(samples)})},
+            )
+            for identity, samples in changed
+        ]
+        if not writes:
+            return 0
+        result = await cls.get_pymongo_collection().bulk_write(writes, ordered=False)
+        return int(result.modified_count)
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:

@@ -81,6 +81,11 @@ class Probe(Stored):
         await cls.get_pymongo_collection().update_one({"_id": slot}, {"$set": fields}, upsert=True, session=session)
 
     @classmethod
+    async def forget_all(cls, identity_ids: Sequence[str]) -> None:
+        """Erase what is remembered of these identities: a likeness of another model opens no more."""
+        await cls.get_pymongo_collection().delete_many({"identity_id": {"$in": list(identity_ids)}})
+
+    @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> int:
         """Erase what is remembered of an identity; how many there were."""
         result = await cls.get_pymongo_collection().delete_many({"identity_id": identity_id}, session=session)

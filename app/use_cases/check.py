@@ -361,7 +361,8 @@ class _Looking:
                 continue
             for sample in identity.samples:
                 try:
-                    open_template(key, gallery.id, identity.id, sample)
+                    if not sample.is_lost:
+                        open_template(key, gallery.id, identity.id, sample)
                 except SealBroken as error:
                     self._find("template-broken", gallery, identity.id, f"sample {sample.id}: {error}")
                 named.append(_Named(identity, sample, key))

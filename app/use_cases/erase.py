@@ -24,6 +24,7 @@ from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Attempts, Identity, Screening
 from app.documents.probes import Probe
 from app.documents.proposals import IdentityProposal
+from app.documents.renewals import Renewal
 from app.documents.scans import ScanPair
 from app.errors import DependencyUnavailable, NotFound, NotReady
 from app.runtime import Runtime
@@ -304,6 +305,7 @@ async def _take(
     await ScanPair.forget(identity.id, session)
     await Probe.forget(identity.id, session)
     await IdentityProposal.forget(identity.id, session)
+    await Renewal.forget(identity.id, session)
     gone: dict[str, object] = {
         "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None, "name_tags": [],
         "wrapped_key": None, "key_generation": None, "attempts": Attempts(), "outbox_at": None, "erased_at": moment,

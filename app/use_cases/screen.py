@@ -19,7 +19,7 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Candidate, Identity, Sample, Screening
 from app.documents.sealed import data_key, open_template
 from app.domain.policy import LookAlike, Status, Verdict, may_activate, thresholds_for
-from app.errors import Conflict, NotFound, NotReady
+from app.errors import Conflict, NotFound, NotReady, PhotoMissing
 from app.runtime import Runtime
 
 log = structlog.get_logger(__name__)
@@ -174,7 +174,9 @@ async def _search(runtime: Runtime, gallery: Gallery, identity: Identity, screen
     """The best score of each identity that a sample of the screening looks like, among lower `seq`s."""
     threshold = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples).dedup
     key = data_key(runtime.keys, gallery, identity)
-    samples = [s for s in identity.samples if s.id in screening.sample_ids]
+    samples = [s for s in identity.samples if s.id in screening.sample_ids and not s.is_lost]
+    if not samples:
+        raise PhotoMissing("The sample has no template: its photo was lost when the gallery moved to another model.")
     best: dict[str, float] = {}
     as_of_seq = 0
     for sample in samples:

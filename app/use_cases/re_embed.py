@@ -1,0 +1,421 @@
+"""Re-embed: move a gallery to the running model, from the photos that it stores.
+
+    preparing   every sample's photo is read by the running model; the new templates are kept beside those in use
+    closing     the gallery's contract names no model for a while: nobody enrols, screens or searches it
+    replacing   the new templates take the place of the old ones; scores of recorded pairs are measured anew
+    opening     one compare-and-set binds the gallery to the new model, under a new epoch
+
+While it is prepared, processes of the former model go on serving. What is done is kept after every step, so a move that was cut
+off goes on where it stopped. See docs/adr/0041.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from app.audit import Action, record
+from app.documents.base import new_id
+from app.documents.cases import Case, Pair
+from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery
+from app.documents.identities import Identity, Sample
+from app.documents.probes import Probe
+from app.documents.renewals import Renewal
+from app.documents.sealed import data_key, open_landmarks, open_template, seal_landmarks, seal_template
+from app.domain.faces import Embedding, Landmarks, ModelCard
+from app.domain.photo import decode_stored
+from app.domain.policy import thresholds_for
+from app.engine.port import FaceEngine
+from app.engine.reading import stored_face
+from app.errors import Conflict, NotFound, NotReady, PhotoMissing, PhotoRefused
+from app.keys import SealBroken
+from app.leases import Held, LeaseLost, held
+from app.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+Stage = Literal["reading photos", "closing", "replacing templates", "measuring pairs"]
+Tell = Callable[[Stage, int, int], Awaitable[None]]
+
+LEASE_SECONDS: Final = 15
+#: Between the closing of the gallery and the first replaced template: what requests have read by then, they have used.
+SETTLE_SECONDS: Final = 5.0
+#: Identities that are read at a time. Each has some photos, which are read and embedded side by side.
+IDENTITIES_AT_ONCE: Final = 16
+REPLACED_AT_ONCE: Final = 200
+#: Passes over the gallery until nothing new is found: enrolments go on meanwhile.
+MOST_PASSES: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class LostSample:
+    """A sample whose photo gives no template under the running model, and why."""
+
+    identity_id: str
+    sample_id: str
+    reason: str
+
+
+class SamplesLost(Conflict):
+    """Some samples would be lost, and nobody agreed to that."""
+
+    def __init__(self, gallery: str, lost: Sequence[LostSample]) -> None:
+        super().__init__(
+            f"{len(lost)} samples of gallery {gallery} give no template under the running model. Nothing was moved. "
+            "With --accept-losses the gallery is moved, and these samples match nobody any more."
+        )
+        self.lost = tuple(lost)
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a move came to. thresholds: those that were set by hand for the former model, and are reset."""
+
+    gallery: str
+    former: str
+    samples: int = 0
+    pairs: int = 0
+    lost: list[LostSample] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PairMove:
+    """A recorded pair of look-alikes, with its score by either model."""
+
+    low: str
+    high: str
+    before: float
+    after: float
+
+
+@dataclass(slots=True)
+class Preview:
+    """What a move would do. same: scores by the new model of two photos of one identity; strangers: of other pairs.
+
+    read: samples that the figures are from.
+    """
+
+    gallery: str
+    pack: str
+    samples: int
+    read: int = 0
+    same: list[float] = field(default_factory=list)
+    strangers: list[float] = field(default_factory=list)
+    pairs: list[PairMove] = field(default_factory=list)
+    lost: list[LostSample] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A sample as the running model reads its photo."""
+
+    identity: Identity
+    sample: Sample
+    embedding: Embedding | None
+    landmarks: Landmarks | None
+    reason: str | None
+
+
+async def chosen(runtime: Runtime, name: str | None) -> list[Gallery]:
+    """The gallery of that name, or all that were not made by the running model. Raises NotFound."""
+    if name is None:
+        return await Gallery.of_another_model(runtime.engine.card.contract)
+    gallery = await Gallery.named(name)
+    if gallery is None:
+        raise NotFound(f"There is no gallery {name!r}.")
+    return [gallery]
+
+
+async def preview(runtime: Runtime, gallery: Gallery, limit: int, tell: Tell | None = None) -> Preview:
+    """What a move would do, measured on at most about `limit` samples. Changes nothing."""
+    seen = Preview(gallery.name, gallery.pack, gallery.samples, thresholds=_by_hand(gallery))
+    vectors: dict[str, list[Embedding]] = {}
+    async for people in _people(gallery):
+        wanted = [(identity, sample) for identity in people for sample in identity.samples]
+        for one in await _read_all(runtime, gallery, wanted):
+            seen.read += 1
+            if one.embedding is not None:
+                vectors.setdefault(one.identity.id, []).append(one.embedding)
+            elif one.reason is not None:
+                seen.lost.append(LostSample(one.identity.id, one.sample.id, one.reason))
+        if tell is not None:
+            await tell("reading photos", seen.read, max(seen.read, min(limit, gallery.samples)))
+        if seen.read >= limit:
+            break
+    firsts = np.array([own[0] for own in vectors.values()], np.float32)
+    if len(firsts) > 1:
+        between = (firsts @ firsts.T)[np.triu_indices(len(firsts), 1)]
+        seen.strangers = [float(score) for score in between]
+    seen.same = [float(own[0] @ other) for own in vectors.values() for other in own[1:]]
+    for pair in await Pair.of_gallery(gallery.id):
+        if pair.low in vectors and pair.high in vectors:
+            after = _best(vectors[pair.low], vectors[pair.high])
+            seen.pairs.append(PairMove(pair.low, pair.high, pair.score, after))
+    return seen
+
+
+async def re_embed(
+    runtime: Runtime,
+    action: Action,
+    gallery_id: str,
+    *,
+    accept_losses: bool = False,
+    tell: Tell | None = None,
+    settle_seconds: float = SETTLE_SECONDS,
+) -> Moved | None:
+    """Move the gallery to the running model; None when it is there already.
+
+    A move that was cut off goes on. Raises SamplesLost, Conflict while another one is at it, NotFound, NotReady.
+    """
+    try:
+        async with held(f"re-embed:{gallery_id}", f"re-embed:{new_id()}", LEASE_SECONDS) as lease:
+            if lease is None:
+                raise Conflict("The gallery is being moved already.")
+            move = _Move(runtime, action, gallery_id, lease, tell, settle_seconds, accepts_losses=accept_losses)
+            return await move.run()
+    except LeaseLost as error:
+        raise NotReady("The move was too slow, and another one took over; what it did is kept.") from error
+
+
+@dataclass(slots=True)
+class _Move:
+    runtime: Runtime
+    action: Action
+    gallery_id: str
+    lease: Held
+    tell: Tell | None
+    settle_seconds: float
+    accepts_losses: bool
+
+    @property
+    def card(self) -> ModelCard:
+        """Of the model that the gallery moves to."""
+        return self.runtime.engine.card
+
+    async def run(self) -> Moved | None:
+        gallery = await self._gallery()
+        if gallery.contract == self.card.contract:
+            await Renewal.forget_gallery(gallery.id)
+            return None
+        # What was lost the last time may be there again.
+        await Renewal.forget_gallery(gallery.id, only_lost=True)
+        if gallery.moves_to != self.card.contract:
+            await self._prepare_until_nothing_is_new(gallery)
+            if gallery.moves_to is None:
+                self._require_no_losses(gallery, await self._lost(gallery))
+            gallery = await self._close(gallery)
+        await self._say("closing", 0, 1)
+        await asyncio.sleep(self.settle_seconds)
+        # Nothing more can come from here on.
+        await self._prepare_until_nothing_is_new(gallery)
+        lost = await self._lost(gallery)
+        if lost and not self.accepts_losses and not await self._has_begun(gallery):
+            await self._change(gallery, gallery.stay)
+        self._require_no_losses(gallery, lost)
+        samples = await self._replace(gallery)
+        pairs = await self._measure_pairs(gallery)
+        moved = Moved(gallery.name, gallery.moved_from, samples, pairs, lost, _by_hand(gallery))
+        await self._open(gallery, moved)
+        await Renewal.forget_gallery(gallery.id)
+        log.info("gallery_re_embedded", gallery=gallery.name, samples=samples, lost=len(lost), pairs=pairs)
+        return moved
+
+    async def _gallery(self) -> Gallery:
+        gallery = await Gallery.get(self.gallery_id)
+        if gallery is None:
+            raise NotFound
+        return gallery
+
+    async def _prepare_until_nothing_is_new(self, gallery: Gallery) -> None:
+        for _ in range(MOST_PASSES):
+            if not await self._prepare(gallery):
+                return
+        raise NotReady("The gallery grows faster than it is read. Try again when fewer people enrol.")
+
+    async def _prepare(self, gallery: Gallery) -> int:
+        """Read the photos of all samples that have no template for the model yet; how many there were."""
+        fresh = done = 0
+        async for people in _people(gallery):
+            wanted = [(i, s) for i in people for s in i.samples if s.contract != self.card.contract]
+            known = await Renewal.of_samples([sample.id for _, sample in wanted], self.card.contract)
+            todo = [(identity, sample) for identity, sample in wanted if sample.id not in known]
+            head = await self._gallery()  # with the keys of this moment
+            read = await _read_all(self.runtime, head, todo)
+            await Renewal.keep([self._renewal(head, one) for one in read])
+            fresh += len(todo)
+            done += sum(len(identity.samples) for identity in people)
+            await self._say("reading photos", done, max(done, gallery.samples))
+        return fresh
+
+    def _renewal(self, gallery: Gallery, one: _Read) -> Renewal:
+        template = landmarks = None
+        if one.embedding is not None and one.landmarks is not None:
+            key = data_key(self.runtime.keys, gallery, one.identity)
+            place = gallery.id, one.identity.id, one.sample.id
+            template = seal_template(key, one.embedding, *place, self.card.contract)
+            landmarks = seal_landmarks(key, one.landmarks, *place)
+        return Renewal(
+            id=one.sample.id, gallery_id=gallery.id, identity_id=one.identity.id, contract=self.card.contract,
+            template=template, landmarks=landmarks, reason=one.reason,
+        )  # fmt: skip
+
+    async def _lost(self, gallery: Gallery) -> list[LostSample]:
+        renewals = await Renewal.lost(gallery.id, self.card.contract)
+        living = await Identity.living_among([renewal.identity_id for renewal in renewals])
+        # Without those that are gone by now, and those that were lost at an earlier move.
+        there = {sample.id for identity in living.values() for sample in identity.samples if not sample.is_lost}
+        return [LostSample(r.identity_id, r.id, r.reason or "") for r in renewals if r.id in there]
+
+    def _require_no_losses(self, gallery: Gallery, lost: list[LostSample]) -> None:
+        if lost and not self.accepts_losses:
+            raise SamplesLost(gallery.name, lost)
+
+    async def _close(self, gallery: Gallery) -> Gallery:
+        async def close(session: AsyncClientSession) -> bool:
+            return await gallery.start_to_move(self.card.contract, session)
+
+        await self._change(gallery, close)
+        return await self._gallery()
+
+    async def _change(self, gallery: Gallery, change: Callable[[AsyncClientSession], Awaitable[bool]]) -> None:
+        async def commit(session: AsyncClientSession) -> None:
+            await self.lease.require(session)
+            if not await change(session):
+                raise NotReady(f"Gallery {gallery.name} was changed at the same moment; start the move again.")
+
+        await self.runtime.transaction(commit)
+
+    async def _has_begun(self, gallery: Gallery) -> bool:
+        """Whether any template was replaced already."""
+        async for people in _people(gallery):
+            if any(sample.contract == self.card.contract for identity in people for sample in identity.samples):
+                return True
+        return False
+
+    async def _replace(self, gallery: Gallery) -> int:
+        """Put the new templates in place of the old ones; how many samples have one."""
+        while True:
+            done, left = 0, 0
+            async for people in _people(gallery, REPLACED_AT_ONCE):
+                renewals = await Renewal.of_samples([s.id for i in people for s in i.samples], self.card.contract)
+                renewed = [(i, [self._renewed(s, renewals) for s in i.samples]) for i in people]
+                changed = [(identity, samples) for identity, samples in renewed if samples != identity.samples]
+                await Probe.forget_all([identity.id for identity, _ in changed])
+                # Who was changed meanwhile is met by the next pass.
+                left += len(changed) - await Identity.replace_samples(changed)
+                done += sum(len(identity.samples) for identity in people)
+                await self._say("replacing templates", done, max(done, gallery.samples))
+            if not left:
+                return done
+
+    def _renewed(self, sample: Sample, renewals: dict[str, Renewal]) -> Sample:
+        renewal = renewals.get(sample.id)
+        if renewal is None or sample.contract == self.card.contract:
+            return sample
+        fields: dict[str, object] = {"template": b""}
+        if renewal.template is not None:
+            fields = {"template": renewal.template, "landmarks": renewal.landmarks, "contract": self.card.contract}
+        return sample.model_copy(update=fields)
+
+    async def _measure_pairs(self, gallery: Gallery) -> int:
+        """Give recorded pairs, and the open cases about them, the scores of the new model; how many pairs have one."""
+        pairs = await Pair.of_gallery(gallery.id)
+        scores: dict[tuple[str, str], float] = {}
+        for first in range(0, len(pairs), REPLACED_AT_ONCE):
+            some = pairs[first : first + REPLACED_AT_ONCE]
+            people = await Identity.living_among([side for pair in some for side in (pair.low, pair.high)])
+            opened = await self.runtime.compute(self._opened, gallery, people)
+            for pair in some:
+                own, other = opened.get(pair.low, []), opened.get(pair.high, [])
+                if own and other:
+                    scores[pair.low, pair.high] = _best(own, other)
+            await self._say("measuring pairs", min(first + REPLACED_AT_ONCE, len(pairs)), len(pairs))
+        await Pair.measured_anew(scores, self.card.contract)
+        threshold = thresholds_for(
+            gallery.policy.model_copy(update=dict.fromkeys(THRESHOLDS_BY_HAND)), self.card, gallery.samples
+        ).dedup
+        await Case.measured_anew(gallery.id, scores, threshold)
+        return len(scores)
+
+    def _opened(self, gallery: Gallery, people: dict[str, Identity]) -> dict[str, list[Embedding]]:
+        opened = {}
+        for identity in people.values():
+            key = data_key(self.runtime.keys, gallery, identity)
+            opened[identity.id] = [
+                open_template(key, gallery.id, identity.id, s)
+                for s in identity.samples
+                if s.contract == self.card.contract
+            ]
+        return opened
+
+    async def _open(self, gallery: Gallery, moved: Moved) -> None:
+        async def commit(session: AsyncClientSession) -> None:
+            await self.lease.require(session)
+            if not await gallery.end_to_move(self.card, session):
+                raise NotReady(f"Gallery {gallery.name} was changed at the same moment; start the move again.")
+            await record(
+                session, self.action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
+                detail={
+                    "from_pack": gallery.pack, "from": moved.former, "pack": self.card.pack, "to": self.card.contract,
+                    "samples": moved.samples, "lost": len(moved.lost), "pairs": moved.pairs,
+                    **{f"former_{name}": value for name, value in moved.thresholds.items()},
+                },
+            )  # fmt: skip
+
+        await self.runtime.transaction(commit)
+
+    async def _say(self, stage: Stage, done: int, total: int) -> None:
+        self.lease.report(stage, done, total)
+        if self.tell is not None:
+            await self.tell(stage, done, total)
+
+
+async def _people(gallery: Gallery, at_once: int = IDENTITIES_AT_ONCE) -> AsyncIterator[list[Identity]]:
+    """Everybody in the gallery, some at a time, by rising id: whoever comes later is met too."""
+    last = ""
+    while people := await Identity.after(gallery.id, last, at_once):
+        yield people
+        last = people[-1].id
+
+
+async def _read_all(runtime: Runtime, gallery: Gallery, wanted: list[tuple[Identity, Sample]]) -> list[_Read]:
+    return list(await asyncio.gather(*(_read(runtime, gallery, identity, sample) for identity, sample in wanted)))
+
+
+async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: Sample) -> _Read:
+    """The sample's photo, read by the running model. One that is lost says why."""
+    try:
+        photo = await runtime.stored_photo(gallery, identity, sample)
+        near = None
+        if sample.landmarks is not None:
+            key = data_key(runtime.keys, gallery, identity)
+            near = open_landmarks(key, sample.landmarks, gallery.id, identity.id, sample.id)
+        embedding, landmarks = await runtime.compute(_embedded, runtime.engine, photo, near)
+    except (PhotoMissing, PhotoRefused, SealBroken) as problem:
+        if await Identity.living(identity.id) is None:
+            return _Read(identity, sample, None, None, "erased")
+        return _Read(identity, sample, None, None, getattr(problem, "detail", None) or str(problem))
+    return _Read(identity, sample, embedding, landmarks, None)
+
+
+def _embedded(engine: FaceEngine, photo: bytes, near: Landmarks | None) -> tuple[Embedding, Landmarks]:
+    """The embedding and the landmarks of the stored photo's face. The photo was judged at enrolment. Blocking."""
+    pixels = decode_stored(photo)
+    face = stored_face(engine, pixels, near)
+    return engine.embed(pixels, face)[0], face.landmarks
+
+
+def _best(own: list[Embedding], other: list[Embedding]) -> float:
+    return float((np.array(own) @ np.array(other).T).max())
+
+
+def _by_hand(gallery: Gallery) -> dict[str, float]:
+    """The thresholds that were set by hand."""
+    set_by_hand = {name: getattr(gallery.policy, name) for name in THRESHOLDS_BY_HAND}
+    return {name: value for name, value in set_by_hand.items() if value is not None}
