@@ -10,6 +10,7 @@ off goes on where it stopped. See docs/adr/0041.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -173,14 +174,19 @@ async def re_embed(
 
     A move that was cut off goes on. Raises SamplesLost, Conflict while another one is at it, NotFound, NotReady.
     """
-    try:
-        async with held(f"re-embed:{gallery_id}", f"re-embed:{new_id()}", LEASE_SECONDS) as lease:
-            if lease is None:
-                raise Conflict("The gallery is being moved already.")
-            move = _Move(runtime, action, gallery_id, lease, tell, settle_seconds, accepts_losses=accept_losses)
-            return await move.run()
-    except LeaseLost as error:
-        raise NotReady("The move was too slow, and another one took over; what it did is kept.") from error
+    began = time.monotonic()
+    while True:
+        try:
+            async with held(f"re-embed:{gallery_id}", f"re-embed:{new_id()}", LEASE_SECONDS) as lease:
+                if lease is not None:
+                    move = _Move(runtime, action, gallery_id, lease, tell, settle_seconds, accepts_losses=accept_losses)
+                    return await move.run()
+        except LeaseLost as error:
+            raise NotReady("The move was too slow, and another one took over; what it did is kept.") from error
+        # The lease of a move that was killed runs out by itself.
+        if time.monotonic() - began > LEASE_SECONDS + 1:
+            raise Conflict("The gallery is being moved already.")
+        await asyncio.sleep(1)
 
 
 @dataclass(slots=True)
