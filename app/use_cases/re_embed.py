@@ -402,7 +402,7 @@ async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: 
         if sample.landmarks is not None:
             key = data_key(runtime.keys, gallery, identity)
             near = open_landmarks(key, sample.landmarks, gallery.id, identity.id, sample.id)
-        embedding, landmarks = await runtime.compute(_embedded, runtime.engine, photo, near)
+        embedding, landmarks = await runtime.compute_long("re-embed", _embedded, runtime.engine, photo, near)
     except (PhotoMissing, PhotoRefused, SealBroken) as problem:
         if await Identity.living(identity.id) is None:
             return _Read(identity, sample, None, None, "erased")

@@ -29,7 +29,7 @@ async def view_crop(runtime: Runtime, action: Action, gallery: Gallery, identity
     if sample.landmarks is not None:
         key = data_key(runtime.keys, gallery, identity)
         landmarks = open_landmarks(key, sample.landmarks, gallery.id, identity.id, sample_id)
-    crop = await runtime.compute(_crop, runtime.engine, photo, landmarks)
+    crop = await runtime.compute_long(action.actor_id, _crop, runtime.engine, photo, landmarks)
     await _record(action, gallery, identity, {"sample_id": sample_id, "crop": True})
     return crop
 
