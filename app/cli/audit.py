@@ -12,12 +12,14 @@ from pymongo.errors import PyMongoError
 
 from app.cli.stores import DataDirOption, settings_of
 from app.documents.base import as_text
+from app.documents.galleries import DEFAULT_GALLERY
 from app.documents.tree import AuditKey, TreeHead
 from app.domain.log_check import Head, Report, check_export
 from app.domain.log_export import Form, Json
 from app.errors import Problem
 from app.logs import configure_logging
 from app.runtime import Runtime, open_runtime
+from app.use_cases.trace_reference import Named, trace_reference
 from storage.evidence import EvidenceUnavailable
 
 T = TypeVar("T")
@@ -98,6 +100,27 @@ def heads(
     """The newest signed heads, a JSON line each, with whether the evidence store holds them."""
     for head in _run(data_dir, lambda _: TreeHead.find_all().sort("-time").limit(limit).to_list()):
         typer.echo(json.dumps(head.head.as_json() | {"delivered": head.is_delivered}))
+
+
+@app.command()
+def reference(
+    text: Annotated[str, typer.Argument(help="The reference, as it was given.")],
+    gallery: Annotated[str, typer.Option(help="Its gallery.")] = DEFAULT_GALLERY,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Which events name this reference, a JSON line each. The log itself holds references as keyed hashes only.
+
+    `as` is `given` for an enrolment or a claim, `old` or `new` for a change.
+    """
+
+    async def traced(runtime: Runtime) -> list[Named]:
+        return [named async for named in trace_reference(runtime, gallery, text)]
+
+    for event, place in _run(data_dir, traced):
+        typer.echo(json.dumps({
+            "seq": event.seq, "time": as_text(event.time), "action": event.action, "as": place,
+            "identity_id": event.subject.id, "actor_id": event.actor.id,
+        }))  # fmt: skip
 
 
 def _keys_in(path: Path) -> list[tuple[str, bytes]]:

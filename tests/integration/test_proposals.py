@@ -19,6 +19,7 @@ from app.domain.log_export import personal_hash
 from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
+from app.use_cases.trace_reference import trace_reference
 from tests.builders import active, default_gallery, enrolled, known, portrait, screened
 from tests.support.callers import http_of, token_of
 
@@ -296,6 +297,8 @@ async def test_a19_the_log_tells_which_reference_was_lent_to_whom_and_forgets_it
     assert len({hashed(event) for event in (taken, given, claimed)}) == 3, "each event has a salt of its own"
     stored = [event.model_dump_json().lower() for event in await AuditEvent.find_all().to_list()]
     assert not any("nid-7" in text or ref_hash.hex() in text for text in stored)
+    traced = [(named.event.id, named.place) async for named in trace_reference(runtime, "default", "nid-7")]
+    assert traced == [(enrolments[0].id, "given"), (taken.id, "old"), (given.id, "new"), (claimed.id, "given")]
     assert (await _erasure(desk.one, bob)).status_code == 200
     assert [(await AuditEvent.get(event.id)).personal for event in (given, claimed)] == [None, None]  # type: ignore[union-attr]
 

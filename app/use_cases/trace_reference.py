@@ -1,0 +1,45 @@
+"""Trace: which events name a reference, although the log holds references as keyed hashes only."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Final, NamedTuple
+
+from app.documents.events import AuditEvent
+from app.documents.galleries import Gallery
+from app.documents.sealed import gallery_key
+from app.domain.attributes import canonical_ref
+from app.domain.log_export import personal_hash
+from app.errors import NotFound
+from app.runtime import Runtime
+
+#: What gives somebody a reference, proposes it, takes it away, or claims to be the one who has it.
+ACTIONS: Final = ("identity.enrol", "identity.update", "proposal.create", "face.verify")
+
+
+class Named(NamedTuple):
+    """An event that names the reference, and as what: the `old` or the `new` value of a change, or `given`."""
+
+    event: AuditEvent
+    place: str
+
+
+async def trace_reference(runtime: Runtime, gallery_name: str, reference: str) -> AsyncIterator[Named]:
+    """The events of the gallery that name the reference, oldest first. Raises NotFound for an unknown gallery.
+
+    Events of erased people are not among them: their salts are gone.
+    """
+    gallery = await Gallery.named(gallery_name)
+    if gallery is None:
+        raise NotFound(f"There is no gallery {gallery_name!r}.")
+    hashed = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(reference)).hex()
+    events = AuditEvent.find({"gallery": gallery_name, "action": {"$in": ACTIONS}, "personal": {"$ne": None}})
+    async for event in events.sort("+time", "+_id"):
+        wanted = None if event.personal is None else personal_hash(event.personal.salt, hashed)
+        for place, value in _references(event).items():
+            if value == wanted:
+                yield Named(event, place)
+
+
+def _references(event: AuditEvent) -> Mapping[str, object]:
+    changes = event.detail.get("changes")
+    change = changes.get("external_ref") if isinstance(changes, dict) else None
+    return {"given": event.detail.get("external_ref"), **(change if isinstance(change, dict) else {})}
