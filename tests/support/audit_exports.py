@@ -74,7 +74,10 @@ class Log:
             "time": f"2026-11-21T09:{seq // 60:02d}:{seq % 60:02d}.000Z", "actor": actor, "action": chance.choice(ACTIONS),
             "subject": {"kind": "identity", "id": f"person-{chance.randrange(9)}"},
             "outcome": chance.choice(["success", "denied", "failure"]), "gallery": chance.choice([None, "default", "north"]),
-            "request_id": own or f"ours-{seq}", "detail": {"score": chance.choice([0.36, 1.0, -1, None]), "why": "a;=b"},
+            "request_id": own or f"ours-{seq}", "detail": {
+                "score": chance.choice([0.36, 1.0, -1, None]), "why": "a;=b",
+                "changes": {"verify_fmr": {"old": 0.0001, "new": 1e-7}, "retention_days": {"old": None, "new": 30}},
+            },
             "leaf_hash": "", "personal": personal, "skipped": [], "end": None,
         }  # fmt: skip
 
