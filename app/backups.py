@@ -24,11 +24,13 @@ log = structlog.get_logger(__name__)
 #: key must not point at what was set back. Templates for a move to another model are made anew from the photos.
 EMPTIED: Final = frozenset({"logins", "refresh_tokens", "idempotency_claims", "challenges", "renewals"})
 #: Collections that a backup leaves out, and that a restore leaves as they are: turns, and what passes by itself within a day and
-#: only makes the service stricter until then.
+#: only makes the service stricter until then. Which store this is, and what proves that its photos are its own, is never copied.
 UNTOUCHED: Final = frozenset(
     {
         "leases",
         "restores",
+        "stores",
+        "enrolments_begun",
         "revoked_tokens",
         "once",
         "probes",

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 from app.config import Settings
 from storage.evidence import EvidenceStore, EvidenceUnavailable
 from storage.generations import GenerationStoreUnavailable
+from storage.ownership import NotOurs
 from storage.photos import PhotoStore, PhotoStoreUnavailable, StoredPhoto
 
 log = structlog.get_logger(__name__)
@@ -110,6 +111,8 @@ class Boundary:
         try:
             async with limit:
                 answer = await self._carry_out(work, operation)
+        except NotOurs:
+            raise  # it is there, and refuses
         except self._counted as error:
             self._note_failure(error)
             raise

@@ -23,6 +23,10 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?")
 
 
+class PlaceRefused(Exception):
+    """A folder or bucket that the settings name belongs to another store, or may do so."""
+
+
 class UnsafeProduction(ValueError):
     """A setting that production must not start with."""
 
@@ -121,6 +125,9 @@ class Settings(BaseSettings):
     photo_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
     share_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
 
+    # Places that carry the mark of another store
+    foreign_stores: Literal["refuse", "read"] = "refuse"
+
     # Photos
     photo_store: Literal["local", "minio"] = "local"
     storage_path: LocalPath = Path(".data/photos")
@@ -213,6 +220,11 @@ class Settings(BaseSettings):
             kind: rate or (PRODUCTION_RATES[kind] if self.is_production else DEVELOPMENT_RATE)
             for kind, rate in given.items()
         }
+
+    def index_copies_of(self, store_id: str) -> Path:
+        """Where this host keeps the copies of a store. The default place has a folder for each store."""
+        is_default = "index_cache_path" not in self.model_fields_set
+        return self.index_cache_path / store_id if is_default else self.index_cache_path
 
     @property
     def allowed_origins(self) -> frozenset[str]:

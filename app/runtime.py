@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import cv2
@@ -18,6 +18,7 @@ import structlog
 from beanie import Document, init_beanie
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import DuplicateKeyError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
@@ -46,6 +47,7 @@ from app.documents import (
     renewals,
     restores,
     scans,
+    stores,
     tree,
 )
 from app.documents.base import go_by, new_id
@@ -61,6 +63,7 @@ from app.errors import DependencyUnavailable, ModelMismatch, NotReady, PhotoMiss
 from app.fair_executor import FairExecutor, TooMuchWaits
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
+from app.ownership import OwnedEvidence, Places, guards_of, owner_of
 from app.processors import processors
 from app.queue import Queue
 from app.restoring import admitted, application_name, leaving_for_a_restore
@@ -79,6 +82,8 @@ COMPUTE_NICENESS = 5
 LAST_CHANCE_SECONDS = 0.25
 #: Short steps that may wait: each takes some milliseconds.
 MOST_SHORT_WAITING = 1024
+#: How long a start waits for a place to say whose it is.
+LOOK_SECONDS = 5.0
 
 DOCUMENTS: list[type[Document]] = [
     RootSecret,
@@ -105,6 +110,8 @@ DOCUMENTS: list[type[Document]] = [
     leases.Lease,
     restores.Restore,
     *scans.SCAN_DOCUMENTS,
+    stores.Store,
+    stores.EnrolmentBegun,
 ]
 
 
@@ -123,6 +130,7 @@ class Runtime:
     access: Access
     boundaries: Boundaries
     clock: Clock
+    places: Places
     passwords: PasswordPool = field(init=False)
     backoff: Backoff = field(init=False)
     limits: RateLimits = field(init=False)
@@ -147,9 +155,15 @@ class Runtime:
         self.search = Search(
             self.keys,
             self.compute,
-            GenerationStore(self.settings.vector_db_path, self.settings.index_cache_path),
+            self._generations(),
             self.share,
             Limits(self.settings.index_memory_mib, self.settings.index_shadow_every, self.settings.index_device),
+        )
+
+    def _generations(self) -> GenerationStore:
+        copies, guards = self.settings.index_copies_of(self.places.owner.id), self.places.guards
+        return GenerationStore(
+            self.settings.vector_db_path, copies, share_guard=guards["index"], cache_guard=guards["copies"]
         )
 
     async def compute(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -267,6 +281,9 @@ class Runtime:
     ) -> Gallery:
         """Insert an empty gallery bound to the running model. Raises DuplicateKeyError when the name is taken."""
         id_ = new_id()
+        # Before it is there: its photos and index files are never taken for strange.
+        await stores.Store.remember([id_])
+        self.places.owner.galleries.add(id_)
         gallery = Gallery.fresh(name, self.engine.card, policy, id_=id_, wrapped_keys=self.keys.new_gallery_keys(id_))
         await gallery.insert(session=session)
         return gallery
@@ -336,7 +353,7 @@ async def _open_access(settings: Settings, keys: KeyRing) -> Access:
         raise ValueError(message) from error
 
 
-def _open_photos(settings: Settings) -> PhotoStore:
+def _open_photos(settings: Settings) -> LocalPhotoStore | MinioPhotoStore:
     if settings.photo_store == "local":
         return LocalPhotoStore(settings.storage_path)
     return MinioPhotoStore(
@@ -376,6 +393,22 @@ async def _open_evidence(settings: Settings, *, serves: bool) -> EvidenceStore:
     return store
 
 
+async def _open_places(
+    settings: Settings, database: "AsyncDatabase[dict[str, Any]]", boundaries: Boundaries, *, serves: bool
+) -> tuple[Places, PhotoStore]:
+    """The places of this database's store, and the photo store that asks its own for its owner."""
+    ids = [row["_id"] async for row in Gallery.get_pymongo_collection().find({}, {"_id": 1})]
+    store = await stores.Store.opened(database, ids)
+    owner, photos = owner_of(settings, store.store_id, set(store.galleries)), _open_photos(settings)
+    bucket = settings.evidence_bucket
+    evidence = OwnedEvidence(
+        BoundedEvidence(await _open_evidence(settings, serves=serves), boundaries.evidence), owner,
+        "EVIDENCE_BUCKET" if bucket else "EVIDENCE_PATH", bucket or str(settings.evidence_path),
+    )  # fmt: skip
+    guards = guards_of(settings, owner, photos)
+    return Places(owner, guards, evidence, timeout_seconds=min(settings.share_timeout_seconds, LOOK_SECONDS)), photos
+
+
 @asynccontextmanager
 async def open_runtime(
     settings: Settings,
@@ -384,14 +417,16 @@ async def open_runtime(
     warm: bool = False,
     keep_up: bool = False,
     restoring: bool = False,
+    claims: bool = True,
 ) -> AsyncIterator[Runtime]:
     """Open everything a process owns, with indexes and the default gallery in place; close it at the end.
 
     engine: one that was opened already, instead of the one that the settings name; closed with the rest. warm: load the
     model's weights as well, while MongoDB is being asked. keep_up: follow the index's generations in the background, as a
     process does that serves for long, and that leaves when a backup is put in place. restoring: for whoever does just
-    that; others are not admitted meanwhile. Raises NotReady in that case, ModelUnavailable, ValueError (no key-encryption
-    key, or not the store's), UnsafeProduction or PyMongoError when it cannot start.
+    that; others are not admitted meanwhile. claims: mark the places that are free, and refuse those of another store. Raises
+    NotReady while others are not admitted, ModelUnavailable, ValueError (no key-encryption key, or not the store's),
+    PlaceRefused, UnsafeProduction or PyMongoError when it cannot start.
     """
     reason = "it was given"
     if engine is None:
@@ -425,13 +460,15 @@ async def open_runtime(
         with pymongo.timeout(30):  # building indexes on a large store may take its time
             await migrate(mongo[settings.mongodb_database])
             await init_beanie(database=mongo[settings.mongodb_database], document_models=DOCUMENTS)
+        places, photos = await _open_places(settings, mongo[settings.mongodb_database], boundaries, serves=keep_up)
         runtime = Runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason,
-            photos=BoundedPhotos(_open_photos(settings), boundaries.photos),
-            evidence=BoundedEvidence(await _open_evidence(settings, serves=keep_up), boundaries.evidence),
-            keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys), boundaries=boundaries,
-            clock=clock,
+            photos=BoundedPhotos(photos, boundaries.photos), evidence=places.evidence,
+            keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys),
+            boundaries=boundaries, clock=clock, places=places,
         )  # fmt: skip
+        if claims:
+            await places.claim()
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
             raise UnsafeProduction(message)

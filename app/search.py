@@ -451,6 +451,7 @@ class Search:
         while not stop.is_set():
             try:
                 galleries = await Gallery.find_all().to_list()
+                self.store.remember([gallery.id for gallery in galleries])
                 for gallery in galleries:
                     if gallery.id in self._copies or (is_first and gallery.published is not None):
                         await self._caught_up_quietly(gallery)

@@ -3,6 +3,7 @@
 from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
+from app.config import PlaceRefused
 from app.errors import ModelUnavailable, Problem
 
 #: Exit status for what the operator has to set right first (sysexits.h calls it EX_CONFIG).
@@ -19,6 +20,8 @@ def as_sentence(error: BaseException) -> str | None:
     match error:
         case ModelUnavailable():
             sentence = f"The face model cannot be used: {error.detail}"
+        case PlaceRefused():
+            sentence = str(error)
         case Problem():
             sentence = f"{error.title}: {error.detail}"
         case PyMongoError():

@@ -26,6 +26,8 @@ from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from storage.ownership import Guard, NotOurs
+
 MANIFEST: Final = "MANIFEST.json"
 
 #: What a long step tells as it goes on: bytes done, and bytes in all. It may raise, to stop the step.
@@ -76,6 +78,10 @@ class BadGeneration(Exception):
 
 class GenerationStoreUnavailable(OSError):
     """The share cannot be reached or written, or this host's cache is full or closed. Publishing anew would not help."""
+
+
+class IndexNotOurs(NotOurs, GenerationStoreUnavailable):
+    """The share or the cache belongs to another store: it can be read, and not changed."""
 
 
 class _Busy(Exception):
@@ -165,10 +171,34 @@ class GenerationStore:
     GenerationStoreUnavailable when share or cache fail.
     """
 
-    def __init__(self, share: Path, cache: Path) -> None:
-        """share: a folder that all hosts see; cache: a folder on a local disk, made with mode 0700."""
+    def __init__(
+        self, share: Path, cache: Path, *, share_guard: Guard | None = None, cache_guard: Guard | None = None
+    ) -> None:
+        """share: a folder that all hosts see; cache: a folder on a local disk, made with mode 0700.
+
+        The guards are asked before each change. None: nobody else can be using the folder.
+        """
         self._share = share.absolute()
         self._cache = cache.absolute()
+        self._guards = {self._share: share_guard, self._cache: cache_guard}
+
+    def remember(self, galleries: Collection[str]) -> None:
+        """The store has these galleries: what lies there of any other one is left alone."""
+        for guard in filter(None, self._guards.values()):
+            guard.owner.galleries.update(galleries)
+
+    def strangers(self) -> list[str]:
+        """Visible names in both folders that are neither galleries that the store has or had, nor other places of it."""
+        found: list[str] = []
+        for guard in filter(None, self._guards.values()):
+            try:
+                found += [f"{guard.place.where}/{name}" for name in guard.place.unknown(guard.owner)]
+            except FileNotFoundError:
+                continue
+            except OSError as problem:
+                message = f"{guard.place.where} cannot be listed: {problem.strerror}"
+                raise GenerationStoreUnavailable(problem.errno, message) from problem
+        return found
 
     def stage(self, gallery_id: str, epoch: str, number: int) -> Path:
         """An empty folder for the files of a generation, on the share, to be handed to `commit_files`.
@@ -178,7 +208,7 @@ class GenerationStore:
         """
         name = _folder_name(epoch, number)
         gallery = self._share / _checked_gallery(gallery_id)
-        with _writing(self._share):
+        with self._changing(self._share):
             gallery.mkdir(mode=0o700, parents=True, exist_ok=True)
             _sync_folder(self._share)
             if os.path.lexists(gallery / name):
@@ -200,7 +230,7 @@ class GenerationStore:
         gallery = self._share / _checked_gallery(manifest.gallery_id)
         if staged.parent != gallery or _temporary_name(staged.name) != (manifest.epoch, manifest.number):
             raise ValueError(f"{staged.name} was not staged for generation {name}")
-        with _writing(self._share):
+        with self._changing(self._share):
             with _opened(staged) as folder:
                 text = (
                     manifest.model_copy(update={"files": _settled(folder, progress)}).model_dump_json(indent=1).encode()
@@ -275,7 +305,7 @@ class GenerationStore:
         does not let go while it is open is tried again by the next call.
         """
         gallery = self._share / _checked_gallery(gallery_id)
-        with _writing(self._share):
+        with self._changing(self._share):
             return _drop_older(gallery, keep)
 
     def has_others(self, gallery_id: str, keep: Collection[tuple[str, int]]) -> bool:
@@ -297,19 +327,26 @@ class GenerationStore:
         return []
 
     def drop_gallery(self, gallery_id: str) -> bool:
-        """Delete all of a gallery that is no more, from the share and from this host's cache; False: some of it remains.
+        """Delete the generations of a gallery that is no more, from the share and from this host's cache.
 
-        Something may remain on NFS while another process has it open: ask again later.
+        False: something remains. On NFS that is what another process has open: ask again later. What is no generation stays, and
+        so does the folder of a gallery that the store never had.
         """
         original = self._share / _checked_gallery(gallery_id)
-        with _writing(self._share):
-            is_gone = _remove_tree(original)
+        if not self._had(self._share, gallery_id):
+            return False
+        with self._changing(self._share):
+            is_gone = _remove_generations(original)
         return self._drop_copies_of(gallery_id) and is_gone
 
     def drop_other_copies(self, galleries: Collection[str]) -> list[str]:
-        """Delete this host's copies of all galleries but these; returns the galleries whose copies went."""
+        """Delete this host's copies of all galleries but these; returns the galleries whose copies went.
+
+        Folders of galleries that the store never had are left alone.
+        """
         others = sorted(set(filter(_GALLERY.fullmatch, _entries(self._cache))) - set(galleries))
-        return [gallery_id for gallery_id in others if self._drop_copies_of(gallery_id)]
+        mine = [gallery_id for gallery_id in others if self._had(self._cache, gallery_id)]
+        return [gallery_id for gallery_id in mine if self._drop_copies_of(gallery_id)]
 
     def disk_use(self, gallery_id: str) -> DiskUse:
         """How much disk a gallery takes."""
@@ -390,8 +427,25 @@ class GenerationStore:
         if not os.path.lexists(self._cache / gallery_id):
             return True
         with suppress(_Busy), self._locked(gallery_id, seconds=_PATIENCE_SECONDS), _writing(self._cache):
-            return _remove_tree(self._cache / gallery_id)
+            return _remove_generations(self._cache / gallery_id)
         return False
+
+    def _had(self, root: Path, gallery_id: str) -> bool:
+        """Whether the store has or had the gallery, as far as this process knows."""
+        guard = self._guards[root]
+        return guard is None or gallery_id in guard.owner.galleries
+
+    @contextmanager
+    def _changing(self, root: Path) -> Iterator[None]:
+        """Change something below `root`, if it is this store's own. Raises IndexNotOurs."""
+        guard = self._guards[root]
+        with _writing(root):
+            if guard is not None:
+                try:
+                    guard.require()
+                except NotOurs as problem:
+                    raise IndexNotOurs(problem.errno, problem.strerror) from problem
+            yield
 
     @contextmanager
     def _locked(self, gallery_id: str, waiting: Progress | None = None, *, seconds: float = math.inf) -> Iterator[int]:
@@ -399,7 +453,7 @@ class GenerationStore:
 
         waiting: told when whoever has the lock gets on, see `_beating`. Raises _Busy when he has it for so many seconds more.
         """
-        with _writing(self._cache):
+        with self._changing(self._cache):
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._cache.stat().st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "the cache belongs to another user", str(self._cache))
@@ -636,6 +690,18 @@ def _remove_generation(folder: Path) -> bool:
     return _remove_tree(doomed)
 
 
+def _remove_generations(gallery: Path) -> bool:
+    """Delete every generation in a gallery's folder, and the folder when nothing else is in it; False when it remains."""
+    if gallery.is_symlink():
+        return False
+    for entry in _entries(gallery):
+        if _generation_name(entry) or _temporary_name(entry):
+            _remove_generation(gallery / entry)
+    with suppress(OSError):  # it holds more
+        gallery.rmdir()
+    return not os.path.lexists(gallery)
+
+
 def _remove_tree(folder: Path) -> bool:
     """Delete a folder, or a link in its place, whatever is in it; False when something remains."""
     try:
@@ -753,6 +819,12 @@ def _folder_name(epoch: str, number: int) -> str:
 
 def _temporary_folder(name: str) -> str:
     return f".{name}.{secrets.token_hex(8)}.tmp"
+
+
+def is_generation(path: str) -> bool:
+    """Whether a path within a gallery's folder is that of a generation's file."""
+    folder, _, file = path.partition("/")
+    return bool(file) and (_generation_name(folder) or _temporary_name(folder)) is not None
 
 
 def _generation_name(folder: str) -> GenerationName | None:

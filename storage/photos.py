@@ -31,6 +31,8 @@ from urllib3 import BaseHTTPResponse
 from urllib3.connectionpool import ConnectionPool
 from urllib3.exceptions import HTTPError, MaxRetryError, ProtocolError
 
+from storage.ownership import BucketPlace, Guard, NotOurs
+
 #: One to eight segments; none begins with a dot, so neither `..` nor a store's own folders can be named.
 _SEGMENT: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _KEY: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
@@ -39,6 +41,8 @@ _PREFIX: Final = re.compile(rf"(?:{_SEGMENT}/){{0,7}}(?:{_SEGMENT})?")
 #: Blocking calls of one store that run side by side; more than that only makes a disk or a server slower.
 _THREADS: Final = 8
 _PAGE: Final = 500
+#: What a put names the file that it is still writing.
+_TEMPORARY: Final = re.compile(r"[0-9a-f]{32}")
 #: A put gives up long before: what is older was left by a process that died in the middle of one.
 _ABANDONED_SECONDS: Final = 3600
 #: Deletions that may remove a folder, one after another, in the microseconds between making it and moving into it.
@@ -53,6 +57,10 @@ class PhotoNotFound(LookupError):
 
 class PhotoStoreUnavailable(OSError):
     """The store cannot be reached, is too slow, or is broken."""
+
+
+class PhotosNotOurs(NotOurs, PhotoStoreUnavailable):
+    """The photos belong to another store: they can be read, and not changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,8 @@ class LocalPhotoStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
+        #: Asked before each change. None: nobody else can be using the folder.
+        self.guard: Guard | None = None
         self._incoming = self._root / ".incoming"
         # No deadline: a disk that is merely slow has still kept the photo.
         self._threads = _Threads("photo-files", deadline_seconds=None)
@@ -100,7 +110,7 @@ class LocalPhotoStore:
     async def put(self, key: str, data: bytes) -> None:
         """See PhotoStore. Written beside, fsynced, renamed into place, folders fsynced."""
         path = self._path(key)
-        await self._threads.run(lambda: self._put(path, data))
+        await self._threads.run(lambda: _guarded(self.guard, lambda: self._put(path, data)))
 
     async def get(self, key: str) -> bytes:
         """See PhotoStore."""
@@ -110,7 +120,7 @@ class LocalPhotoStore:
     async def delete(self, keys: Iterable[str]) -> int:
         """See PhotoStore. Folders that become empty go too: their names are ids of people."""
         paths = [self._path(key) for key in keys]
-        return await self._threads.run(lambda: sum(self._delete(path) for path in paths))
+        return await self._threads.run(lambda: _guarded(self.guard, lambda: sum(self._delete(path) for path in paths)))
 
     def list(self, prefix: str = "") -> AsyncIterator[StoredPhoto]:
         """See PhotoStore."""
@@ -119,7 +129,7 @@ class LocalPhotoStore:
 
     async def check(self) -> None:
         """See PhotoStore. Writes and removes a small file, and removes what dead processes left half written."""
-        await self._threads.run(self._check)
+        await self._threads.run(lambda: _guarded(self.guard, self._check))
 
     async def close(self) -> None:
         """See PhotoStore."""
@@ -184,8 +194,8 @@ class LocalPhotoStore:
                 if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                     yield from self._walk(Path(entry.path), prefix)
             elif key.startswith(prefix):
-                try:
-                    modified = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
+                try:  # of a link its own time: what it leads to is not ours
+                    modified = datetime.fromtimestamp(entry.stat(follow_symlinks=False).st_mtime, UTC)
                 except FileNotFoundError:  # deleted since the folder was read
                     continue
                 except OSError as problem:
@@ -200,7 +210,7 @@ class LocalPhotoStore:
             probe.unlink()
             oldest = time.time() - _ABANDONED_SECONDS
             for left in self._incoming.iterdir():
-                if left.stat().st_mtime < oldest:
+                if _TEMPORARY.fullmatch(left.name) and left.lstat().st_mtime < oldest:
                     left.unlink(missing_ok=True)
         except FileNotFoundError:  # another process's check or put was quicker
             return
@@ -235,6 +245,8 @@ class MinioPhotoStore:
     ) -> None:
         """endpoint: `host:port`; timeout_seconds: how long the server may be silent before the call fails."""
         self._bucket = bucket
+        #: Asked before the first change, and at each `check`. None: nobody else can be using the bucket.
+        self.guard: Guard | None = None
         # The client's own pool waits for five minutes and tries five times.
         self._connections = urllib3.PoolManager(
             maxsize=_THREADS,
@@ -255,7 +267,7 @@ class MinioPhotoStore:
     async def put(self, key: str, data: bytes) -> None:
         """See PhotoStore."""
         _checked_key(key)
-        await self._run(lambda: self._put(key, data))
+        await self._run(lambda: _guarded(self.guard, lambda: self._put(key, data)))
 
     async def get(self, key: str) -> bytes:
         """See PhotoStore."""
@@ -265,6 +277,8 @@ class MinioPhotoStore:
     async def delete(self, keys: Iterable[str]) -> int:
         """See PhotoStore. On a bucket with versions nothing of an object remains, delete markers neither."""
         waiting = [_checked_key(key) for key in keys]
+        if waiting:
+            await self._run(lambda: _guarded(self.guard, lambda: None))
         there = 0
         for start in range(0, len(waiting), _THREADS):
             batch = waiting[start : start + _THREADS]
@@ -278,7 +292,17 @@ class MinioPhotoStore:
 
     async def check(self) -> None:
         """See PhotoStore. A signed call about the bucket, never the server's own health path."""
-        await self._run(self._ensure_bucket)
+
+        def checked() -> None:
+            if self.guard is not None:
+                self.guard.forget()
+            _guarded(self.guard, self._ensure_bucket)
+
+        await self._run(checked)
+
+    def place(self, setting: str, *, own_names: Iterable[str] = ()) -> BucketPlace:
+        """The bucket, to be asked for its owner."""
+        return BucketPlace(setting, self._client, self._bucket, own_names=own_names)
 
     async def close(self) -> None:
         """See PhotoStore."""
@@ -399,6 +423,18 @@ class _Threads:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _guarded(guard: Guard | None, change: Callable[[], _Result]) -> _Result:
+    """Change the store, if it is this process's own."""
+    if guard is not None:
+        try:
+            guard.require()
+        except NotOurs as problem:
+            raise PhotosNotOurs(problem.errno, problem.strerror) from problem
+        except OSError as problem:
+            raise _unavailable(problem) from problem
+    return change()
 
 
 def _s3_call(call: Callable[[], _Result]) -> _Result:

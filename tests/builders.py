@@ -197,6 +197,7 @@ async def another_process(runtime: Runtime, photos: PhotoStore | None = None) ->
         access=runtime.access,
         boundaries=boundaries,
         clock=runtime.clock,
+        places=runtime.places,
     )
     yield other
     await other.search.close()

@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import time
-from datetime import UTC, datetime, timedelta
 from typing import TypedDict
 
 import structlog
@@ -15,7 +14,6 @@ from redis.exceptions import RedisError
 
 from app.documents.base import new_id
 from app.documents.galleries import Gallery
-from app.documents.identities import Identity
 from app.documents.leases import Lease
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
 from app.leases import release_of
@@ -26,6 +24,7 @@ from app.use_cases.erase import erase_expired, settle_overdue
 from app.use_cases.galleries import take_effect
 from app.use_cases.keep_evidence import keep_evidence
 from app.use_cases.publish import due, keep_promises
+from app.use_cases.sweep_photos import sweep_photos
 from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
 
@@ -43,9 +42,6 @@ AWAY = (
     TimeoutError,
 )
 RETRY_SECONDS = 1
-#: A photo without a document is no enrolment's any more after this time.
-ORPHAN_AGE = timedelta(hours=24)
-ORPHANS_AT_ONCE = 200
 #: How soon a publication that came to nothing is asked for again.
 PUBLISH_PERIOD_SECONDS = 15
 
@@ -181,24 +177,8 @@ async def _keep_evidence(context: Context, *, whole: bool) -> None:
 
 
 async def sweep_orphan_photos(context: Context) -> None:
-    """Delete photos that no document names."""
-    runtime = context["runtime"]
-    oldest = datetime.now(UTC) - ORPHAN_AGE
-    batch: list[str] = []
-    async for photo in runtime.photos.list():
-        if photo.modified < oldest:
-            batch.append(photo.key)
-        if len(batch) == ORPHANS_AT_ONCE:
-            await _delete_orphans(runtime, batch)
-            batch = []
-    await _delete_orphans(runtime, batch)
-
-
-async def _delete_orphans(runtime: Runtime, keys: list[str]) -> None:
-    # A key is gallery/identity/sample, so the documents are found by their ids.
-    owners = list({key.split("/")[1] for key in keys if key.count("/") == 2})  # noqa: PLR2004 - its three parts
-    rows = Identity.get_pymongo_collection().find({"_id": {"$in": owners}}, {"samples.photo_key": 1})
-    named = {sample["photo_key"] async for row in rows for sample in row["samples"]}
-    orphans = [key for key in keys if key not in named]
-    if orphans:
-        log.info("orphan_photos_deleted", count=await runtime.photos.delete(orphans))
+    """Delete photos of ours that no document names, and report what is not ours."""
+    try:
+        await sweep_photos(context["runtime"])
+    except (*AWAY, PyMongoError) as error:
+        log.warning("sweep_waits", error=type(error).__name__, reason=str(error)[:500])

@@ -8,7 +8,7 @@ import faiss
 import structlog
 
 from app.audit import by_system
-from app.config import Settings
+from app.config import PlaceRefused, Settings
 from app.errors import Problem
 from app.logs import configure_service_logging
 from app.runtime import open_runtime
@@ -35,7 +35,7 @@ def main() -> int:
     configure_service_logging(settings.log_level)
     try:
         asyncio.run(_publish(settings, gallery_id, holder))
-    except (Problem, GenerationStoreUnavailable) as problem:
+    except (Problem, GenerationStoreUnavailable, PlaceRefused) as problem:
         log.warning("publication_given_up", gallery=gallery_id, reason=str(problem))
         return 1
     return 0

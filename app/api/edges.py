@@ -42,7 +42,7 @@ class Edges:
             await self._app(scope, receive, without_traceback)
         except Exception as error:
             if sentence := as_sentence(error):
-                log.critical("service_not_started", reason=sentence)
+                log.critical("service_not_started", reason=sentence, error=type(error).__name__)
             else:
                 log.critical("service_not_started", exc_info=error)
             raise

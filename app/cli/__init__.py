@@ -11,6 +11,9 @@ from typing import Final
 
 import typer
 
+from app.config import PlaceRefused
+from app.starting import UNUSABLE_CONFIGURATION
+
 #: Command -> where its function, or its typer app of sub-commands, lies.
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "app.cli.up:up",
@@ -27,6 +30,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "backup": "app.cli.backup:backup",
     "restore": "app.cli.backup:restore",
     "check": "app.cli.check:check",
+    "stores": "app.cli.places:app",
 }
 
 
@@ -51,7 +55,11 @@ def build_app(wanted: str | None) -> typer.Typer:
 
 def main() -> None:
     """The `idem` command."""
-    build_app(sys.argv[1] if len(sys.argv) > 1 else None)(prog_name="idem")
+    try:
+        build_app(sys.argv[1] if len(sys.argv) > 1 else None)(prog_name="idem")
+    except PlaceRefused as refused:
+        typer.echo(f"{refused}.", err=True)
+        sys.exit(UNUSABLE_CONFIGURATION)
 
 
 def _root() -> None:

@@ -128,14 +128,21 @@ def restore(
             "Accounts are those of the backup now. Where `idem up` runs on this store, start it again: it makes the accounts of "
             "its credentials.json anew."
         )
-        for misfit in restoring.Restored(**done).log:  # type: ignore[arg-type] # its own fields
-            typer.echo(f"The log: {misfit}.", err=True)
-        for name in restoring.Restored(**done).unreadable:  # type: ignore[arg-type]
-            typer.echo(
-                f"The ledger of erasures: {name} is torn, or was not written by this store, and was not obeyed; find out whether "
-                "that person asked to be erased.",
-                err=True,
-            )
+        _warn(restoring.Restored(**done))  # type: ignore[arg-type] # its own fields
+
+
+def _warn(done: restoring.Restored) -> None:
+    """Tell what the restore could not make good."""
+    if done.evidence is not None:
+        typer.echo(f"Nothing is written to the evidence store: {done.evidence}.", err=True)
+    for misfit in done.log:
+        typer.echo(f"The log: {misfit}.", err=True)
+    for name in done.unreadable:
+        typer.echo(
+            f"The ledger of erasures: {name} is torn, or was not written by this store, and was not obeyed; find out whether "
+            "that person asked to be erased.",
+            err=True,
+        )
 
 
 def _say(found: dict[str, object], text: str, *, as_json: bool) -> None:

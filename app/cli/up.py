@@ -10,11 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.settings import read_settings
+from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings
 from app.config import Settings
 from app.devstack.client import ReadyStack, Service
 from app.devstack.demo import DemoFailed, demonstrate, sample_people
-from app.devstack.stack import CREDENTIALS_NAME, Stack, StackFailed, Wishes, data_folder, listen, stop_signals
+from app.devstack.stack import (
+    CREDENTIALS_NAME,
+    Misconfigured,
+    Stack,
+    StackFailed,
+    Wishes,
+    data_folder,
+    listen,
+    stop_signals,
+)
 
 
 def up(
@@ -41,7 +50,7 @@ def up(
     except (StackFailed, DemoFailed, OSError) as problem:
         sys.stdout.flush()
         typer.echo(f"idem up: {problem}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(UNUSABLE_CONFIGURATION if isinstance(problem, Misconfigured) else 1) from None
 
 
 async def _run(stack: Stack, settings: Settings, console: Console, *, with_demo: bool) -> None:

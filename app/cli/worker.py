@@ -27,5 +27,6 @@ def worker(wait: WaitOption = 0) -> None:
         if sentence is None:
             raise
         has_worked = "runtime" in process.ctx
-        log.critical("worker_ended" if has_worked else "worker_not_started", reason=sentence)
+        event = "worker_ended" if has_worked else "worker_not_started"
+        log.critical(event, reason=sentence, error=type(error).__name__)
         raise typer.Exit(1 if has_worked else UNUSABLE_CONFIGURATION) from None

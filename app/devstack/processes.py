@@ -79,6 +79,8 @@ class Watched:
         self.command = command
         self.log = log
         self.deaths = 0
+        #: Of its last death.
+        self.exit_status: int | None = None
         self._environment = dict(environment)
         self._inherited = tuple(inherited)
         self._on_start = on_start
@@ -144,6 +146,7 @@ class Watched:
             started = time.monotonic()
             code = await process.wait()
             self.deaths += 1
+            self.exit_status = code
             self._quick_deaths = self._quick_deaths + 1 if time.monotonic() - started < HEALTHY_SECONDS else 0
             end_group(process.pid)  # its own children hold ports and memory
             self._on_death(self, describe_exit(code))

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from app.config import Settings, random_secret
+from app.config import PlaceRefused, Settings, random_secret
 from app.devstack.client import CallFailed, Credentials, ReadyStack, Service
 from app.devstack.processes import (
     STACK_MARK,
@@ -45,6 +45,7 @@ from app.devstack.servers import (
     redis_url,
     wait_for_redis,
 )
+from app.starting import UNUSABLE_CONFIGURATION
 
 #: Everything must be down 10 s after the signal. What has begun gets SHUTDOWN_GRACE_SECONDS, but no more than this;
 SERVICE_GRACE_SECONDS: Final = 8
@@ -73,6 +74,10 @@ KEY_NAME: Final = "key_encryption_key"
 
 class StackFailed(RuntimeError):
     """The stack cannot start, or came down by itself; the message is for the operator."""
+
+
+class Misconfigured(StackFailed):
+    """A child refuses a folder or bucket of the settings; the message is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +296,8 @@ class Stack:
         async with Service(self.url) as service:
             while not ((seen := await service.readiness()) and seen.serves):
                 for child in self._children:
+                    if child.exit_status == UNUSABLE_CONFIGURATION and (refusal := _refusal_in(child.log_tail())):
+                        raise Misconfigured(refusal)
                     if self._is_hopeless(child.name):
                         message = f"{child.name} keeps dying; its log ends:\n{child.log_tail()}"
                         raise StackFailed(message)
@@ -384,6 +391,15 @@ class Stack:
 
     def _logs(self) -> str:
         return "\n".join(f"--- {child.name}:\n{child.log_tail()}" for child in self._children if child.deaths)
+
+
+def _refusal_in(log: str) -> str | None:
+    """Why a child refuses a folder or bucket, by the last line of its log; None when it ended for another reason."""
+    try:
+        line = json.loads(log.rpartition("\n")[2])
+        return str(line["reason"]) if line["error"] == PlaceRefused.__name__ else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def embedded_settings(settings: Settings, data_dir: Path) -> Settings:

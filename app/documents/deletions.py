@@ -7,7 +7,7 @@ can write there must not be able to have somebody erased.
 
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Final, Self
 
@@ -102,6 +102,12 @@ class Deletion(Stored):
     async def newest_outside(cls) -> Self | None:
         """One of the latest whose line should be there."""
         return await cls.find({"unsettled_since": None}).sort("-_id").first_or_none()
+
+    @classmethod
+    async def galleries_of(cls, ids: Sequence[str]) -> dict[str, str]:
+        """The galleries of those of the identities that the ledger knows."""
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"gallery_id": 1})
+        return {row["_id"]: row["gallery_id"] async for row in rows}
 
     async def photos_are_gone(self) -> None:
         """The store holds none of its photos any more."""

@@ -215,6 +215,13 @@ class Identity(Stored):
         return {row["_id"]: row["status"] async for row in rows}
 
     @classmethod
+    async def photo_keys_of(cls, ids: Sequence[str]) -> dict[str, tuple[str, set[str]]]:
+        """The gallery of each of the ids, erased ones too, and the keys of the photos that its samples name."""
+        fields = {"gallery_id": 1, "samples.photo_key": 1}
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, fields)
+        return {row["_id"]: (row["gallery_id"], {s["photo_key"] for s in row["samples"]}) async for row in rows}
+
+    @classmethod
     async def wrapped_before(
         cls, gallery_id: str, generation: int, limit: int, session: AsyncClientSession | None = None
     ) -> list[tuple[str, bytes]]:

@@ -11,14 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
 import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.backups import PhotoName, Tell, history_kept, in_groups
+from app.backups import Tell, history_kept, in_groups
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
@@ -33,6 +33,7 @@ from app.domain.merkle import Growth, leaf_hash
 from app.heads_outside import HeadsOutside, heads_outside, misfit_of
 from app.kept_outside import lost, write_again
 from app.keys import DataKey, SealBroken
+from app.orphans import ORPHAN_AGE, known_galleries, old_keys, sorted_by_owner
 from app.runtime import Runtime
 from storage.evidence import EvidenceUnavailable
 from storage.generations import BadGeneration, GenerationStoreUnavailable
@@ -44,8 +45,6 @@ PEOPLE_AT_ONCE: Final = 500
 ROWS_AT_ONCE: Final = 2000
 #: Of one kind that are told one by one; all are counted.
 LISTED: Final = 200
-#: An enrolment puts its photos before its document; a sweep takes what is older and has none.
-ORPHAN_AGE: Final = timedelta(hours=24)
 #: Events get their number within a second as long as a worker runs.
 NUMBERED_WITHIN: Final = timedelta(minutes=1)
 _HASH: Final = re.compile("[0-9a-f]{64}")
@@ -98,6 +97,7 @@ async def _check(runtime: Runtime, tell: Tell, *, repair: bool, photos: bool) ->
         await one.log(outside)
         for gallery in galleries:
             await one.index(gallery)
+        await one.places()
         if photos:
             await one.orphans()
         await one.evidence()
@@ -256,21 +256,31 @@ class _Looking:
         self.tell(f"{gallery.name}: index", 1, 1)
 
     async def orphans(self) -> None:
-        """No photo lies there that no document names."""
-        oldest, done = datetime.now(UTC) - ORPHAN_AGE, 0
-        old = (photo.key async for photo in self.runtime.photos.list() if photo.modified < oldest)
-        async for keys in in_groups(old, PEOPLE_AT_ONCE):
+        """No photo lies there that no document names. What is not this store's is told, and never deleted."""
+        if self.repair:
+            await self.runtime.places.require_photos()
+        galleries, done = await known_galleries(), 0
+        async for keys in old_keys(self.runtime.photos, age=ORPHAN_AGE, size=PEOPLE_AT_ONCE):
             done += len(keys)
             self.tell("photos in the store", done, done)
-            owners = [key.split("/")[1] for key in keys if key.count("/") == len(PhotoName._fields) - 1]
-            rows = Identity.get_pymongo_collection().find({"_id": {"$in": owners}}, {"samples.photo_key": 1})
-            named = {sample["photo_key"] async for row in rows for sample in row["samples"]}
-            for key in keys:
-                if key in named:
-                    continue
+            found = await sorted_by_owner(keys, galleries)
+            for key in found.orphans:
                 if self.repair:
                     await self.runtime.photos.delete([key])
                 self._find("photo-orphan", None, key, "no document names this photo", is_mended=self.repair)
+            for key in found.foreign:
+                if not self.runtime.places.is_own_key(key):
+                    self._find("photo-foreign", None, key, "it cannot be proved to be this store's, and is left alone")
+
+    async def places(self) -> None:
+        """Every place is this store's, and holds nothing else."""
+        self.runtime.search.store.remember(await known_galleries())
+        for standing in await self.runtime.places.standings():
+            # After a restore on another machine the evidence is the former store's until it is adopted: that fits.
+            if standing.is_refused and not standing.setting.startswith("EVIDENCE"):
+                self._find("place-foreign", None, standing.setting, standing.sentence)
+        for name in await self.runtime.share.run(self.runtime.search.store.strangers):
+            self._find("index-foreign", None, name, "it is none of this store's index files, and is left alone")
 
     async def evidence(self) -> None:
         """What must outlive the database lies outside of it."""

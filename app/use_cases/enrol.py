@@ -29,6 +29,7 @@ from app.documents.sealed import (
     seal_photo,
     seal_template,
 )
+from app.documents.stores import EnrolmentBegun
 from app.domain.attributes import Attributes, canonical_ref
 from app.domain.comparison import best_similarity, show_one_person
 from app.domain.near_copies import fingerprint
@@ -110,7 +111,8 @@ async def enrol(
         return identity
 
     try:
-        identity = await _store_and_commit(runtime, gallery, prepared, commit)
+        begun = EnrolmentBegun.note(identity_id, gallery.id)
+        identity = await _store_and_commit(runtime, gallery, prepared, commit, begun)
     except DuplicateKeyError as error:
         if "external_ref_hash" in str(error.details):
             raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.") from error
@@ -205,11 +207,17 @@ async def _prepare(
 
 
 async def _store_and_commit(
-    runtime: Runtime, gallery: Gallery, prepared: list[_Prepared], commit: Callable[[AsyncClientSession], Awaitable[T]]
+    runtime: Runtime,
+    gallery: Gallery,
+    prepared: list[_Prepared],
+    commit: Callable[[AsyncClientSession], Awaitable[T]],
+    *besides: Awaitable[None],
 ) -> T:
+    """Put the photos, and do what goes beside them; then commit."""
     try:
         async with asyncio.timeout(GIVE_UP_SECONDS):
-            await asyncio.gather(*(runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared))
+            puts = (runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared)
+            await asyncio.gather(*besides, *puts)
             return await runtime.in_line(gallery.id, commit)
     except TimeoutError as error:
         raise NotReady("The stores took too long; nothing was enrolled.", retry_after_seconds=5) from error

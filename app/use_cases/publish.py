@@ -26,6 +26,7 @@ from app.documents.events import Detail
 from app.documents.galleries import Gallery, Generation
 from app.documents.identities import Identity
 from app.documents.sealed import gallery_key
+from app.documents.stores import Store
 from app.domain.policy import thresholds_for
 from app.domain.publication import Reason, Standing, kind_for, reason_to_publish
 from app.errors import Conflict, NotFound, NotReady
@@ -124,8 +125,11 @@ async def keep_promises(runtime: Runtime) -> None:
         await _put_right(late, partial(_withdraw, runtime, late))
     on_share = set(await share.run(store.galleries))
     living = {gallery.id: gallery async for gallery in Gallery.find_all()}
-    for gone in on_share - living.keys():
+    had = set((await Store.remember(living)).galleries)
+    store.remember(had)
+    for gone in (on_share & had) - living.keys():
         await share.run(store.drop_gallery, gone)
+    runtime.places.note_strangers(await share.run(store.strangers))
     for gallery in living.values():
         if gallery.id in on_share and await share.run(store.has_others, gallery.id, gallery.files):
             await _put_right(gallery, partial(_sweep, runtime))

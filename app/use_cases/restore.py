@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +50,7 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.restores import Restore
+from app.documents.stores import EnrolmentBegun
 from app.documents.tree import AuditTree
 from app.domain.policy_changes import WAIT
 from app.heads_outside import misfits_outside
@@ -75,6 +76,8 @@ LEAVE_SECONDS: Final = 20
 POLL_SECONDS: Final = 0.25
 NAMES_AT_ONCE: Final = 1000
 DUPLICATE_KEY: Final = 11000
+#: How far the clocks of hosts may differ that enrol and back up.
+CLOCKS_APART: Final = timedelta(hours=1)
 #: What callers' versions rise by: drawn, so that no change since the backup has led to the same; far from 2^53 for many restores.
 VERSION_STEPS: Final = range(2**32, 2**40)
 
@@ -101,7 +104,7 @@ class Restored:
 
     erased_again: people of the backup whom a ledger knows as erased since. unreadable: lines of the ledgers that were not
     obeyed, because they are torn or, outside, bear no tag of this store. log_size: of the log in the backup; log: what does
-    not fit the heads that are known outside, in words.
+    not fit the heads that are known outside, in words. evidence: why nothing is written to the evidence store; None: it is.
     """
 
     set_id: str
@@ -113,6 +116,7 @@ class Restored:
     log_size: int
     log: tuple[str, ...]
     galleries: tuple[str, ...]
+    evidence: str | None = None
 
 
 Opened = Callable[[], AbstractAsyncContextManager[Runtime]]
@@ -331,6 +335,9 @@ class _Loading:
 
     async def _close_log(self, standing: Restore) -> None:
         """Have a head over the whole log outside, so that it is told how much of it is lost. Raises EvidenceAway."""
+        if (refusal := self.runtime.places.evidence.refusal) is not None:
+            log.warning("log_not_closed_outside", reason=refusal)
+            return
         try:
             # The ledger out there will be asked for when there is no way back.
             await self.runtime.evidence.names(LEDGER)
@@ -344,11 +351,16 @@ class _Loading:
             raise EvidenceAway(message)
 
     async def _set_aside(self) -> None:
-        """Keep the ledger of this database through the switch: the evidence store may not hold all of it yet."""
+        """Keep the ledger of this database through the switch: the evidence store may not hold all of it yet.
+
+        And what proves that the photos of whoever came after the backup are this store's: nobody will know these people.
+        """
         ledger = _database(self.runtime)[Deletion.get_collection_name()]
+        newer = {"created_at": {"$gte": self.backup.manifest.made_at - CLOCKS_APART}}
         with pymongo.timeout(WRITE_SECONDS):
             async for _ in await ledger.aggregate([{"$merge": {"into": SET_ASIDE}}]):
                 pass
+            await EnrolmentBegun.note_all(newer)
 
 
 async def _hold_policies(galleries: Any) -> None:  # noqa: ANN401 - the driver's, of documents of any shape
@@ -420,6 +432,7 @@ async def _mend(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, stan
         set_id=manifest.id, made_at=manifest.made_at, documents=manifest.documents,
         photos=sum(part.documents for part in manifest.photos), erased_again=erased, unreadable=tuple(unreadable),
         log_size=tree.size, log=tuple(misfits), galleries=tuple(names),
+        evidence=runtime.places.evidence.refusal,
     )  # fmt: skip
 
 

@@ -271,12 +271,14 @@ async def test_what_a_killed_process_left_half_written_is_removed_in_time(
 ) -> None:
     await local.check()
     incoming = tmp_path / "photos/.incoming"
-    (incoming / "old").write_bytes(b"half a pho")
-    (incoming / "new").write_bytes(b"half a pho")
+    old, new, foreign = uuid.uuid4().hex, uuid.uuid4().hex, "thesis.txt"
     two_hours_ago = time.time() - 7200
-    os.utime(incoming / "old", (two_hours_ago, two_hours_ago))
+    for name in (old, new, foreign):
+        (incoming / name).write_bytes(b"half a pho")
+        if name != new:
+            os.utime(incoming / name, (two_hours_ago, two_hours_ago))
     await local.check()
-    assert [path.name for path in incoming.iterdir()] == ["new"]
+    assert {path.name for path in incoming.iterdir()} == {new, foreign}, "what no put has written stays"
     assert await listed(local) == []
 
 

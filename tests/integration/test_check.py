@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.audit import by_system, record
-from app.documents.base import now
+from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
 from app.documents.events import AuditEvent
@@ -107,16 +107,23 @@ async def test_photos_that_nobody_names_are_found_and_swept_when_they_are_old(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann = await active(runtime, "ann")
-    keys = [f"{ann.gallery_id}/{ann.id}/nobody", "gallery/nobody/sample", "neither"]
-    for key in keys:
+    ours = [f"{ann.gallery_id}/{ann.id}/{new_id()}" for _ in range(2)]
+    foreign = [
+        f"{ann.gallery_id}/{new_id()}/{new_id()}", f"{new_id()}/{ann.id}/{new_id()}", f"{ann.gallery_id}/{ann.id}/nobody",
+        f"{ann.gallery_id}/{ann.id}/{new_id().upper()}", f"{ann.gallery_id}/{ann.id}/{new_id()}/more", "gallery/nobody/sample",
+        "neither", "deep/a/b/c/d/e/f",
+    ]  # fmt: skip
+    for key in (*ours, *foreign):
         await runtime.photos.put(key, b"left")
     assert (await found(runtime)).findings == []
     monkeypatch.setattr(checking, "ORPHAN_AGE", timedelta(seconds=-1))
     looked = await found(runtime)
-    assert sorted(str(finding.subject) for finding in looked.findings) == sorted(keys)
-    assert {finding.kind for finding in looked.findings} == {"photo-orphan"}
-    assert (await found(runtime, repair=True)).standing == 0
-    assert [photo.key async for photo in runtime.photos.list()] == [ann.samples[0].photo_key]
+    assert {f.subject: f.kind for f in looked.findings} == dict.fromkeys(ours, "photo-orphan") | dict.fromkeys(
+        foreign, "photo-foreign"
+    )
+    repaired = await found(runtime, repair=True)
+    assert (repaired.counts["photo-orphan"], repaired.standing) == (len(ours), len(foreign))
+    assert {photo.key async for photo in runtime.photos.list()} == {ann.samples[0].photo_key, *foreign}
 
 
 async def test_a_generation_that_is_spoilt_or_ahead_is_found_and_published_anew(runtime: Runtime) -> None:

@@ -14,9 +14,10 @@ from arq import Retry, func
 from arq.worker import Worker
 
 from app.config import Settings
-from app.documents.base import now
+from app.documents.base import new_id, now
 from app.documents.events import AuditEvent
 from app.documents.identities import Identity
+from app.documents.stores import EnrolmentBegun
 from app.domain.policy import Status
 from app.errors import Conflict
 from app.queue import SCREEN, decode_job, encode_job, redis_settings
@@ -252,14 +253,17 @@ async def test_a_store_that_refuses_for_good_counts_as_a_failure(runtime: Runtim
 
 async def test_h78_photos_that_no_document_names_are_swept_after_a_day(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
-    kept = ann.samples[0].photo_key
-    for key in ("g/old/orphan", "g/new/orphan"):
+    kept, nobody = ann.samples[0].photo_key, new_id()
+    await EnrolmentBegun.note(nobody, ann.gallery_id)  # by a process that died before the document
+    old = [f"{ann.gallery_id}/{ann.id}/{new_id()}", f"{ann.gallery_id}/{nobody}/{new_id()}"]
+    new = f"{ann.gallery_id}/{ann.id}/{new_id()}"
+    for key in (*old, new):
         await runtime.photos.put(key, b"x")
     long_ago = time.time() - 25 * 3600
-    for key in (kept, "g/old/orphan"):
+    for key in (kept, *old):
         os.utime(Path(runtime.settings.storage_path) / key, (long_ago, long_ago))
     await jobs.sweep_orphan_photos(jobs.Context(runtime=runtime))
-    assert {photo.key async for photo in runtime.photos.list()} == {kept, "g/new/orphan"}
+    assert {photo.key async for photo in runtime.photos.list()} == {kept, new}
 
 
 async def test_screening_and_erasing_many_at_once_through_two_workers_ends_settled(queued: Runtime) -> None:

@@ -1,0 +1,116 @@
+"""`idem stores`: which store owns the folders and buckets of the settings, and how a store takes one over."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
+
+import typer
+from pymongo.errors import PyMongoError
+from rich.console import Console
+from rich.table import Table
+
+from app.audit import by_system, record
+from app.cli.stores import DataDirOption, stores_of
+from app.config import Settings
+from app.documents.events import Detail
+from app.errors import Problem
+from app.logs import configure_logging
+from app.ownership import PLACES
+from app.runtime import Runtime, open_runtime
+from storage.ownership import Standing, State
+
+T = TypeVar("T")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+STATES: Final[dict[State, str]] = {
+    "ours": "this store's",
+    "foreign": "ANOTHER STORE'S: nothing is written or deleted there",
+    "free": "free: the next start marks it",
+    "unmarked": "NOT MARKED, and it holds what this database does not know",
+    "absent": "not there yet",
+    "away": "it does not answer",
+}
+
+app = typer.Typer(
+    help="The folders and buckets of the settings: which store owns each, and taking one over.", no_args_is_help=True
+)
+
+
+@app.command()
+def status(data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
+    """Show the owner of each place. Exit status 1: a place belongs to another store, or may do so."""
+    store, standings = _run(data_dir, lambda runtime: runtime.places.standings())
+    _show(store, standings, as_json=as_json)
+    if any(standing.is_refused for standing in standings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def adopt(
+    place: Annotated[
+        list[str] | None, typer.Option(help=f"Only this place; repeat for several: {', '.join(PLACES)}. Default: all.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Make this database's store the owner of its places, whoever owns them now. Nothing in them is deleted.
+
+    Only for places whose former store is gone for good. A store that still runs is refused there from then on.
+    """
+    if unknown := sorted(set(place or ()) - set(PLACES)):
+        raise typer.BadParameter(f"{unknown[0]} is no place; choose from {', '.join(PLACES)}", param_hint="--place")
+
+    async def adopted(runtime: Runtime) -> list[Standing]:
+        before = {one.setting: one for one in await runtime.places.standings()}
+        after = await runtime.places.adopt(set(place or PLACES))
+        taken = [one.setting for one in after if one.state == "ours" and before[one.setting].state != "ours"]
+        if taken:
+            former = sorted({before[name].store or "nobody" for name in taken})
+            detail: Detail = {"places": ", ".join(taken), "from": ", ".join(former)}
+            await record(None, by_system("stores.adopt"), subject_kind="none", subject_id=None, detail=detail)
+        return after
+
+    store, standings = _run(data_dir, adopted)
+    _show(store, standings, as_json=as_json)
+    if any(standing.state != "ours" for standing in standings):
+        raise typer.Exit(1)
+
+
+def _show(store: str, standings: list[Standing], *, as_json: bool) -> None:
+    if as_json:
+        places = [dataclasses.asdict(standing) for standing in standings]
+        typer.echo(json.dumps({"store": store, "places": places}, default=str))
+        return
+    console = Console()
+    table = Table(title=f"Places of store {store}", title_justify="left")
+    for column in ("setting", "where", "state", "owner", "since"):
+        table.add_column(column, overflow="fold")
+    for one in standings:
+        since = "" if one.marked_at is None else f"{one.marked_at:%Y-%m-%d}"
+        table.add_row(one.setting, one.where, STATES[one.state], one.store or "", since)
+    console.print(table)
+    for one in standings:
+        if one.is_refused or one.trouble is not None:
+            typer.echo(f"{one.sentence}.")
+
+
+def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> tuple[str, T]:
+    """Do the work in a Runtime that asks no place for its owner; the store's id, and what came of it."""
+    configure_logging("error")
+
+    async def opened(settings: Settings) -> tuple[str, T]:
+        async with open_runtime(settings, claims=False) as runtime:
+            return runtime.places.owner.id, await work(runtime)
+
+    try:
+        with stores_of(data_dir) as settings:
+            return asyncio.run(opened(settings))
+    except Problem as problem:
+        typer.echo(f"{problem.title}: {problem.detail}", err=True)
+    except (PyMongoError, OSError, ValueError) as error:
+        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
+    raise typer.Exit(2)

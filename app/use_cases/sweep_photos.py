@@ -1,0 +1,41 @@
+"""Sweep the photo store: delete the photos of this store that no document names, and report what is not its own."""
+
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from app.documents.stores import EnrolmentBegun
+from app.orphans import FOREIGN, ORPHAN_AGE, SHOWN, known_galleries, old_keys, sorted_by_owner
+from app.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+#: By then a sweep has seen every photo of an enrolment that never came to a document.
+PROOF_AGE: Final = ORPHAN_AGE + timedelta(hours=24)
+PROOFS_AT_ONCE: Final = 1000
+
+
+async def sweep_photos(runtime: Runtime) -> int:
+    """Delete the orphans that are older than a day; how many. Everything else that no document names stays, and is reported.
+
+    Raises PhotoStoreUnavailable where the photo store is away or belongs to another store.
+    """
+    await runtime.places.require_photos()
+    galleries = await known_galleries()
+    deleted, foreign, examples = 0, 0, list[str]()
+    async for keys in old_keys(runtime.photos, age=ORPHAN_AGE):
+        found = await sorted_by_owner(keys, galleries)
+        if found.orphans:
+            deleted += await runtime.photos.delete(found.orphans)
+        strange = [key for key in found.foreign if not runtime.places.is_own_key(key)]
+        foreign += len(strange)
+        examples += strange[: SHOWN - len(examples)]
+    FOREIGN.set(foreign)
+    if deleted:
+        log.info("orphan_photos_deleted", count=deleted)
+    if foreign:
+        log.warning("foreign_photos_left_alone", count=foreign, examples=examples)
+    while proofs := await EnrolmentBegun.older_than(PROOF_AGE, PROOFS_AT_ONCE):
+        await EnrolmentBegun.forget([proof.id for proof in proofs])
+    return deleted

@@ -1,0 +1,409 @@
+"""Which store owns a folder or a bucket.
+
+Each place carries a mark: a small file or object that names the store that owns the place. The mark is written once.
+A store asks for the mark before it writes or deletes anything there.
+
+A place without a mark is free when it is empty, or when everything in it belongs to galleries that the store knows.
+Any other place is refused. See docs/adr/0035.
+"""
+
+import errno
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal, Protocol, TypeVar
+from xml.etree.ElementTree import ParseError
+
+from minio import Minio
+from minio.error import MinioException, S3Error
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from urllib3.exceptions import HTTPError
+
+#: Hidden, so that it is neither the key of a photo nor the id of a gallery.
+MARK: Final = ".idem-store"
+_MARK_LIMIT: Final = 4096
+#: A fresh ext4 file system has this folder.
+_IGNORED: Final = frozenset({"lost+found"})
+#: How many unknown names a message shows.
+_SHOWN: Final = 3
+#: A look at a bucket ends after this many unknown names.
+_COUNTED: Final = 1000
+
+Result = TypeVar("Result")
+#: ours: the mark names this store. foreign: the mark names another store. free: no mark, and this store may write one.
+#: unmarked: no mark, and unknown content. absent: there is no such folder or bucket. away: the place does not answer.
+State = Literal["ours", "foreign", "free", "unmarked", "absent", "away"]
+
+
+class NotOurs(OSError):
+    """The place belongs to another store, or its owner is not known: nothing may be written or deleted there."""
+
+
+class Mark(BaseModel):
+    """What the mark says."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    store: str = Field(min_length=1, max_length=100)
+    marked_at: AwareDatetime
+    note: str = "This place belongs to the Idem store named above. Do not copy, change or delete this mark."
+
+
+@dataclass(slots=True)
+class Owner:
+    """The store that this process works for.
+
+    galleries: the ids of all galleries that the store has or had. folders: its own folders, which may lie inside each other,
+    each with the names that the store itself writes there. reads_foreign: a place of another store is read, and never
+    written, instead of refused.
+    """
+
+    id: str
+    galleries: set[str] = field(default_factory=set)
+    folders: Mapping[Path, AbstractSet[str]] = field(default_factory=dict)
+    reads_foreign: bool = False
+
+    def own_names(self, root: Path) -> set[str]:
+        """The names right below `root` that the store writes, or that lead to another folder of the store."""
+        nested = {
+            path.relative_to(root).parts[0] for path in self.folders if path != root and path.is_relative_to(root)
+        }
+        return nested.union(self.folders.get(root, ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is known of a place. unknown: names there that belong to no gallery of the store, at most some."""
+
+    setting: str
+    where: str
+    state: State
+    store: str | None = None
+    marked_at: datetime | None = None
+    unknown: tuple[str, ...] = ()
+    trouble: str | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a process must not start with it."""
+        return self.state in {"foreign", "unmarked"}
+
+    @property
+    def sentence(self) -> str:
+        """What an operator has to know, and what to do."""
+        named = f"{self.setting} {self.where}"
+        if self.state == "foreign":
+            since = "" if self.marked_at is None else f" since {self.marked_at:%Y-%m-%d}"
+            return (
+                f"{named} belongs to another store ({self.store}{since}): name a place of its own for this store, or, if "
+                "the other store is gone for good, take the place over with `idem stores adopt`; FOREIGN_STORES=read "
+                "lets a restore drill read it"
+            )
+        if self.state == "unmarked":
+            more = len(self.unknown) - _SHOWN
+            shown = ", ".join(ascii(name) for name in self.unknown[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+            return (
+                f"{named} carries no mark of a store and holds what this database does not know ({shown}): name an empty "
+                "place, or take this one over with `idem stores adopt`, which deletes nothing in it"
+            )
+        return f"{named} cannot be used: {self.trouble or self.state}"
+
+
+class Place(Protocol):
+    """A folder or a bucket. Every method may block, and raises OSError when the place does not answer.
+
+    setting: the name of the setting that names it. is_costly: whether a look at its mark takes a round trip.
+    """
+
+    setting: str
+    where: str
+    is_costly: bool
+
+    def exists(self) -> bool:
+        """Whether there is such a folder or bucket."""
+
+    def make(self) -> None:
+        """Make it where it is missing."""
+
+    def mark(self) -> Mark | None:
+        """Its mark; None without one."""
+
+    def put_mark(self, mark: Mark) -> None:
+        """Write the mark where there is none. An existing mark stays as it is."""
+
+    def replace_mark(self, mark: Mark) -> None:
+        """Write the mark, in place of another one too."""
+
+    def own_names(self, owner: Owner) -> set[str]:
+        """Names right below it that the owner writes there beside its galleries, or that are another place of the owner."""
+
+    def unknown(self, owner: Owner) -> list[str]:
+        """Names right below it that are neither galleries of the owner nor `own_names`; at most some of them."""
+
+
+class Guard:
+    """Lets one process write to a place only while its store owns the place. Blocking; safe from any thread."""
+
+    def __init__(self, place: Place, owner: Owner) -> None:
+        self.place = place
+        self.owner = owner
+        self._is_confirmed = False
+
+    def look(self) -> Standing:
+        """What is known of the place. Writes nothing."""
+        place = self.place
+        try:
+            mark = place.mark()
+            if mark is not None:
+                state: State = "ours" if mark.store == self.owner.id else "foreign"
+                return Standing(place.setting, place.where, state, mark.store, mark.marked_at)
+            if not place.exists():
+                return Standing(place.setting, place.where, "absent")
+            unknown = tuple(place.unknown(self.owner))
+        except OSError as error:
+            return Standing(place.setting, place.where, "away", trouble=str(error))
+        return Standing(place.setting, place.where, "unmarked" if unknown else "free", unknown=unknown)
+
+    def claim(self, *, make: bool = False) -> Standing:
+        """Look at the place, and mark it when it is free. make: also where it is missing."""
+        standing = self.look()
+        if standing.state == "free" or (make and standing.state == "absent"):
+            try:
+                self.place.make()
+                self.place.put_mark(_fresh(self.owner))
+            except OSError as error:
+                return Standing(standing.setting, standing.where, "away", trouble=str(error))
+            standing = self.look()  # another store may have been a moment earlier
+        self._is_confirmed = standing.state == "ours"
+        return standing
+
+    def require(self) -> None:
+        """Return when the place is ours; mark it when it is free or missing. Raises NotOurs, or OSError while it is away."""
+        if self._is_confirmed and self.place.is_costly:
+            return
+        standing = self.claim(make=True)
+        if standing.state == "ours":
+            return
+        if standing.is_refused:
+            raise NotOurs(errno.EPERM, standing.sentence)
+        raise OSError(errno.EIO, standing.sentence)
+
+    def forget(self) -> None:
+        """Have the next `require` look again."""
+        self._is_confirmed = False
+
+    def adopt(self) -> Standing:
+        """Make the place ours, whoever's it is. Raises OSError."""
+        self.place.make()
+        self.place.replace_mark(_fresh(self.owner))
+        return self.claim()
+
+
+def _fresh(owner: Owner) -> Mark:
+    return Mark(store=owner.id, marked_at=datetime.now(UTC))
+
+
+def _read(data: bytes) -> Mark:
+    """A mark that cannot be read is somebody's all the same."""
+    try:
+        return Mark.model_validate_json(data)
+    except ValidationError:
+        return Mark(store="its mark cannot be read", marked_at=datetime.fromtimestamp(0, UTC))
+
+
+def unknown_names(names: Iterable[str], known: set[str]) -> list[str]:
+    """Visible names that are not known, sorted; at most some."""
+    found: list[str] = []
+    for name in names:
+        if not name.startswith(".") and name not in _IGNORED and name not in known:
+            found.append(name)
+            if len(found) == _COUNTED:
+                break
+    return sorted(found)
+
+
+class FolderPlace:
+    """A folder. The mark is a file in it."""
+
+    is_costly = False
+
+    def __init__(self, setting: str, root: Path) -> None:
+        self.setting = setting
+        self.where = str(root)
+        self._root = root.absolute()
+        self._mark = self._root / MARK
+
+    def exists(self) -> bool:
+        """See Place."""
+        return self._root.is_dir()
+
+    def make(self) -> None:
+        """See Place."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def mark(self) -> Mark | None:
+        """See Place."""
+        try:
+            descriptor = os.open(self._mark, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            return _read(os.read(descriptor, _MARK_LIMIT))
+        finally:
+            os.close(descriptor)
+
+    def put_mark(self, mark: Mark) -> None:
+        """See Place. Whole from the first moment: written beside, and linked to its name."""
+        temporary = self._written_beside(mark)
+        try:
+            with suppress(FileExistsError):
+                os.link(temporary, self._mark)
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}:
+                raise
+            self._create(mark)  # a file system without hard links
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._sync()
+
+    def replace_mark(self, mark: Mark) -> None:
+        """See Place."""
+        self._written_beside(mark).replace(self._mark)
+        self._sync()
+
+    def unknown(self, owner: Owner) -> list[str]:
+        """See Place."""
+        with os.scandir(self._root) as entries:
+            return unknown_names((entry.name for entry in entries), owner.galleries | self.own_names(owner))
+
+    def own_names(self, owner: Owner) -> set[str]:
+        """See Place."""
+        return owner.own_names(self._root)
+
+    def _written_beside(self, mark: Mark) -> Path:
+        temporary = self._root / f"{MARK}.{secrets.token_hex(8)}.tmp"
+        self._write(temporary, mark)
+        return temporary
+
+    def _create(self, mark: Mark) -> None:
+        with suppress(FileExistsError):
+            self._write(self._mark, mark)
+
+    def _write(self, path: Path, mark: Mark) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(mark.model_dump_json(indent=1).encode())
+            file.flush()
+            os.fsync(descriptor)
+
+    def _sync(self) -> None:
+        descriptor = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class BucketPlace:
+    """A bucket of an S3 server. The mark is an object in it."""
+
+    is_costly = True
+
+    def __init__(self, setting: str, client: Minio, bucket: str, *, own_names: Iterable[str] = ()) -> None:
+        """own_names: first parts of keys that something else of this store writes into the same bucket."""
+        self.setting = setting
+        self.where = bucket
+        self._client = client
+        self._bucket = bucket
+        self._own_names = set(own_names)
+
+    def own_names(self, owner: Owner) -> set[str]:
+        """See Place."""
+        del owner
+        return self._own_names
+
+    def exists(self) -> bool:
+        """See Place."""
+        return bool(_called(lambda: self._client.bucket_exists(self._bucket)))
+
+    def make(self) -> None:
+        """See Place."""
+
+        def made() -> None:
+            if self._client.bucket_exists(self._bucket):
+                return
+            try:
+                self._client.make_bucket(self._bucket)
+            except S3Error as problem:
+                if problem.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                    raise
+
+        _called(made)
+
+    def mark(self) -> Mark | None:
+        """See Place."""
+
+        def read() -> Mark | None:
+            try:
+                answer = self._client.get_object(self._bucket, MARK)
+            except S3Error as problem:
+                if problem.code in {"NoSuchKey", "NoSuchBucket"}:
+                    return None
+                raise
+            try:
+                return _read(answer.read(_MARK_LIMIT))
+            finally:
+                answer.close()
+                answer.release_conn()
+
+        return _called(read)
+
+    def put_mark(self, mark: Mark) -> None:
+        """See Place. The server itself refuses a second mark, where it knows conditional writes."""
+
+        def put() -> None:
+            data, headers = mark.model_dump_json(indent=1).encode(), {"Content-Type": "application/json"}
+            try:
+                # The client has no public way to give this header.
+                self._client._put_object(self._bucket, MARK, data, headers={**headers, "If-None-Match": "*"})  # noqa: SLF001
+            except S3Error as problem:
+                if problem.code == "PreconditionFailed":
+                    return
+                if problem.code != "NotImplemented":
+                    raise
+                self._put(data)
+
+        if self.mark() is None:
+            _called(put)
+
+    def replace_mark(self, mark: Mark) -> None:
+        """See Place."""
+        _called(lambda: self._put(mark.model_dump_json(indent=1).encode()))
+
+    def unknown(self, owner: Owner) -> list[str]:
+        """See Place."""
+
+        def listed() -> list[str]:
+            found = self._client.list_objects(self._bucket)  # of what lies deeper, only the first part
+            names = ((one.object_name or "").rstrip("/") for one in found)
+            return unknown_names(names, owner.galleries | self.own_names(owner))
+
+        return _called(listed)
+
+    def _put(self, data: bytes) -> None:
+        self._client.put_object(self._bucket, MARK, io.BytesIO(data), len(data), content_type="application/json")
+
+
+def _called(call: Callable[[], Result]) -> Result:
+    """Run one S3 call. Raises OSError for every fault of client, network or server."""
+    try:
+        return call()
+    except (MinioException, HTTPError, ParseError, UnicodeDecodeError) as problem:
+        message = f"{type(problem).__name__}: {problem}"
+        raise OSError(errno.EIO, message) from problem

@@ -1,0 +1,194 @@
+"""What a place promises about its mark: asked of a folder, and of a bucket on an S3 server."""
+
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from minio import Minio
+
+from storage.ownership import MARK, BucketPlace, FolderPlace, Guard, Mark, NotOurs, Owner, Place
+from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotosNotOurs
+from tests.support.services import Server
+
+GALLERY = str(uuid.uuid4())
+PUT = Callable[[str], None]
+
+
+def client_of(server: Server) -> Minio:
+    return Minio(f"127.0.0.1:{server.port}", "a-key", "a-secret-key", secure=False, region="us-east-1")
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A place that does not exist yet."""
+    if request.param == "folder":
+        return FolderPlace("STORAGE_PATH", tmp_path / "photos")
+    server: Server = request.getfixturevalue("s3_server")
+    return BucketPlace("MINIO_BUCKET", client_of(server), f"bucket-{uuid.uuid4()}", own_names=["heads"])
+
+
+@pytest.fixture
+def put(place: Place, request: pytest.FixtureRequest) -> PUT:
+    """Puts something there, whoever owns it."""
+
+    def put_there(name: str) -> None:
+        place.make()
+        if isinstance(place, FolderPlace):
+            path = Path(place.where) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"foreign")
+        else:
+            import io
+
+            client = client_of(request.getfixturevalue("s3_server"))
+            client.put_object(place.where, name, io.BytesIO(b"foreign"), 7)
+
+    return put_there
+
+
+def guard(place: Place, store: str = "mine", *galleries: str) -> Guard:
+    return Guard(place, Owner(store, set(galleries)))
+
+
+def test_a_missing_place_is_absent_until_something_is_written(place: Place) -> None:
+    mine = guard(place)
+    assert mine.claim().state == "absent"
+    assert not place.exists()
+    mine.require()
+    assert mine.look().state == "ours"
+
+
+def test_an_empty_place_is_marked_once_and_refused_to_others(place: Place) -> None:
+    place.make()
+    assert guard(place).claim().state == "ours"
+    marked = place.mark()
+    other = guard(place, "another")
+    standing = other.claim()
+    assert (standing.state, standing.store) == ("foreign", "mine")
+    for word in (place.setting, place.where, "mine", "idem stores adopt", "FOREIGN_STORES=read"):
+        assert word in standing.sentence
+    with pytest.raises(NotOurs):
+        other.require()
+    place.put_mark(Mark(store="another", marked_at=datetime.now(UTC)))
+    assert place.mark() == marked, "a mark is written once"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", f"{uuid.uuid4()}/identity/sample", "home/ann/thesis.txt", f"{GALLERY.upper()}/a/b", "photos/x"],
+)
+def test_a_place_with_unknown_content_is_not_marked(place: Place, put: PUT, name: str) -> None:
+    put(name)
+    mine = guard(place, "mine", GALLERY)
+    standing = mine.claim()
+    assert (standing.state, standing.unknown) == ("unmarked", (name.partition("/")[0],))
+    assert name.partition("/")[0] in standing.sentence
+    with pytest.raises(NotOurs):
+        mine.require()
+    assert place.mark() is None
+
+
+def test_a_place_that_holds_known_galleries_only_is_marked(place: Place, put: PUT) -> None:
+    for name in (f"{GALLERY}/a/b", f"{GALLERY}/c", ".incoming/half"):
+        put(name)
+    assert guard(place, "mine", GALLERY).claim().state == "ours"
+
+
+def test_adopting_takes_a_place_over_and_deletes_nothing(place: Place, put: PUT) -> None:
+    put("notes.txt")
+    former = guard(place, "former")
+    assert former.adopt().state == "ours"
+    assert guard(place, "mine").adopt().state == "ours"
+    assert former.claim().state == "foreign"
+    assert place.unknown(Owner("mine")) == ["notes.txt"]
+
+
+def test_of_many_that_claim_at_once_one_store_owns_the_place(place: Place) -> None:
+    place.make()
+    guards = [guard(place, f"store-{number % 2}") for number in range(8)]
+    threads = [threading.Thread(target=one.claim) for one in guards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owner = place.mark()
+    assert owner is not None
+    assert [one.look().state == "ours" for one in guards] == [one.owner.id == owner.store for one in guards]
+
+
+def test_a_mark_that_cannot_be_read_is_somebodys(place: Place, put: PUT) -> None:
+    put(MARK)
+    assert guard(place).claim().state == "foreign"
+
+
+def test_a_folder_of_a_fresh_file_system_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    assert guard(FolderPlace("STORAGE_PATH", tmp_path)).claim().state == "ours"
+
+
+def test_other_places_of_the_store_may_lie_within(tmp_path: Path) -> None:
+    (tmp_path / "data/photos").mkdir(parents=True)
+    owner = Owner("mine", folders={tmp_path: frozenset({"heads"}), tmp_path / "data/photos": frozenset()})
+    (tmp_path / "heads").mkdir()
+    assert Guard(FolderPlace("VECTOR_DB_PATH", tmp_path), owner).claim().state == "ours"
+    (tmp_path / MARK).unlink()
+    (tmp_path / "database").mkdir()
+    assert Guard(FolderPlace("VECTOR_DB_PATH", tmp_path), owner).claim().unknown == ("database",)
+
+
+def test_a_mark_is_no_link(tmp_path: Path) -> None:
+    """Whoever can make a link there must not have another file read, or written through."""
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / MARK).symlink_to(elsewhere)
+    mine = guard(FolderPlace("STORAGE_PATH", tmp_path / "photos"))
+    assert mine.claim().state == "away"
+    assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "minio"])
+async def test_a_photo_store_changes_nothing_in_a_place_of_another_store(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    store: LocalPhotoStore | MinioPhotoStore
+    if kind == "local":
+        store = LocalPhotoStore(tmp_path)
+        place: Place = FolderPlace("STORAGE_PATH", tmp_path)
+    else:
+        port = request.getfixturevalue("s3_server").port
+        store = MinioPhotoStore(
+            endpoint=f"127.0.0.1:{port}", access_key="a-key", secret_key="a-secret-key", bucket=f"bucket-{uuid.uuid4()}",
+            region="us-east-1", secure=False,
+        )  # fmt: skip
+        place = store.place("MINIO_BUCKET")
+    await store.put("a/b/c", b"theirs")
+    guard(place, "theirs").adopt()
+    store.guard = guard(place, "mine")
+    for change in (store.put("a/b/d", b"mine"), store.delete(["a/b/c"]), store.check()):
+        with pytest.raises(PhotosNotOurs, match="belongs to another store"):
+            await change
+    assert await store.get("a/b/c") == b"theirs", "it may be read"
+    assert [photo.key async for photo in store.list()] == ["a/b/c"], "the mark is no photo"
+    store.guard.adopt()
+    await store.put("a/b/d", b"mine")
+    assert await store.delete(["a/b/c"]) == 1
+    guard(place, "theirs").adopt()  # while the process runs
+    if kind == "minio":
+        with pytest.raises(PhotosNotOurs):
+            await store.check()
+    with pytest.raises(PhotosNotOurs):
+        await store.put("a/b/e", b"mine")
+    await store.close()
+
+
+async def test_a_folder_that_was_removed_while_the_service_runs_comes_back_marked(tmp_path: Path) -> None:
+    store = LocalPhotoStore(tmp_path / "photos")
+    store.guard = guard(FolderPlace("STORAGE_PATH", tmp_path / "photos"))
+    await store.put("a/b/c", b"x")
+    (tmp_path / "photos").rename(tmp_path / "away")
+    await store.put("a/b/d", b"x")
+    assert store.guard.look().state == "ours"
+    await store.close()
