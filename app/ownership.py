@@ -24,7 +24,7 @@ from app.config import PlaceRefused, Settings
 from app.documents.base import now
 from app.documents.deletions import LEDGER
 from app.documents.tree import HEADS, KEYS, AuditKey
-from storage.evidence import EvidenceStore, EvidenceUnavailable
+from storage.evidence import EvidenceExists, EvidenceStore, EvidenceUnavailable
 from storage.generations import is_generation
 from storage.ownership import FolderPlace, Guard, Mark, Owner, Place, Standing
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStoreUnavailable
@@ -150,7 +150,8 @@ class OwnedEvidence:
 
     async def _mark(self, number: int) -> None:
         mark = Mark(store=self._owner.id, marked_at=now())
-        await self._store.append(f"{MARKS}{number:06}-{self._owner.id}.json", mark.model_dump_json().encode())
+        with suppress(EvidenceExists):  # another process of this store was quicker
+            await self._store.append(f"{MARKS}{number:06}-{self._owner.id}.json", mark.model_dump_json().encode())
 
 
 def _number_of(name: str) -> int:

@@ -5,6 +5,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,15 @@ async def test_index_files_of_a_removed_gallery_go_and_foreign_ones_beside_them_
     within.unlink()
     await keep_promises(runtime)
     assert not (share / gallery.id).exists()
+
+
+async def test_processes_that_start_at_once_mark_the_same_evidence(runtime: Runtime) -> None:
+    mark = next((runtime.settings.evidence_path / "store").iterdir())
+    for _ in range(5):
+        mark.unlink()
+        places = [replace(runtime.places, evidence=copy(runtime.places.evidence)) for _ in range(8)]
+        await asyncio.gather(*(one.claim() for one in places))
+        assert {one.evidence.standing.state for one in places if one.evidence.standing is not None} == {"ours"}
 
 
 async def test_the_evidence_of_another_store_is_read_and_never_written(settings: Settings, another: Settings) -> None:
