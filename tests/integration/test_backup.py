@@ -820,6 +820,26 @@ async def test_h90_index_files_of_before_a_restore_are_never_taken_for_the_resto
         assert await names_found(runtime, "cleo") == [cleo.id]
 
 
+async def test_a_backup_of_an_older_version_is_migrated_where_it_is_put_in_place(
+    settings: Settings, folder: Path
+) -> None:
+    async with opened(settings) as runtime:
+        await Gallery.get_pymongo_collection().update_one(
+            {"name": "default"},
+            {"$set": {"policy.second_face_share": 0.5}, "$unset": {"policy.second_face_prominence": 1}},
+        )
+        await active(runtime, "ann")
+        await logged(runtime)
+        await back_up(runtime, folder, silent)
+    await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        assert (await default_gallery()).policy.second_face_prominence == 0.5
+        stored = await Gallery.get_pymongo_collection().find_one({"name": "default"})
+        assert stored is not None
+        assert "second_face_share" not in stored["policy"]
+        assert len(await names_found(runtime, "ann")) == 1
+
+
 def test_of_every_collection_somebody_has_decided_whether_it_is_backed_up() -> None:
     """A new document: put it here, or into what is left out, with the reason."""
     kept = {
