@@ -18,8 +18,9 @@ from app.documents.identities import Identity, Liveness
 from app.documents.sealed import gallery_key
 from app.domain.attributes import canonical_ref
 from app.domain.callers import Role
+from app.domain.faces import Box
 from app.domain.quality import QualityReport
-from app.domain.subject import Box, FoundFace
+from app.domain.subject import FoundFace
 from app.errors import (
     Advice,
     AlreadyCreated,

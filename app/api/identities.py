@@ -22,9 +22,9 @@ from app.documents.proposals import IdentityProposal
 from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
 from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
 from app.domain.callers import Role
+from app.domain.faces import Box
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
-from app.domain.subject import Box
 from app.errors import (
     Advice,
     AnimatedImage,

@@ -12,6 +12,8 @@ Pixels = npt.NDArray[np.uint8]
 Embedding = npt.NDArray[np.float32]
 #: float32 (5, 2): x and y of the left eye of the image, right eye, nose, left and right mouth corner.
 Landmarks = npt.NDArray[np.float32]
+#: x, y, width, height.
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Face:
     nothing here is a size of the photo: PhotoFace is.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     landmarks: npt.NDArray[np.float32]
     detection_score: float
 
@@ -40,7 +42,7 @@ class PhotoFace:
     The same as Face, but in pixels of that photo. An engine takes no PhotoFace: `in_pixels` says where its Face lies.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     landmarks: npt.NDArray[np.float32]
     detection_score: float
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from app.domain.faces import Face, PhotoFace, Pixels
+from app.domain.faces import Box, Face, PhotoFace, Pixels
 from app.domain.formats import jpeg, png, webp
 from app.domain.formats.parts import Animated, Damaged, Still
 from app.errors import (
@@ -34,6 +34,7 @@ from app.errors import (
 )
 
 Format = Literal["jpeg", "png", "webp"]
+T = TypeVar("T")
 
 #: A photo is halved as long as its long side keeps this many pixels: a face at the detector's limit, a fortieth of the long
 #: side, still has the 40 pixels that recognition needs, and a phone's 12 megapixels become 3 before they are all decoded.
@@ -111,6 +112,19 @@ class Photo:
         return face.in_pixels(self.reduction)
 
 
+@dataclass(frozen=True, slots=True)
+class CloseUp:
+    """A part of a photo, less reduced than the whole.
+
+    pixels: RGB, upright, `reduction` times smaller than the photo. left, top: of its corner, in pixels of the photo as sent.
+    """
+
+    pixels: Pixels
+    left: int
+    top: int
+    reduction: int
+
+
 def decode(data: bytes, *, max_pixels: int) -> Photo:
     """The photo in these bytes, upright, as RGB.
 
@@ -118,6 +132,30 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
     pixels white, CMYK, grey and palettes RGB. Raises Validation (empty), UnsupportedMediaType (not JPEG, PNG or WebP by
     content), AnimatedImage, TooManyPixels (from the header), FaceTooSmall (no face fits), UndecodableImage.
     """
+    return _decode(data, max_pixels, _REDUCTIONS[0], lambda photo: photo)
+
+
+def decode_around(data: bytes, box: Box, reduction: int, *, quarters: int = 0, max_pixels: int) -> CloseUp:
+    """The part of the photo within a box, reduced at most so many times.
+
+    box: x, y, width, height in pixels of the photo as it was sent, upright and then turned counter-clockwise by so many quarters;
+    what lies outside of the photo is left out. Raises what `decode` raises.
+    """
+
+    def cut(photo: Photo) -> CloseUp:
+        # Whole pixels of the reduced photo, so that the corner is exact.
+        x, y, width, height = (value / photo.reduction for value in box)
+        left, top = max(0, int(x)), max(0, int(y))
+        part = np.rot90(photo.pixels, quarters)[
+            top : max(top + 1, round(y + height)), left : max(left + 1, round(x + width))
+        ]
+        return CloseUp(part.copy(), left * photo.reduction, top * photo.reduction, photo.reduction)
+
+    return _decode(data, max_pixels, reduction, cut)
+
+
+def _decode(data: bytes, max_pixels: int, most_reduced: int, use: Callable[[Photo], T]) -> T:
+    """What `use` makes of the photo. A large one is gone before the next large one is decoded."""
     if not data:
         raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
     kind = _sniff(data)
@@ -125,10 +163,11 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
     _check_size(*still.size, max_pixels)
     if isinstance(still, jpeg.StillJpeg):
         _check_scans(still)
-        with _room_for(still.size, is_streamed=still.scans == 1 and not still.is_progressive):
-            return _decoded_jpeg(still)
+        is_streamed = still.scans == 1 and not still.is_progressive and most_reduced == _REDUCTIONS[0]
+        with _room_for(still.size, is_streamed=is_streamed):
+            return use(_decoded_jpeg(still, most_reduced))
     with _room_for(still.size, is_streamed=False):
-        return _decoded_webp(still) if kind == "webp" else _decoded(still, "png")
+        return use(_decoded_webp(still, most_reduced) if kind == "webp" else _decoded(still, "png", most_reduced))
 
 
 def encode(pixels: Pixels) -> bytes:
@@ -236,25 +275,25 @@ def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
             _large_photo.release()
 
 
-def _decoded_jpeg(still: jpeg.StillJpeg) -> Photo:
+def _decoded_jpeg(still: jpeg.StillJpeg, most_reduced: int) -> Photo:
     """The picture. One without an end marker is accepted where no row is missing.
 
     A decoder invents what is missing and does not say so. Bytes behind coded data that are whole change nothing; where rows
     are missing, they are read as rows, and the picture is another one.
     """
-    photo = _decoded(replace(still, data=still.data if still.has_end else still.data + jpeg.END), "jpeg")
+    photo = _decoded(replace(still, data=still.data if still.has_end else still.data + jpeg.END), "jpeg", most_reduced)
     if not still.has_end:
-        padded = _decoded(replace(still, data=still.data + _PADDING + jpeg.END), "jpeg")
+        padded = _decoded(replace(still, data=still.data + _PADDING + jpeg.END), "jpeg", most_reduced)
         if not np.array_equal(photo.pixels, padded.pixels):
             raise _damaged()
     return photo
 
 
-def _decoded(still: Still, kind: Literal["jpeg", "png"]) -> Photo:
+def _decoded(still: Still, kind: Literal["jpeg", "png"], most_reduced: int) -> Photo:
     """By Pillow's reader of this type alone; `Image.open` would try others, and count pixels by a rule of its own."""
     reader = JpegImageFile if kind == "jpeg" else PngImageFile
     width, height = still.size
-    reduction = _reduction(width, height)
+    reduction = min(_reduction(width, height), most_reduced)
     try:
         with reader(io.BytesIO(still.data)) as image:
             if image.size != still.size:
@@ -271,7 +310,7 @@ def _decoded(still: Still, kind: Literal["jpeg", "png"]) -> Photo:
     return _upright(pixels, kind, still, reduction)
 
 
-def _decoded_webp(still: Still) -> Photo:
+def _decoded_webp(still: Still, most_reduced: int) -> Photo:
     """By OpenCV's reader: Pillow's has one for animations only, which holds a photo four times over (382 MB of 25 megapixels)."""
     width, height = still.size
     try:
@@ -280,7 +319,7 @@ def _decoded_webp(still: Still) -> Photo:
         raise _damaged() from None
     if picture is None or picture.shape[:2] != (height, width) or picture.ndim != 3:  # noqa: PLR2004 - rows, columns, colours
         raise _damaged()
-    colours, reduction = [2, 1, 0, 3][: picture.shape[2]], _reduction(width, height)
+    colours, reduction = [2, 1, 0, 3][: picture.shape[2]], min(_reduction(width, height), most_reduced)
 
     def band(top: int, bottom: int) -> Pixels:
         return _rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)

@@ -15,11 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from app.domain.alignment import similarity_to_template
-from app.domain.faces import PhotoFace
+from app.domain.faces import Box, PhotoFace
 from app.errors import Advice, FaceCropped, FaceTooSmall, MultipleFaces, NoFace, Problem
 
-#: x, y, width, height in pixels of the upright photo as it was sent.
-Box = tuple[float, float, float, float]
 Faces = Literal["prominent", "single"]
 #: Whether two faces of one photo show the same person. It is asked only where the answer decides.
 SamePerson = Callable[[PhotoFace, PhotoFace], bool]
