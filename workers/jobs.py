@@ -24,6 +24,7 @@ from app.use_cases.erase import erase_expired, settle_overdue
 from app.use_cases.galleries import take_effect
 from app.use_cases.keep_evidence import keep_evidence
 from app.use_cases.publish import due, keep_promises
+from app.use_cases.remove_sample import settle_removals
 from app.use_cases.sweep_photos import sweep_photos
 from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
@@ -142,7 +143,8 @@ async def sweep_erasures(context: Context) -> None:
 
     A pending policy change takes effect here, before anybody is erased by it.
     """
-    for sweep in (settle_overdue, take_effect, erase_expired):  # what troubles one is no reason to leave out the other
+    # What troubles one is no reason to leave out the others.
+    for sweep in (settle_overdue, settle_removals, take_effect, erase_expired):
         try:
             await sweep(context["runtime"])
         except (*AWAY, PyMongoError) as error:

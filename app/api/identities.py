@@ -58,6 +58,7 @@ from app.errors import (
 )
 from app.runtime import Runtime
 from app.use_cases import enrol, erase, export_subject, screen, standing, update, view_photo
+from app.use_cases import remove_sample as removing
 
 PHOTO_PROBLEMS = (
     NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,
@@ -171,6 +172,17 @@ class ProposedView(BaseModel):
     """The action waits for a second officer: see `/v1/proposals`."""
 
     proposal_id: str
+
+
+class SampleReceiptView(BaseModel):
+    """A sample that was removed. index_purge_by: until then index files may hold its rotated vector."""
+
+    identity_id: str
+    sample_id: str
+    removed_at: Moment
+    photos: int
+    audit_event_id: str
+    index_purge_by: Moment
 
 
 def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
@@ -461,6 +473,29 @@ async def add_sample(
         identity = await enrol.add_sample(runtime, action, gallery, identity, upload.photos["photo"][0])
     response.headers["Location"] = f"/v1/identities/{identity.id}"
     return _answer(runtime, response, gallery, identity)
+
+
+@router.delete("/{identity_id}/samples/{sample_id}", responses=problems(NotFound, Conflict))
+async def remove_sample(
+    runtime: CurrentRuntime,
+    request: Request,
+    identity_id: str,
+    sample_id: str,
+    action: Annotated[Action, Depends(acting("sample.remove", Role.OFFICER))],
+    reason: Annotated[str, Query(min_length=1, max_length=1000)],
+    key: IdempotencyKey = None,
+) -> SampleReceiptView:
+    """Remove one sample of an active or revoked identity; never the last one that it was enrolled by."""
+    first = await first_answer(runtime, request, action, key, None)
+    if first is None:
+        gallery, _ = await _found(action, identity_id)
+        removal = await removing.remove_sample(runtime, action, gallery, identity_id, sample_id, reason)
+    else:
+        removal = await removing.removal_of_event(first[0])
+    return SampleReceiptView(
+        identity_id=removal.identity_id, sample_id=removal.id, removed_at=removal.removed_at, photos=1,
+        audit_event_id=removal.event_id, index_purge_by=removal.index_purge_by,
+    )  # fmt: skip
 
 
 @router.get(

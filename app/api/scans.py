@@ -16,10 +16,10 @@ from app.audit import Action
 from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.documents.scans import ClusterSummary, Scan, ScanPair, ScanState, decisions_on
+from app.documents.scans import ClusterSummary, Scan, ScanPair, ScanState, contract_of, decisions_on
 from app.domain.callers import Role
 from app.domain.clusters import Link
-from app.domain.policy import Decision, Status
+from app.domain.policy import Decision, Status, margin_of
 from app.errors import (
     Conflict,
     IdempotencyInProgress,
@@ -197,7 +197,11 @@ async def list_pairs(
     found = await ScanPair.best_of(known, page.limit + 1, position_of(runtime.keys, request, page, float))
     items = found[: page.limit]
     people = await _people(runtime, gallery, (id_ for pair in items for id_ in (pair.low, pair.high)))
-    decisions = await decisions_on([Link(pair.low, pair.high, pair.score) for pair in items])
+    decisions = await decisions_on(
+        [Link(pair.low, pair.high, pair.score) for pair in items],
+        contract_of(known, gallery),
+        margin_of(runtime.engine.card),
+    )
     views = []
     for pair in items:
         if pair.low not in people or pair.high not in people:

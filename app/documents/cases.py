@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
@@ -40,7 +40,7 @@ class Proposal(Value):
         return (self.decision, self.identity_id, self.keep) == (other.decision, other.identity_id, other.keep)
 
 
-class Case(Stored):
+class CaseFields(BaseModel):
     """A newcomer (or a later sample, `sample_id`) and everybody whom it looks like, for a person to decide.
 
     proposals: where two officers must agree, those that wait for the second one, at most one about each candidate and one
@@ -61,6 +61,10 @@ class Case(Stored):
     proposals: list[Proposal] = Field(default_factory=list)
     proposed_by: str | None = None
     version: int = 1
+
+
+class Case(CaseFields, Stored):
+    """A case as it is stored, with all its candidates; see CaseFields."""
 
     class Settings(Stored.Settings):
         """Collection and indexes."""
@@ -93,6 +97,12 @@ class Case(Stored):
             if writes:
                 await cls.get_pymongo_collection().bulk_write(writes)
 
+    @classmethod
+    async def is_open_about_sample(cls, identity_id: str, sample_id: str, session: AsyncClientSession) -> bool:
+        """Whether a case about this sample of the newcomer, or about the newcomer as a whole, is open."""
+        about = {"newcomer_id": identity_id, "state": "open", "sample_id": {"$in": [sample_id, None]}}
+        return await cls.find_one(about, session=session) is not None
+
     async def change(self, session: AsyncClientSession, fields: dict[str, object]) -> bool:
         """`$set` the fields and raise the version, if it still is what it was; False when somebody else was first."""
         result = await self.get_pymongo_collection().update_one(
@@ -111,17 +121,54 @@ class Case(Stored):
         return next((proposal for proposal in self.proposals if proposal.identity_id == identity_id), None)
 
 
+#: Candidates that a case in a list shows.
+FIRST_CANDIDATES: Final = 10
+
+
+class CasePage(CaseFields):
+    """A case with some of its candidates: a case may have thousands. candidate_count: of all of them."""
+
+    id: Annotated[str, Field(alias="_id")]
+    candidate_count: int
+
+    class Settings:
+        """Beanie's hook: what a list reads of each case."""
+
+        projection: ClassVar[dict[str, Any]] = {
+            **dict.fromkeys(CaseFields.model_fields, 1),
+            "candidates": {"$slice": ["$candidates", FIRST_CANDIDATES]},
+            "candidate_count": {"$size": "$candidates"},
+        }
+
+    @staticmethod
+    async def gallery_of(case_id: str) -> str | None:
+        """The gallery that a case is in; None: there is no such case."""
+        row = await Case.get_pymongo_collection().find_one({"_id": case_id}, {"gallery_id": 1})
+        return None if row is None else str(row["gallery_id"])
+
+    @classmethod
+    async def get(cls, case_id: str, skip: int, limit: int) -> Self | None:
+        """The case with at most `limit` candidates behind the first `skip`, by rank."""
+        fields = {**cls.Settings.projection, "candidates": {"$slice": ["$candidates", skip, limit]}}
+        row = await Case.get_pymongo_collection().find_one({"_id": case_id}, fields)
+        return None if row is None else cls.model_validate(row)
+
+
 class Pair(Stored):
     """Two identities that look alike, under their ordered ids, with the best score seen and what a person decided.
 
-    proposed_by: the other officer, where two had to agree.
+    contract: of the model that gave the score; None in pairs from before it was kept. decided_score, decided_contract: what
+    the decision was made on; None: as `score` and `contract` say. proposed_by: the other officer, where two had to agree.
     """
 
     gallery_id: str
     low: str
     high: str
     score: float
+    contract: str | None = None
     decision: Decision | None = None
+    decided_score: float | None = None
+    decided_contract: str | None = None
     decided_by: str | None = None
     proposed_by: str | None = None
     decided_at: datetime | None = None
@@ -137,6 +184,23 @@ class Pair(Stored):
         """The one that the identity looks like."""
         return self.high if self.low == identity_id else self.low
 
+    def decision_on(self, score: float, contract: str | None, margin: float) -> Decision | None:
+        """The decision, if it covers this score; None: a person is to be asked (again).
+
+        That two are distinct was said about the photos of that time. It covers scores up to the one it was made on plus the
+        margin, of the same model. That two are the same person covers every score.
+        """
+        if self.decision != "distinct":
+            return self.decision
+        made_on = self.score if self.decided_score is None else self.decided_score
+        made_by = self.decided_contract
+        is_comparable = made_by is None or contract is None or made_by == contract
+        return "distinct" if is_comparable and score <= made_on + margin else None
+
+    def standing_decision(self, margin: float) -> Decision | None:
+        """The decision, if it covers the best score seen."""
+        return self.decision_on(self.score, self.contract, margin)
+
     @classmethod
     async def of(cls, identity_id: str, session: AsyncClientSession | None = None) -> list[Self]:
         """Every recorded pair with the identity on either side."""
@@ -149,25 +213,44 @@ class Pair(Stored):
 
     @classmethod
     async def measured_anew(cls, scores: Mapping[tuple[str, str], float], contract: str) -> None:
-        """Give these pairs, by their ordered ids, the scores of another model."""
-        writes = [
-            UpdateOne({"_id": f"{low}:{high}"}, {"$set": {"score": score, "contract": contract}})
-            for (low, high), score in scores.items()
-        ]
+        """Give these pairs, by their ordered ids, the scores of another model for the same photos.
+
+        A decision covers as much as before: the score that it was made on moves by as much as the pair's score.
+        """
+        kept, by = {"$ifNull": ["$decided_score", "$score"]}, {"$ifNull": ["$decided_contract", "$contract"]}
+        moves = {"$and": [
+            {"$eq": ["$decision", "distinct"]},
+            {"$eq": [{"$ifNull": [by, None]}, {"$ifNull": ["$contract", {"$ifNull": [by, None]}]}]},
+        ]}  # fmt: skip
+        writes = []
+        for (low, high), score in scores.items():
+            made_on = {"$subtract": [score, {"$max": [0, {"$subtract": ["$score", kept]}]}]}
+            fields = {
+                "score": score, "contract": contract,
+                "decided_score": {"$cond": [moves, made_on, {"$ifNull": ["$decided_score", None]}]},
+                "decided_contract": {"$cond": [moves, contract, {"$ifNull": ["$decided_contract", None]}]},
+            }  # fmt: skip
+            writes.append(UpdateOne({"_id": f"{low}:{high}"}, [{"$set": fields}]))
         if writes:
             await cls.get_pymongo_collection().bulk_write(writes, ordered=False)
 
     @classmethod
     async def record(
-        cls, gallery_id: str, identity_id: str, candidates: list[Candidate], session: AsyncClientSession
+        cls, gallery_id: str, contract: str, identity_id: str, candidates: list[Candidate], session: AsyncClientSession
     ) -> None:
-        """Keep the pairs; one that is known keeps its decision and its best score."""
+        """Keep the pairs, with scores of this model; one that is known keeps its decision and its best score."""
         writes = []
         for candidate in candidates:
             low, high = sorted((identity_id, candidate.identity_id))
             first = {"gallery_id": gallery_id, "low": low, "high": high, "decision": None, "created_at": now()}
-            update = {"$setOnInsert": first, "$max": {"score": candidate.score}}
-            writes.append(UpdateOne({"_id": f"{low}:{high}"}, update, upsert=True))
+            # Scores of different models cannot be compared: the newer one counts.
+            is_same = {"$eq": [{"$ifNull": ["$contract", contract]}, contract]}
+            best = {"$cond": [is_same, {"$max": ["$score", candidate.score]}, candidate.score]}
+            # A decision from before its score was kept was made on the score of that time, at most.
+            made_on = {"$cond": [{"$eq": ["$decision", "distinct"]}, {"$ifNull": ["$decided_score", "$score"]}, None]}
+            fields = {name: {"$ifNull": [f"${name}", value]} for name, value in first.items()}
+            update = {"$set": {**fields, "score": best, "contract": contract, "decided_score": made_on}}
+            writes.append(UpdateOne({"_id": f"{low}:{high}"}, [update], upsert=True))
         if writes:
             await cls.get_pymongo_collection().bulk_write(writes, session=session)
 
@@ -180,12 +263,36 @@ class Pair(Stored):
         by: str,
         session: AsyncClientSession,
         *,
+        score: float,
         proposed_by: str | None = None,
     ) -> None:
-        """Keep what a person said about a recorded pair; or two, the first of whom proposed it."""
+        """Keep what a person said about a recorded pair, on this score; or two, the first of whom proposed it."""
         low, high = sorted((one, other))
-        fields = {"decision": decision, "decided_by": by, "proposed_by": proposed_by, "decided_at": now()}
-        await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, {"$set": fields}, session=session)
+        # Two cases may ask about one pair: the higher score was looked at as well.
+        is_repeated = {"$and": [
+            {"$eq": ["$decision", decision]},
+            {"$eq": [{"$ifNull": ["$decided_contract", None]}, {"$ifNull": ["$contract", None]}]},
+        ]}  # fmt: skip
+        made_on = {"$cond": [is_repeated, {"$max": ["$decided_score", score]}, score]}
+        fields = {
+            "decision": decision, "decided_score": made_on, "decided_contract": {"$ifNull": ["$contract", None]},
+            "decided_by": by, "proposed_by": proposed_by, "decided_at": now(),
+        }  # fmt: skip
+        await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, [{"$set": fields}], session=session)
+
+    @classmethod
+    async def remeasure(
+        cls, one: str, other: str, score: float, contract: str, session: AsyncClientSession | None = None
+    ) -> None:
+        """Keep the score that a newer model gives to the same photos; a decision covers the pair as before."""
+        low, high = sorted((one, other))
+        is_distinct = {"$eq": ["$decision", "distinct"]}
+        fields = {
+            "score": score, "contract": contract,
+            "decided_score": {"$cond": [is_distinct, score, None]},
+            "decided_contract": {"$cond": [is_distinct, contract, None]},
+        }  # fmt: skip
+        await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, [{"$set": fields}], session=session)
 
     @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> None:
@@ -194,12 +301,14 @@ class Pair(Stored):
         await cls.get_pymongo_collection().delete_many(sides, session=session)
 
 
-async def look_alikes(identity_id: str, session: AsyncClientSession) -> list[LookAlike]:
-    """The other side of every recorded pair, as it stands in this transaction.
+async def look_alikes(identity_id: str, margin: float, session: AsyncClientSession) -> list[LookAlike]:
+    """The other side of every recorded pair, as it stands in this transaction, with the decision that covers its score.
 
+    margin: see `domain.policy.margin_of`.
     Each one that is not erased is also written to, so that two transactions that make two look-alikes active conflict.
     """
-    decisions = {pair.other_side(identity_id): pair.decision for pair in await Pair.of(identity_id, session)}
+    pairs = await Pair.of(identity_id, session)
+    decisions = {pair.other_side(identity_id): pair.standing_decision(margin) for pair in pairs}
     statuses = await Identity.statuses(list(decisions), session)
     living = [other for other, status in statuses.items() if status != "erased"]
     await Identity.touch_living(living, session)

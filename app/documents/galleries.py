@@ -332,6 +332,27 @@ class GalleryChange(Document):
         ]
 
     @classmethod
+    async def take_out(
+        cls,
+        gallery_id: str,
+        identity_id: str,
+        samples: Sequence[tuple[str, int]],
+        seq: int,
+        session: AsyncClientSession,
+    ) -> None:
+        """Blank the rows that brought these samples (id, seq) in, and add rows, from `seq` on, that take their vectors out."""
+        if not samples:
+            return
+        added = {"gallery_id": gallery_id, "kind": "add", "seq": {"$in": [own for _, own in samples]}}
+        blank = {"$set": {"kind": "blank", "identity_id": None, "sample_id": None}}
+        await cls.get_pymongo_collection().update_many(added, blank, session=session)
+        removals = [
+            cls(gallery_id=gallery_id, seq=seq + i, kind="remove", identity_id=identity_id, sample_id=id_, removes=own)
+            for i, (id_, own) in enumerate(samples)
+        ]
+        await cls.insert_many(removals, session=session)
+
+    @classmethod
     async def owners(cls, gallery_id: str, seqs: Sequence[int]) -> dict[int, tuple[str, str]]:
         """Whose these vectors are, by seq: (identity, sample). A blank row's is absent: that person was erased."""
         owners: dict[int, tuple[str, str]] = {}

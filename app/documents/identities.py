@@ -150,6 +150,13 @@ class Identity(Stored):
         """The samples that serve as references."""
         return [sample for sample in self.samples if sample.status == "active" and not sample.is_lost]
 
+    @property
+    def enrolment_samples(self) -> list[Sample]:
+        """The samples that the identity was enrolled by, as far as they are still there. Its first screening names them."""
+        if not self.screenings:
+            return self.samples
+        return [sample for sample in self.samples if sample.id in self.screenings[0].sample_ids]
+
     def screening(self, job_id: str) -> Screening | None:
         """The screening that this job carries out."""
         return next((s for s in self.screenings if s.job_id == job_id), None)

@@ -48,6 +48,11 @@ def series_of(gallery: Gallery) -> str:
     return hashlib.sha256(named.encode()).hexdigest()[:HASH_LENGTH]
 
 
+def contract_of(scan: "Scan", gallery: Gallery | None) -> str | None:
+    """The contract of the model that gave a scan's scores; None of a scan from before the gallery changed its model."""
+    return None if gallery is None or scan.series != series_of(gallery) else gallery.contract
+
+
 class Grouping(Value):
     """A scan's clusters as they were made once. as_of: later pairs and decisions are not in it."""
 
@@ -418,13 +423,18 @@ class ClusterRun(Stored):
         return found
 
 
-async def decisions_on(links: Sequence[Link]) -> dict[tuple[str, str], Decision]:
-    """What persons have said about these pairs, by the two ids; one that nobody decided is absent."""
-    ids = [f"{link.low}:{link.high}" for link in links]
-    rows = Pair.get_pymongo_collection().find(
-        {"_id": {"$in": ids}, "decision": {"$ne": None}}, {"low": 1, "high": 1, "decision": 1}
-    )
-    return {(row["low"], row["high"]): row["decision"] async for row in rows}
+async def decisions_on(links: Sequence[Link], contract: str | None, margin: float) -> dict[tuple[str, str], Decision]:
+    """What persons have said about these pairs, by the two ids; absent where nobody did, or not about a score this high.
+
+    contract: of the model that gave the links' scores; None: unknown. margin: see `domain.policy.margin_of`.
+    """
+    scores = {f"{link.low}:{link.high}": link.score for link in links}
+    found: dict[tuple[str, str], Decision] = {}
+    async for pair in Pair.find({"_id": {"$in": list(scores)}, "decision": {"$ne": None}}):
+        decision = pair.decision_on(scores[pair.id], contract, margin) and pair.standing_decision(margin)
+        if decision is not None:
+            found[pair.low, pair.high] = decision
+    return found
 
 
 SCAN_DOCUMENTS: Final = (Scan, ScanPair, ClusterRun)

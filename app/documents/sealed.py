@@ -75,10 +75,10 @@ def _template(
     return np.frombuffer(key.open(sealed, bound), dtype="<f4")
 
 
-def open_references(key: DataKey, identity: Identity) -> Embedding:
-    """The active samples' embeddings (n, d). Raises SealBroken."""
+def open_anchors(key: DataKey, identity: Identity) -> Embedding:
+    """The embeddings (n, d) of the samples that the identity was enrolled by. Raises SealBroken."""
     return np.array(
-        [open_template(key, identity.gallery_id, identity.id, s) for s in identity.active_samples], np.float32
+        [open_template(key, identity.gallery_id, identity.id, s) for s in identity.enrolment_samples], np.float32
     )
 
 

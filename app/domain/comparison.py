@@ -1,5 +1,6 @@
 """How alike two faces are."""
 
+from collections.abc import Iterable
 from itertools import combinations
 
 import numpy as np
@@ -23,7 +24,21 @@ def similarity(probe: Embedding, references: Embedding) -> npt.NDArray[np.float3
 
 def best_similarity(probe: Embedding, references: Embedding) -> float:
     """The best of the probe's similarities to (n, d) references; -1 without any."""
-    return float(similarity(probe, references).max()) if len(references) else -1.0
+    return max(scores_with(probe, references), default=-1.0)
+
+
+def scores_with(probe: Embedding, references: Embedding) -> list[float]:
+    """The probe's similarity to each of (n, d) references; none without any."""
+    return [float(score) for score in similarity(probe, references)] if len(references) else []
+
+
+def anchored(best: float, anchors: Iterable[float], floor: float) -> float:
+    """The score that counts: `best`, where the probe reaches the floor with every anchor; else at most the weakest anchor's.
+
+    best: over all samples. anchors: the scores of the samples that the identity was enrolled by. Without anchors: -1.
+    """
+    weakest = min(anchors, default=-1.0)
+    return best if weakest >= floor else min(best, weakest)
 
 
 def show_one_person(embeddings: list[Embedding], threshold: float) -> bool:

@@ -16,6 +16,15 @@ Status = Literal["pending", "active", "suspected_duplicate", "duplicate", "revok
 Decision = Literal["distinct", "duplicate"]
 Verdict = Literal["unique", "suspected_duplicate"]
 
+#: A later photo must match the enrolment at a tenth of the gallery's false match rate. Whoever matches any sample must also
+#: reach, with each photo of the enrolment, the score that strangers reach ten times as often as a match. docs/adr/0038.
+JOIN_FACTOR = 0.1
+ANCHOR_FACTOR = 10.0
+#: A decision on a pair covers scores up to the distance in which strangers become a hundred times as rare. docs/adr/0038.
+MARGIN_RATES = (1e-4, 1e-6)
+#: Of strangers; a threshold set by hand may stand for nearly all of them.
+LARGEST_RATE = 0.5
+
 #: Thresholds of a young gallery are those of one of this many samples, and they move only when a gallery doubles:
 #: two screenings a moment apart should not differ by what was enrolled in between.
 SMALLEST_GALLERY = 128
@@ -48,11 +57,16 @@ class GalleryPolicy(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Cosine similarities from which on two faces count as the same, for each purpose."""
+    """Cosine similarities from which on two faces count as the same, for each purpose.
+
+    join: between a later photo and the enrolment. anchor: below `verify`; whoever matches reaches it with each enrolment photo.
+    """
 
     verify: float
     identify: float
     dedup: float
+    join: float
+    anchor: float
     source: Literal["calibrated", "model_card", "manual"]
 
 
@@ -71,22 +85,33 @@ def thresholds_for(policy: GalleryPolicy, card: ModelCard, samples: int) -> Thre
         return thresholds.threshold_at_fmr(card, thresholds.fmr_for_fpir(fpir, size))
 
     verify = policy.verify_threshold
+    if verify is None:
+        verify = thresholds.threshold_at_fmr(card, policy.verify_fmr)
+    rate = policy.verify_fmr if policy.verify_threshold is None else thresholds.fmr_at(card, verify)
     by_hand = (policy.verify_threshold, policy.identify_threshold, policy.dedup_threshold)
     return Thresholds(
-        verify=verify if verify is not None else thresholds.threshold_at_fmr(card, policy.verify_fmr),
+        verify=verify,
         identify=for_fpir(policy.identify_threshold, policy.identify_fpir),
         dedup=for_fpir(policy.dedup_threshold, policy.dedup_fpir),
+        join=max(verify, thresholds.threshold_at_fmr(card, min(rate, LARGEST_RATE) * JOIN_FACTOR)),
+        anchor=min(verify, thresholds.threshold_at_fmr(card, min(rate * ANCHOR_FACTOR, LARGEST_RATE))),
         source="model_card" if None in by_hand else "manual",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class LookAlike:
-    """The other side of a recorded pair: how it stands now, and what a person decided about the pair."""
+    """The other side of a recorded pair: how it stands now, and the decision that covers the pair's score."""
 
     identity_id: str
     status: Status
     decision: Decision | None
+
+
+def margin_of(card: ModelCard) -> float:
+    """How far above the score of a decision on a pair that decision still covers the pair, in cosine."""
+    usual, rare = MARGIN_RATES
+    return thresholds.threshold_at_fmr(card, rare) - thresholds.threshold_at_fmr(card, usual)
 
 
 def may_activate(own_candidates: Iterable[LookAlike], pairs: Iterable[LookAlike]) -> bool:

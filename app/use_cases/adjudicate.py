@@ -10,7 +10,7 @@ from app.documents.cases import Case, CaseCandidate, Pair, Proposal, look_alikes
 from app.documents.events import Detail
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.domain.policy import Decision, LookAlike, may_activate
+from app.domain.policy import Decision, LookAlike, margin_of, may_activate
 from app.errors import Advice, Conflict, Forbidden, NotFound, UndecidedCandidates, Validation
 from app.runtime import Runtime
 
@@ -61,7 +61,8 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
             if proposed is not None and (action.caller is None or action.caller.kind != "user"):
                 raise Forbidden("A person must agree, not an application.")
             by = None if proposed is None else proposed.by
-            fields = await _decided(case, newcomer, targets, loser, _Review(wanted, by), session)
+            review = _Review(wanted, by, margin_of(runtime.engine.card))
+            fields = await _decided(case, newcomer, targets, loser, review, session)
             detail |= {"decided": fields.get("state") == "decided", "proposed_by": by}
         if not await case.change(session, fields):
             raise Conflict("The case was changed at the same moment.")
@@ -78,10 +79,14 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
 
 @dataclass(frozen=True, slots=True)
 class _Review:
-    """A decision that comes into force: as its officer gave it, and whose proposal it agreed with, where there had to be one."""
+    """A decision that comes into force: as its officer gave it, and whose proposal it agreed with, where there had to be one.
+
+    margin: how far above their scores decisions cover pairs.
+    """
 
     given: Proposal
     proposed_by: str | None
+    margin: float
 
 
 def _proposal(
@@ -117,15 +122,16 @@ async def _decided(
     given = review.given
     for target in targets:
         await Pair.decide(
-            newcomer.id, target.identity_id, given.decision, given.by, session, proposed_by=review.proposed_by
-        )
+            newcomer.id, target.identity_id, given.decision, given.by, session,
+            score=target.score, proposed_by=review.proposed_by,
+        )  # fmt: skip
     decided = {t.identity_id for t in targets}
     candidates = [
         c.model_copy(update={"decision": given.decision}) if c.identity_id in decided else c for c in case.candidates
     ]
     if loser is not None:
         await _make_duplicate(loser, case, session)
-    is_over = await _settle(newcomer, case, candidates, loser, session)
+    is_over = await _settle(newcomer, case, candidates, loser, review.margin, session)
     waiting = [] if is_over else [p for p in case.proposals if p.identity_id not in {given.identity_id, *decided}]
     fields: dict[str, object] = {
         "candidates": [c.model_dump() for c in candidates], "proposals": [p.model_dump() for p in waiting],
@@ -181,7 +187,12 @@ async def _make_duplicate(loser: Identity, case: Case, session: AsyncClientSessi
 
 
 async def _settle(
-    newcomer: Identity, case: Case, candidates: list[CaseCandidate], loser: Identity | None, session: AsyncClientSession
+    newcomer: Identity,
+    case: Case,
+    candidates: list[CaseCandidate],
+    loser: Identity | None,
+    margin: float,
+    session: AsyncClientSession,
 ) -> bool:
     """Whether the case is over; if so and the newcomer stays, it (or its later sample) becomes active."""
     if loser is not None and loser.id == newcomer.id:
@@ -200,7 +211,7 @@ async def _settle(
     if case.sample_id is None:
         if newcomer.status != "suspected_duplicate":
             raise Conflict(f"The newcomer is {newcomer.status} by now.")
-        if not may_activate(own, await look_alikes(newcomer.id, session)):
+        if not may_activate(own, await look_alikes(newcomer.id, margin, session)):
             raise UndecidedCandidates("An active identity looks alike, and nobody has called the two distinct.")
         fields["status"] = "active"
         activated = {sample_id for s in newcomer.screenings[:1] for sample_id in s.sample_ids}

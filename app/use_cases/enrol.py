@@ -22,7 +22,7 @@ from app.documents.sealed import (
     data_key,
     gallery_key,
     name_tags,
-    open_references,
+    open_anchors,
     seal_attributes,
     seal_fingerprint,
     seal_landmarks,
@@ -31,7 +31,7 @@ from app.documents.sealed import (
 )
 from app.documents.stores import EnrolmentBegun
 from app.domain.attributes import Attributes, canonical_ref
-from app.domain.comparison import best_similarity, show_one_person
+from app.domain.comparison import anchored, scores_with, show_one_person
 from app.domain.near_copies import fingerprint
 from app.domain.photo import encode
 from app.domain.policy import thresholds_for
@@ -131,8 +131,11 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
     readings = await _read(runtime, action, gallery, [photo])
     personal_key = data_key(runtime.keys, gallery, identity)
     thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
-    if best_similarity(readings[0].embedding, open_references(personal_key, identity)) < thresholds.verify:
-        raise DifferentPerson("The photo does not match the person's other photos.")
+    # Never with later samples: a chain of small steps would lead to another person.
+    scores = scores_with(readings[0].embedding, open_anchors(personal_key, identity))
+    if anchored(max(scores, default=-1.0), scores, thresholds.anchor) < thresholds.join:
+        raise DifferentPerson("The photo does not match the photos that the person was enrolled by.")
+    enrolled_by = len(identity.enrolment_samples)
     job_id = new_id()
     (prepared,) = await _prepare(runtime, gallery, identity.id, personal_key, readings, [photo])
 
@@ -141,6 +144,8 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
         if fresh is None:
             raise NotFound
         _require_room(runtime, fresh)
+        if len(fresh.enrolment_samples) != enrolled_by:
+            raise NotReady("The identity was changed at the same moment.")
         seq = await gallery.take_seq(session, 1, samples=1)
         if seq is None:
             raise NotFound("The gallery was removed or changed its model in the meantime.")

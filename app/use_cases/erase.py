@@ -299,7 +299,7 @@ async def _take(
         raise NotReady("The gallery changed its model or epoch in the meantime.")
     keep = timedelta(hours=runtime.settings.index_purge_hours)
     await gallery.purge_files(session, [s.seq for s in identity.samples], moment + keep)
-    await _blank_changes(gallery.id, identity, seq, session)
+    await GalleryChange.take_out(gallery.id, identity.id, [(s.id, s.seq) for s in identity.samples], seq, session)
     requeued = await _leave_cases(identity, session)
     await Pair.forget(identity.id, session)
     await ScanPair.forget(identity.id, session)
@@ -392,26 +392,6 @@ def _signed(runtime: Runtime, gallery: Gallery, deletion: Deletion) -> str:
 
 def _written(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-async def _blank_changes(gallery_id: str, identity: Identity, seq: int, session: AsyncClientSession) -> None:
-    """Blank the rows that brought the person in, and add the rows that take the vectors out of every process's memory."""
-    mine = {"gallery_id": gallery_id, "identity_id": identity.id}
-    blank = {"$set": {"kind": "blank", "identity_id": None, "sample_id": None}}
-    await GalleryChange.get_pymongo_collection().update_many(mine, blank, session=session)
-    removals = [
-        GalleryChange(
-            gallery_id=gallery_id,
-            seq=seq + i,
-            kind="remove",
-            identity_id=identity.id,
-            sample_id=sample.id,
-            removes=sample.seq,
-        )
-        for i, sample in enumerate(identity.samples)
-    ]
-    if removals:
-        await GalleryChange.insert_many(removals, session=session)
 
 
 async def _leave_cases(identity: Identity, session: AsyncClientSession) -> list[tuple[str, str]]:

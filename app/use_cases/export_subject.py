@@ -18,6 +18,7 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Identity, Sample, Screening
 from app.documents.probes import Probe
 from app.documents.proposals import IdentityProposal
+from app.documents.removals import SampleRemoval
 from app.documents.sealed import data_key, open_attributes, open_photo
 from app.domain.attributes import Attributes
 from app.errors import NotFound
@@ -43,6 +44,7 @@ async def export_subject(runtime: Runtime, action: Action, gallery: Gallery, ide
         "cases": [_case(case, identity.id) for case in await _cases_of(identity.id)],
         "proposals": [_proposal(one) for one in await IdentityProposal.find({"identity_id": identity.id}).to_list()],
         "probes": {"count": len(await Probe.recent(identity.id)), "kept_hours": runtime.settings.replay_window_hours},
+        "removed_samples": [{"removed_at": moment} for moment in await SampleRemoval.of(identity.id)],
         "deletion": _deletion(runtime, gallery, identity),
     }
     await record(
@@ -111,6 +113,7 @@ def _screening(screening: Screening) -> dict[str, object]:
 def _pair(pair: Pair, identity_id: str) -> dict[str, object]:
     return {
         "identity_id": pair.other_side(identity_id), "score": round(pair.score, SCORE_DECIMALS), "decision": pair.decision,
+        "decided_score": None if pair.decided_score is None else round(pair.decided_score, SCORE_DECIMALS),
         "decided_by": pair.decided_by, "decided_at": pair.decided_at, "created_at": pair.created_at,
     }  # fmt: skip
 

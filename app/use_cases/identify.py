@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.documents.sealed import data_key, open_attributes
+from app.documents.sealed import data_key, open_anchors, open_attributes
 from app.domain.callers import shown_score
+from app.domain.comparison import anchored, scores_with
+from app.domain.faces import Embedding
 from app.domain.policy import thresholds_for
 from app.domain.subject import FoundFace
 from app.domain.thresholds import fpir_at
@@ -50,7 +52,8 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
     head = await Gallery.get(gallery.id) or gallery
     runtime.require_contract(head)
     card = runtime.engine.card
-    threshold = thresholds_for(head.policy, card, head.samples).identify
+    limits = thresholds_for(head.policy, card, head.samples)
+    threshold = limits.identify
     hits = await runtime.search.range(head, reading.embedding, threshold)
     people = await Identity.living_among(sorted({hit.identity_id for hit in hits.items}))
     best: dict[str, float] = {}
@@ -60,6 +63,13 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
             continue
         if any(sample.id == hit.sample_id for sample in identity.active_samples):
             best[identity.id] = max(hit.score, best.get(identity.id, -1.0))
+    named = [people[identity_id] for identity_id in best]
+    anchors = await runtime.compute(_anchors, runtime, head, named, reading.embedding)
+    best = {
+        identity_id: score
+        for identity_id, score in best.items()
+        if anchored(score, anchors[identity_id], limits.anchor) >= threshold
+    }
     ordered = sorted(best.items(), key=lambda item: (-item[1], item[0]))[:limit]
     candidates = []
     for rank, (identity_id, score) in enumerate(ordered, start=1):
@@ -75,6 +85,15 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
         },
     )  # fmt: skip
     return Identification(candidates, threshold, head.identities, hits.as_of_seq, reading.main.report, event.id)
+
+
+def _anchors(runtime: Runtime, gallery: Gallery, people: list[Identity], probe: Embedding) -> dict[str, list[float]]:
+    """The probe's scores with the samples that each of them was enrolled by. Blocking."""
+    found = {}
+    for identity in people:
+        references = open_anchors(data_key(runtime.keys, gallery, identity), identity)
+        found[identity.id] = scores_with(probe, references)
+    return found
 
 
 def _external_ref(runtime: Runtime, gallery: Gallery, identity: Identity) -> str | None:

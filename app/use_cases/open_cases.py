@@ -11,9 +11,9 @@ from app.documents.base import new_id, now
 from app.documents.cases import Case, CaseCandidate, Pair
 from app.documents.galleries import Gallery
 from app.documents.identities import Candidate, Identity
-from app.documents.scans import Scan, ScanPair, decisions_on
+from app.documents.scans import Scan, ScanPair, contract_of, decisions_on
 from app.domain.clusters import Link
-from app.domain.policy import Status
+from app.domain.policy import Status, margin_of
 from app.runtime import Runtime
 
 CASES_A_TRANSACTION: Final = 100
@@ -53,7 +53,7 @@ async def open_cases(runtime: Runtime, action: Action, gallery: Gallery, scan: S
     Of two, the newcomer is who was enrolled later; it keeps its status until a person decides. Nobody is asked about a
     duplicate, or about a newcomer who waits for a verdict: that brings a case of its own. May be repeated at any time.
     """
-    sightings, decided = await _sightings(scan)
+    sightings, decided = await _sightings(scan, gallery, margin_of(runtime.engine.card))
     newcomers = sorted(sightings)
     opened, existing = 0, set[str]()
     for first in range(0, len(newcomers), CASES_A_TRANSACTION):
@@ -74,13 +74,13 @@ async def open_cases(runtime: Runtime, action: Action, gallery: Gallery, scan: S
     return result
 
 
-async def _sightings(scan: Scan) -> tuple[Sightings, int]:
+async def _sightings(scan: Scan, gallery: Gallery, margin: float) -> tuple[Sightings, int]:
     """Whom each newcomer looks like, of the pairs that nobody has decided; and how many pairs are decided."""
     found: Sightings = {}
     enrolled: dict[str, int] = {}
     decided = 0
     async for links in ScanPair.links_of(scan):
-        decisions = await decisions_on(links)
+        decisions = await decisions_on(links, contract_of(scan, gallery), margin)
         decided += len(decisions)
         undecided = [link for link in links if link[:2] not in decisions]
         await _learn(enrolled, undecided)
@@ -147,7 +147,7 @@ class _Batch:
             Candidate(identity_id=one.identity_id, score=one.score, rank=rank)
             for rank, one in enumerate(ordered, start=1)
         ]
-        await Pair.record(self.gallery.id, newcomer, candidates, session)
+        await Pair.record(self.gallery.id, self.gallery.contract, newcomer, candidates, session)
         return Case(
             id=new_id(), gallery_id=self.gallery.id, newcomer_id=newcomer, sample_id=None, job_id=self.scan.id, state="open",
             candidates=[CaseCandidate(**candidate.model_dump()) for candidate in candidates],

@@ -37,11 +37,12 @@ from app.documents.scans import (
     Scan,
     ScanPair,
     ScanState,
+    contract_of,
     decisions_on,
     series_of,
 )
 from app.domain.clusters import Cluster, Link, clusters
-from app.domain.policy import thresholds_for
+from app.domain.policy import margin_of, thresholds_for
 from app.domain.tiles import SEQS_A_BLOCK, Tile, tile, tile_count
 from app.errors import Conflict, DependencyUnavailable, ModelMismatch, NotFound, NotReady, Problem
 from app.processors import processors
@@ -310,9 +311,10 @@ async def clusters_of(runtime: Runtime, scan: Scan) -> list[Cluster]:
 
     Takes half a minute for a million pairs.
     """
+    contract, margin = contract_of(scan, await Gallery.get(scan.gallery_id)), margin_of(runtime.engine.card)
     links: list[Link] = []
     async for some in ScanPair.links_of(scan):
-        decisions = await decisions_on(some)
+        decisions = await decisions_on(some, contract, margin)
         links += [link for link in some if decisions.get(link[:2]) != "distinct"]
     return await runtime.compute_long(SCANS, clusters, links, scan.threshold)
 

@@ -18,7 +18,7 @@ from app.documents.cases import Case, CaseCandidate, Pair, look_alikes
 from app.documents.galleries import Gallery
 from app.documents.identities import Candidate, Identity, Sample, Screening
 from app.documents.sealed import data_key, open_template
-from app.domain.policy import LookAlike, Status, Verdict, may_activate, thresholds_for
+from app.domain.policy import LookAlike, Status, Verdict, margin_of, may_activate, thresholds_for
 from app.errors import Conflict, NotFound, NotReady, PhotoMissing
 from app.runtime import Runtime
 
@@ -59,7 +59,7 @@ async def screen(runtime: Runtime, identity_id: str, job_id: str) -> None:
         runtime.require_contract(gallery)
         started_at = now()
         found = await _search(runtime, gallery, identity, screening)
-        verdict = _Verdict(gallery, identity.id, job_id, started_at, found)
+        verdict = _Verdict(gallery, identity.id, job_id, started_at, found, margin_of(runtime.engine.card))
         try:
             await runtime.transaction(verdict.conclude)
         except _CandidateGone:
@@ -202,6 +202,7 @@ class _Verdict:
     job_id: str
     started_at: datetime
     found: _Found
+    margin: float
 
     async def conclude(self, session: AsyncClientSession) -> None:
         """Write the verdict, its pairs, its case and its event, if the screening is still due."""
@@ -214,8 +215,8 @@ class _Verdict:
         candidates = self.found.candidates
         if not await Identity.touch_living([c.identity_id for c in candidates], session):
             raise _CandidateGone
-        await Pair.record(self.gallery.id, identity.id, candidates, session)
-        others = {other.identity_id: other for other in await look_alikes(identity.id, session)}
+        await Pair.record(self.gallery.id, self.gallery.contract, identity.id, candidates, session)
+        others = {other.identity_id: other for other in await look_alikes(identity.id, self.margin, session)}
         undecided = [c for c in candidates if others[c.identity_id].decision != "distinct"]
         is_newcomer = identity.status == "pending"
         if is_newcomer and not undecided and not may_activate([], others.values()):

@@ -8,7 +8,7 @@ from app.audit import Action, record
 from app.documents.cases import Case, look_alikes
 from app.documents.galleries import Gallery
 from app.documents.identities import Attempts, Identity
-from app.domain.policy import LookAlike, may_activate
+from app.domain.policy import LookAlike, margin_of, may_activate
 from app.errors import Conflict, NotFound, NotReady, UndecidedCandidates
 from app.runtime import Runtime
 
@@ -39,7 +39,7 @@ async def reinstate(runtime: Runtime, action: Action, gallery: Gallery, identity
         ]
         statuses = await Identity.statuses([c.identity_id for c in own], session)
         candidates = [LookAlike(c.identity_id, statuses.get(c.identity_id, "erased"), c.decision) for c in own]
-        if not may_activate(candidates, await look_alikes(identity.id, session)):
+        if not may_activate(candidates, await look_alikes(identity.id, margin_of(runtime.engine.card), session)):
             raise UndecidedCandidates("A look-alike is active or undecided, and nobody has called the two distinct.")
         return {"status": "active"}
 

@@ -22,7 +22,7 @@ from app.documents.identities import Attempts, Identity, Liveness
 from app.documents.probes import Place, Probe
 from app.documents.sealed import data_key, open_likenesses
 from app.domain.callers import shown_score
-from app.domain.comparison import best_similarity
+from app.domain.comparison import anchored, scores_with
 from app.domain.near_copies import Likeness, bucket, is_near_copy, likeness
 from app.domain.policy import AttemptLimits, GalleryPolicy, thresholds_for, wait_before_attempt
 from app.domain.quality import QualityReport
@@ -135,8 +135,9 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
     reading, look = await runtime.compute_long(
         action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
     )
-    threshold = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples).verify
-    compared = _compare(runtime, gallery, identity, look) if identity.status == "active" else None
+    limits = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
+    threshold = limits.verify
+    compared = _compare(runtime, gallery, identity, look, limits.anchor) if identity.status == "active" else None
     presented = _Presented(
         challenge,
         runtime.keys.keyed_hash("presented", identity.id.encode() + hashlib.sha256(photo).digest()).hex(),
@@ -212,10 +213,13 @@ def _read(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: i
     return reading, likeness(reading.pixels, reading.face.landmarks, reading.embedding)
 
 
-def _compare(runtime: Runtime, gallery: Gallery, identity: Identity, look: Likeness) -> _Compared:
+def _compare(runtime: Runtime, gallery: Gallery, identity: Identity, look: Likeness, floor: float) -> _Compared:
     key = data_key(runtime.keys, gallery, identity)
     references = open_likenesses(key, identity)
-    score = best_similarity(look.embedding, np.array([one.embedding for one in references], np.float32))
+    scores = scores_with(look.embedding, np.array([one.embedding for one in references], np.float32))
+    enrolled_by = {sample.id for sample in identity.enrolment_samples}
+    anchors = [score for sample, score in zip(identity.active_samples, scores, strict=True) if sample.id in enrolled_by]
+    score = anchored(max(scores, default=-1.0), anchors, floor)
     return _Compared(key, score, any(is_near_copy(look, one) for one in references))
 
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,12 +29,13 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.domain.attributes import Attributes
 from app.domain.faces import Embedding
-from app.domain.policy import Decision, Status, thresholds_for
+from app.domain.policy import Decision, Status, Thresholds, margin_of, thresholds_for
 from app.errors import Conflict, DifferentPerson, NotFound, NotReady, Problem, UndecidedCandidates
 from app.runtime import Runtime
 from app.use_cases import enrol, erase, screen, standing
 from app.use_cases.adjudicate import Judgement, adjudicate
 from app.use_cases.identify import identify
+from app.use_cases.remove_sample import remove_sample
 from tests.builders import by_officer, portrait
 from tests.fakes import embedding_of
 
@@ -45,8 +46,8 @@ T = TypeVar("T")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 STEPS = 40
 PATIENCE_SECONDS = 60
-#: Two people, and one who looks like both.
-PEOPLE = (("ann",), ("bob",), ("ann", "bob"))
+#: Two people, one who looks like both, and one who looks more like the first.
+PEOPLE = (("ann",), ("bob",), ("ann", "bob"), ("ann", "ann", "bob"))
 #: Whether a screening comes at once, as it mostly does.
 MOSTLY = st.sampled_from([True, True, False])
 #: Scores nearer to a threshold than this are left out: float16 may move them over it.
@@ -55,11 +56,16 @@ CLOSE = 0.01
 
 @dataclass
 class Sample:
-    """A photo as the model knows it. is_new: it waits for its screening, or for a decision about it."""
+    """A photo as the model knows it. is_new: it waits for its screening, or for a decision about it.
+
+    is_gone: it was removed, and stays here so that the others keep their places.
+    """
 
     seq: int
     vector: Embedding
+    id: str
     is_new: bool = True
+    is_gone: bool = False
 
 
 @dataclass
@@ -72,7 +78,12 @@ class Person:
 
     @property
     def references(self) -> list[Embedding]:
-        return [sample.vector for sample in self.samples if not sample.is_new]
+        return [sample.vector for sample in self.samples if not sample.is_new and not sample.is_gone]
+
+    @property
+    def anchor(self) -> Embedding:
+        """The one photo that everybody here is enrolled by."""
+        return self.samples[0].vector
 
 
 @dataclass
@@ -82,6 +93,16 @@ class OpenCase:
     newcomer: str
     sample: int
     candidates: dict[str, Decision | None]
+    scores: dict[str, float]
+
+
+@dataclass
+class Known:
+    """A recorded pair as the model knows it: its best score, and a decision with the score that it was made on."""
+
+    score: float
+    decision: Decision | None = None
+    made_on: float = -1.0
 
 
 #: Candidates, and what was decided about each.
@@ -91,35 +112,43 @@ Decisions = Collection[tuple[str, Decision | None]]
 class Model:
     """The contract's table of states, the rule that makes anybody active, and nothing of how either is done."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, limits: Thresholds, margin: float) -> None:
+        self.threshold = limits.dedup
+        self.limits = limits
+        self.margin = margin
         self.people: dict[str, Person] = {}
-        self.pairs: dict[frozenset[str], Decision | None] = {}
+        self.pairs: dict[frozenset[str], Known] = {}
         self.cases: dict[str, OpenCase] = {}
         self.seq = 0
 
     def alike(self, one: Embedding, other: Embedding) -> bool:
         return float(one @ other) >= self.threshold
 
-    def candidates(self, identity_id: str, index: int) -> set[str]:
-        """Whom the sample looks like, among all that came before it and are not erased."""
+    def candidates(self, identity_id: str, index: int) -> dict[str, float]:
+        """Whom the sample looks like, and how much, among all that came before it and are not erased or removed."""
         mine = self.people[identity_id].samples[index]
-        return {
-            other
-            for other, person in self.people.items()
-            if other != identity_id
-            and any(s.seq < mine.seq and self.alike(s.vector, mine.vector) for s in person.samples)
-        }
+        found = {}
+        for other, person in self.people.items():
+            earlier = [s.vector for s in person.samples if s.seq < mine.seq and not s.is_gone]
+            if other != identity_id and any(self.alike(one, mine.vector) for one in earlier):
+                found[other] = max(float(one @ mine.vector) for one in earlier)
+        return found
+
+    def is_distinct(self, *two: str) -> bool:
+        """Whether somebody called the two distinct, on a score that is not far below the best one seen."""
+        known = self.pairs.get(frozenset(two))
+        return known is not None and known.decision == "distinct" and known.score <= known.made_on + self.margin
 
     def in_the_way(self, identity_id: str) -> set[str]:
         """Recorded look-alikes that are active and that nobody called distinct."""
-        others = {
-            other: decision
-            for pair, decision in self.pairs.items()
-            if identity_id in pair
-            for other in pair - {identity_id}
-        }
-        return {o for o, decision in others.items() if decision != "distinct" and self.people[o].status == "active"}
+        others = {other for pair in self.pairs if identity_id in pair for other in pair - {identity_id}}
+        return {o for o in others if not self.is_distinct(identity_id, o) and self.people[o].status == "active"}
+
+    def score_with(self, person: Person, vector: Embedding) -> float:
+        """The score that counts: with the best photo, where it reaches the anchor's threshold with the enrolment."""
+        best = max(float(one @ vector) for one in person.references)
+        anchor = float(person.anchor @ vector)
+        return best if anchor >= self.limits.anchor else min(best, anchor)
 
     def waits(self, candidates: Decisions) -> bool:
         """Whether somebody is still to be decided about."""
@@ -140,14 +169,16 @@ class Model:
             return None
         index = min(ripe)
         found = self.candidates(identity_id, index)
-        for other in found:
-            self.pairs.setdefault(frozenset((identity_id, other)), None)
-        undecided = {other for other in found if self.pairs[frozenset((identity_id, other))] != "distinct"}
+        for other, score in found.items():
+            known = self.pairs.setdefault(frozenset((identity_id, other)), Known(score))
+            known.score = max(known.score, score)
+        undecided = {other for other in found if not self.is_distinct(identity_id, other)}
         if is_newcomer and not undecided:
             undecided = self.in_the_way(identity_id)
         person.due.remove(index)
         if undecided:
-            self.cases[f"{identity_id}/{index}"] = OpenCase(identity_id, index, dict.fromkeys(undecided))
+            scores = {other: found.get(other, self.pairs[frozenset((identity_id, other))].score) for other in undecided}
+            self.cases[f"{identity_id}/{index}"] = OpenCase(identity_id, index, dict.fromkeys(undecided), scores)
         else:
             person.samples[index].is_new = False
         if is_newcomer:
@@ -172,8 +203,11 @@ class Model:
             chosen = {None: younger, True: about, False: case.newcomer}[keep_newcomer]
             loser = chosen if chosen in (older, younger) else None
         # What the decision would make of everybody, on copies: a refusal changes nothing.
-        before = (dict(self.pairs), {one: person.status for one, person in self.people.items()})
-        self.pairs |= {frozenset((case.newcomer, other)): decision for other in targets}
+        before = (
+            {pair: replace(known) for pair, known in self.pairs.items()},
+            {one: person.status for one, person in self.people.items()},
+        )
+        self._say(case, targets, decision)
         if loser is not None:
             self.people[loser].status = "duplicate"
         refusal = None
@@ -193,6 +227,12 @@ class Model:
                 del self.cases[other]
         return None
 
+    def _say(self, case: OpenCase, targets: list[str], decision: Decision) -> None:
+        for other in targets:
+            known = self.pairs[frozenset((case.newcomer, other))]
+            known.made_on = max(known.made_on if known.decision == decision else -1.0, case.scores[other])
+            known.decision = decision
+
     def _settled(
         self, case: OpenCase, candidates: dict[str, Decision | None], newcomer: Person, loser: str | None
     ) -> tuple[bool, type[Problem] | None]:
@@ -207,6 +247,17 @@ class Model:
         newcomer.samples[case.sample].is_new = False
         return True, None
 
+    def removed(self, identity_id: str, index: int) -> type[Problem] | None:
+        person = self.people[identity_id]
+        if person.samples[index].is_gone:
+            return NotFound
+        if person.status not in ("active", "revoked") or index == 0 or f"{identity_id}/{index}" in self.cases:
+            return Conflict
+        person.samples[index].is_gone = True
+        if index in person.due:
+            person.due.remove(index)
+        return None
+
     def reinstated(self, identity_id: str) -> type[Problem] | None:
         person = self.people[identity_id]
         if person.status != "revoked":
@@ -219,7 +270,7 @@ class Model:
 
     def erased(self, identity_id: str) -> None:
         del self.people[identity_id]
-        self.pairs = {pair: decision for pair, decision in self.pairs.items() if identity_id not in pair}
+        self.pairs = {pair: known for pair, known in self.pairs.items() if identity_id not in pair}
         for name, case in list(self.cases.items()):
             if identity_id in {case.newcomer, *case.candidates}:
                 del self.cases[name]
@@ -248,8 +299,7 @@ class IdentityStates(RuleBasedStateMachine):
         self.gallery = self.run(self.runtime.create_gallery, name, policy)
         limits = thresholds_for(policy, self.runtime.engine.card, 0)
         assert limits.identify == limits.dedup
-        self.model = Model(limits.dedup)
-        self.verify = limits.verify
+        self.model = Model(limits, margin_of(self.runtime.engine.card))
         self.captures = 0
         self.events = 0
 
@@ -291,7 +341,9 @@ class IdentityStates(RuleBasedStateMachine):
         self.captures += 1
         vector = embedding_of(people, self.captures)
         others = [sample.vector for person in self.model.people.values() for sample in person.samples]
-        for threshold in (self.model.threshold, self.verify):
+        limits = self.model.limits
+        bounds = [known.made_on + self.model.margin for known in self.model.pairs.values() if known.decision]
+        for threshold in (limits.dedup, limits.verify, limits.join, limits.anchor, *bounds):
             if others and np.abs(np.stack(others) @ vector - threshold).min() < CLOSE:
                 return None
         return portrait(*people, capture=self.captures), vector
@@ -313,7 +365,7 @@ class IdentityStates(RuleBasedStateMachine):
         identity = self.did(None, enrol.enrol, self.runtime, action, self.fresh(), [photo], Attributes())
         assert identity is not None
         self.model.seq += 1
-        self.model.people[identity.id] = Person("pending", [Sample(self.model.seq, vector)])
+        self.model.people[identity.id] = Person("pending", [Sample(self.model.seq, vector, identity.samples[0].id)])
         if is_screened:
             self.screened(identity.id)
         return [identity.id]
@@ -331,16 +383,27 @@ class IdentityStates(RuleBasedStateMachine):
         expected: type[Problem] | None = None
         if person.status != "active":
             expected = Conflict
-        elif max(float(one @ vector) for one in person.references) < self.verify:
+        elif float(person.anchor @ vector) < self.model.limits.join:
             expected = DifferentPerson
         action = by_officer("sample.add")
-        self.did(expected, enrol.add_sample, self.runtime, action, self.fresh(), identity, photo)
-        if expected is None:
+        known = self.did(expected, enrol.add_sample, self.runtime, action, self.fresh(), identity, photo)
+        if known is not None:
             self.model.seq += 1
-            person.samples.append(Sample(self.model.seq, vector))
+            person.samples.append(Sample(self.model.seq, vector, known.samples[-1].id))
             person.due.append(len(person.samples) - 1)
             if is_screened:
                 self.screened(identity_id)
+
+    @rule(identity_id=enrolled, data=st.data())
+    def remove_sample(self, identity_id: str, data: st.DataObject) -> None:
+        samples = self.model.people[identity_id].samples
+        index = data.draw(st.integers(0, len(samples) - 1))
+        expected = self.model.removed(identity_id, index)
+        action, gallery = by_officer("sample.remove"), self.fresh()
+        self.did(
+            expected, remove_sample, self.runtime, action, gallery, identity_id, samples[index].id, "not the person"
+        )
+        self.model.seq += expected is None
 
     @rule(identity_id=enrolled)
     def screen(self, identity_id: str) -> None:
@@ -418,9 +481,10 @@ class IdentityStates(RuleBasedStateMachine):
     async def open_case(self, newcomer: str, name: str) -> Case:
         identity = await Identity.living(newcomer)
         assert identity is not None
-        sample = identity.samples[int(name.partition("/")[2])]
+        index = int(name.partition("/")[2])
+        sample_id = self.model.people[newcomer].samples[index].id if index else None
         cases = await Case.find({"newcomer_id": newcomer, "state": "open"}).to_list()
-        (case,) = [c for c in cases if c.sample_id == (None if sample is identity.samples[0] else sample.id)]
+        (case,) = [c for c in cases if c.sample_id == sample_id]
         return case
 
     @rule(target=gone, identity_id=consumes(enrolled))
@@ -450,7 +514,7 @@ class IdentityStates(RuleBasedStateMachine):
         assert {match.identity_id for match in found.candidates} == {
             identity_id
             for identity_id, person in self.model.people.items()
-            if person.status == "active" and any(self.model.alike(vector, one) for one in person.references)
+            if person.status == "active" and self.model.score_with(person, vector) >= self.model.threshold
         }
 
     @invariant()
@@ -463,13 +527,16 @@ class IdentityStates(RuleBasedStateMachine):
     def no_two_undecided_look_alikes_are_active(self) -> None:
         active = [(i, p) for i, p in self.model.people.items() if p.status == "active"]
         for (one, first), (other, second) in combinations(active, 2):
-            if any(self.model.alike(a, b) for a in first.references for b in second.references):
-                assert self.model.pairs.get(frozenset((one, other))) == "distinct"
+            score = max(float(a @ b) for a in first.references for b in second.references)
+            if score >= self.model.threshold:
+                known = self.model.pairs[frozenset((one, other))]
+                assert known.decision == "distinct"
+                assert score <= known.made_on + self.model.margin
 
     @invariant()
     def the_gallery_counts_who_is_there(self) -> None:
         head = self.fresh()
-        samples = sum(len(person.samples) for person in self.model.people.values())
+        samples = sum(not sample.is_gone for person in self.model.people.values() for sample in person.samples)
         assert (head.identities, head.samples) == (len(self.model.people), samples)
 
     @invariant()

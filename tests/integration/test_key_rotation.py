@@ -15,7 +15,7 @@ from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.master_sealed import MASTER_SEALED
 from app.documents.root_secret import RootSecret, open_root
-from app.documents.sealed import data_key, open_attributes, open_references
+from app.documents.sealed import data_key, open_anchors, open_attributes
 from app.errors import Conflict, NotFound
 from app.keys import KeyRing, SealBroken, UnknownKey, generation_of, master_key_of
 from app.leases import held
@@ -67,7 +67,7 @@ async def opens_everything(keys: KeyRing) -> None:
     for gallery in await Gallery.find_all().to_list():
         for identity in await Identity.find({"gallery_id": gallery.id, "status": {"$ne": "erased"}}).to_list():
             key = data_key(keys, gallery, identity)
-            open_references(key, identity)
+            open_anchors(key, identity)
             assert identity.attributes is not None
             open_attributes(key, identity.attributes, gallery.id, identity.id)
 

@@ -4,6 +4,8 @@ import pytest
 
 from app.documents.cases import Case, Pair
 from app.documents.identities import Identity
+from app.domain.attributes import Attributes
+from app.domain.policy import margin_of
 from app.errors import Conflict, DifferentPerson, NotFound, UndecidedCandidates
 from app.runtime import Runtime
 from app.use_cases import enrol
@@ -22,6 +24,7 @@ from tests.builders import (
     screened,
     settled,
     suspected,
+    verified,
     with_sample,
 )
 
@@ -54,6 +57,49 @@ async def test_a_photo_of_somebody_else_is_refused_at_once(runtime: Runtime) -> 
     assert await _statuses(ann) == ["active"]
 
 
+async def _walked(runtime: Runtime) -> tuple[Identity, list[bool]]:
+    """Ann after photos that show her less and less, and bob at last; which of them were taken."""
+    ann, taken = await active(runtime, "ann"), []
+    for number, parts in enumerate([("ann", "ann", "bob"), ("ann", "bob"), ("ann", "bob", "bob"), ("bob",)]):
+        try:
+            ann = await with_sample(runtime, ann, *parts, capture=20 + number)
+        except DifferentPerson:
+            taken.append(False)
+        else:
+            taken.append(True)
+    return ann, taken
+
+
+async def test_small_steps_do_not_lead_to_another_person(runtime: Runtime) -> None:
+    ann, taken = await _walked(runtime)
+    assert taken == [True, True, True, False], "each is compared with the enrolment, not with the one before"
+    assert len(ann.active_samples) == 4
+
+
+async def test_another_person_does_not_match_by_samples_that_show_both(runtime: Runtime) -> None:
+    ann, _ = await _walked(runtime)
+    answer = await verified(runtime, ann, "bob")
+    assert not answer.match
+    assert answer.score is not None
+    assert answer.score < answer.threshold, "what is shown is the score with the enrolment"
+    assert (await identified(runtime, "bob")).candidates == []
+    assert (await verified(runtime, ann, "ann")).match
+    assert [c.identity_id for c in (await identified(runtime, "ann")).candidates] == [ann.id]
+
+
+async def test_every_photo_of_the_enrolment_counts(runtime: Runtime) -> None:
+    """Of two photos that somebody was enrolled by, one shows an accomplice as well."""
+    photos = [portrait("ann"), portrait("ann", "bob", capture=1)]
+    action = by_officer("identity.enrol")
+    ann = await screened(runtime, await enrol.enrol(runtime, action, await default_gallery(), photos, Attributes()))
+    assert ann.status == "active"
+    with pytest.raises(DifferentPerson):
+        await with_sample(runtime, ann, "bob")
+    assert not (await verified(runtime, ann, "bob")).match
+    assert (await identified(runtime, "bob")).candidates == []
+    assert (await verified(runtime, ann, "ann")).match
+
+
 async def test_photos_are_added_to_active_identities_only(runtime: Runtime) -> None:
     ann = await active(runtime, "ann")
     held, _ = await suspected(runtime, "ann")
@@ -83,13 +129,15 @@ async def test_a_later_sample_that_looks_like_somebody_else_stays_pending_and_op
     assert (await known(bob)).status == "active"
 
 
-async def test_a_pending_sample_names_nobody(runtime: Runtime) -> None:
+async def test_a_pending_sample_gives_no_score(runtime: Runtime) -> None:
     ann, bob, case = await _ann_with_a_photo_like_bob(runtime)
-    found = await identified(runtime, "bob", capture=7)
-    assert [c.identity_id for c in found.candidates] == [bob.id]
-    await decided(runtime, case, "distinct")
-    found = await identified(runtime, "bob", capture=8)
-    assert [c.identity_id for c in found.candidates] == [bob.id, ann.id]
+    for capture, score in ((7, 0.57), (8, 0.8)):
+        found = await identified(runtime, "ann", "bob", capture=capture)
+        scores = {c.identity_id: c.score for c in found.candidates}
+        assert set(scores) == {ann.id, bob.id}
+        assert scores[ann.id] == pytest.approx(score, abs=0.1)
+        if capture == 7:
+            await decided(runtime, case, "distinct")
 
 
 async def test_a_newcomer_meets_a_pending_sample_too(runtime: Runtime) -> None:
@@ -111,6 +159,75 @@ async def test_a_look_alike_called_distinct_before_holds_no_later_sample_back(ru
     ann = await with_sample(runtime, ann, "ann", "bob", capture=6)
     assert await _statuses(ann) == ["active", "active", "active"]
     assert await Case.find({"state": "open"}).count() == 0
+
+
+async def _distinct_by_a_low_score(runtime: Runtime) -> tuple[Identity, Identity, Pair]:
+    """Ann, and somebody who looks a little like her, and whom a person called distinct from her."""
+    ann = await active(runtime, "ann")
+    cid, case = await suspected(runtime, "ann", "bob", "cid", "dan")
+    await decided(runtime, case, "distinct")
+    (pair,) = await Pair.of(ann.id)
+    return ann, await known(cid), pair
+
+
+async def test_a_decision_keeps_the_score_and_the_model_that_it_was_made_on(runtime: Runtime) -> None:
+    _, _, pair = await _distinct_by_a_low_score(runtime)
+    assert pair.decided_score == pair.score == pytest.approx(0.4, abs=0.1)
+    assert pair.decided_contract == pair.contract == runtime.engine.card.contract
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["new", "from before scores were kept"])
+async def test_a_better_score_than_the_one_decided_on_asks_again(runtime: Runtime, is_old: bool) -> None:
+    ann, cid, before = await _distinct_by_a_low_score(runtime)
+    if is_old:
+        unset = {"$unset": {"decided_score": 1, "decided_contract": 1, "contract": 1}}
+        await Pair.get_pymongo_collection().update_one({"_id": before.id}, unset)
+    cid = await with_sample(runtime, cid, "ann", "ann", "bob", "cid", "dan")
+    case = await case_about(cid)
+    assert (case.sample_id, [c.identity_id for c in case.candidates]) == (cid.samples[1].id, [ann.id])
+    assert await _statuses(cid) == ["active", "pending"]
+    assert case.candidates[0].score > before.score + margin_of(runtime.engine.card)
+    await revoked(runtime, cid)
+    with pytest.raises(UndecidedCandidates):
+        await reinstated(runtime, cid)
+    await decided(runtime, case, "distinct")
+    await reinstated(runtime, cid)
+    (pair,) = await Pair.of(ann.id)
+    assert pair.decided_score == pair.score == case.candidates[0].score
+    cid = await with_sample(runtime, cid, "ann", "ann", "bob", "cid", "dan", capture=7)
+    assert await _statuses(cid) == ["active", "active", "active"], "the newer decision covers the newer score"
+
+
+async def test_an_equal_score_is_covered_and_the_decision_is_not_made_wider_by_it(runtime: Runtime) -> None:
+    ann, cid, before = await _distinct_by_a_low_score(runtime)
+    cid = await with_sample(runtime, cid, "ann", "bob", "cid", "dan", capture=6)
+    assert await _statuses(cid) == ["active", "active"]
+    (pair,) = await Pair.of(ann.id)
+    assert pair.decided_score == before.score
+
+
+async def test_a_score_of_another_model_asks_again_and_what_stands_stays(runtime: Runtime) -> None:
+    ann, cid, before = await _distinct_by_a_low_score(runtime)
+    other = {"$set": {"decided_contract": "sha256:other", "contract": "sha256:other"}}
+    await Pair.get_pymongo_collection().update_one({"_id": before.id}, other)
+    await revoked(runtime, cid)
+    assert (await reinstated(runtime, cid)).status == "active", "nothing was measured since"
+    cid = await with_sample(runtime, cid, "ann", "bob", "cid", "dan", capture=6)
+    assert (await case_about(cid)).candidates[0].identity_id == ann.id
+    (pair,) = await Pair.of(ann.id)
+    assert pair.contract == runtime.engine.card.contract, "scores of two models are not compared"
+
+
+async def test_a_pair_that_is_measured_anew_keeps_its_decision(runtime: Runtime) -> None:
+    ann, cid, before = await _distinct_by_a_low_score(runtime)
+    other = {
+        "$set": {"decided_contract": "sha256:other", "contract": "sha256:other", "decided_score": 0.9, "score": 0.9}
+    }
+    await Pair.get_pymongo_collection().update_one({"_id": before.id}, other)
+    await Pair.remeasure(ann.id, cid.id, before.score, runtime.engine.card.contract)
+    cid = await with_sample(runtime, cid, "ann", "bob", "cid", "dan", capture=6)
+    assert await _statuses(cid) == ["active", "active"]
+    assert (await Pair.of(ann.id))[0].decided_score == before.score
 
 
 async def test_duplicate_by_a_later_sample_keeps_the_older_identity(runtime: Runtime) -> None:

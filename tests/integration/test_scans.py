@@ -877,6 +877,24 @@ async def test_distinct_in_a_scan_s_case_is_recorded_and_both_stay(runtime: Runt
     assert all(people["ann-3"].id not in group for group in members)
 
 
+async def test_a_scan_asks_again_about_a_pair_whose_score_is_far_above_the_one_decided_on(runtime: Runtime) -> None:
+    people = await crowd(runtime)
+    scan = await scanned(runtime)
+    await cases_of(runtime, scan)
+    case = await decided(runtime, await case_about(people["bob-2"]), "distinct")
+    assert (await cases_of(runtime, scan)).decided == 1
+    # As if the decision had been made on two photos that were hardly alike.
+    pair = {"_id": ":".join(sorted((people["bob"].id, people["bob-2"].id)))}
+    await Pair.get_pymongo_collection().update_one(pair, {"$set": {"decided_score": 0.3}})
+    assert await cases_of(runtime, scan) == Opened(opened=1, existing=2, decided=0)
+    members = [cluster.members for cluster in await scanning.clusters_of(runtime, scan)]
+    assert tuple(sorted((people["bob"].id, people["bob-2"].id))) in members
+    again = await case_about(people["bob-2"])
+    assert again.id != case.id
+    await decided(runtime, again, "distinct")
+    assert (await cases_of(runtime, scan)).decided == 1
+
+
 async def test_a_revoked_newcomer_stays_revoked(runtime: Runtime) -> None:
     await missed(runtime, "ann")
     second = await missed(runtime, "ann", capture=1, status="revoked")

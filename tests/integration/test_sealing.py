@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.config import random_secret
 from app.documents.identities import Identity
-from app.documents.sealed import data_key, gallery_key, open_attributes, open_photo, open_references, open_template
+from app.documents.sealed import data_key, gallery_key, open_anchors, open_attributes, open_photo, open_template
 from app.domain.photo import encode
 from app.keys import KeyRing, SealBroken
 from app.runtime import Runtime
@@ -77,7 +77,7 @@ async def test_a_template_moved_to_another_identity_does_not_open(runtime: Runti
     await collection.update_one({"_id": ann.id}, {"$set": moved})
     forged = await known(ann)
     with pytest.raises(SealBroken):
-        open_references(data_key(runtime.keys, gallery, forged), forged)
+        open_anchors(data_key(runtime.keys, gallery, forged), forged)
     await collection.update_one({"_id": ann.id}, {"$set": {**moved, "wrapped_key": bob.wrapped_key}})
     forged = await known(ann)
     with pytest.raises(SealBroken):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from app.domain.comparison import best_similarity, show_one_person, similarity
+from app.domain.comparison import anchored, best_similarity, show_one_person, similarity
 from app.domain.faces import Embedding
 from tests.fakes import embedding_of
 
@@ -74,3 +74,19 @@ def test_every_two_photos_must_be_alike() -> None:
 
 def test_one_photo_shows_one_person() -> None:
     assert show_one_person([embedding_of(("ann",), 0)], 1.0)
+
+
+cosines = st.floats(-1, 1)
+
+
+@given(cosines, st.lists(cosines, min_size=1), cosines)
+def test_a_score_counts_only_where_every_anchor_reaches_the_floor(
+    best: float, anchors: list[float], floor: float
+) -> None:
+    counted = anchored(best, anchors, floor)
+    assert counted <= best
+    assert counted == best if min(anchors) >= floor else counted < floor or counted == best < floor
+
+
+def test_without_anchors_nothing_counts() -> None:
+    assert anchored(0.9, [], 0.2) == -1

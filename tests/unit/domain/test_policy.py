@@ -16,6 +16,7 @@ from app.domain.policy import (
     LookAlike,
     Status,
     effective_size,
+    margin_of,
     may_activate,
     thresholds_for,
     wait_before_attempt,
@@ -48,6 +49,22 @@ def test_thresholds_never_fall_as_a_gallery_grows(policy: GalleryPolicy, one: in
     assert after.identify >= before.identify
     assert after.dedup >= before.dedup
     assert after.verify == before.verify, "1:1 does not depend on how many others there are"
+
+
+@given(policies(), sizes)
+def test_a_later_photo_meets_a_stricter_threshold_than_a_selfie_and_an_anchor_a_looser_one(
+    policy: GalleryPolicy, size: int
+) -> None:
+    known = thresholds_for(policy, CARD, size)
+    assert known.anchor <= known.verify <= known.join
+    if policy.verify_threshold is None and 1e-8 < policy.verify_fmr < 0.01:
+        assert fmr_at(CARD, known.join) == pytest.approx(policy.verify_fmr / 10)
+        assert fmr_at(CARD, known.anchor) == pytest.approx(policy.verify_fmr * 10)
+
+
+def test_a_decision_covers_scores_up_to_where_strangers_are_a_hundred_times_as_rare() -> None:
+    assert margin_of(CARD) == pytest.approx(0.08)
+    assert fmr_at(CARD, 0.24 + margin_of(CARD)) == pytest.approx(fmr_at(CARD, 0.24) / 100)
 
 
 @given(policies(), sizes, scores, scores)
