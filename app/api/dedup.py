@@ -1,5 +1,7 @@
 """De-duplication: jobs, cases for a person to decide; scans have a file of their own."""
 
+import json
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,11 +11,11 @@ from app.api import identities, scans
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
 from app.api.identities import IdentityView, visible_galleries
-from app.api.paging import Page, Paged, page_of
+from app.api.paging import Page, Paged, cursor_behind, page_of_parts, position_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.audit import Action
-from app.documents.cases import Case
+from app.documents.cases import Case, CasePage
 from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
@@ -93,7 +95,8 @@ class ProposalView(BaseModel):
 class CaseView(BaseModel):
     """A newcomer (or a later sample) and everybody whom it looks like; the newcomer is null when it was erased.
 
-    proposals and proposed_by: of galleries where two officers must agree.
+    candidates: the first ones in a list, one page of them in a case; candidate_count: all. candidates_next_cursor: send it as
+    `cursor` to `GET /v1/dedup/cases/{id}`. proposals and proposed_by: of galleries where two officers must agree.
     """
 
     id: str
@@ -101,6 +104,8 @@ class CaseView(BaseModel):
     state: Literal["open", "decided"]
     newcomer: IdentityView | None
     candidates: list[CandidateView]
+    candidate_count: int
+    candidates_next_cursor: str | None = None
     threshold: float
     created_at: Moment
     decided_at: Moment | None
@@ -120,47 +125,67 @@ class DecisionBody(Body):
     reason: Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-async def _views(runtime: Runtime, galleries: dict[str, Gallery], cases: list[Case]) -> list[CaseView]:
-    ids = {case.newcomer_id for case in cases} | {c.identity_id for case in cases for c in case.candidates}
-    people = await Identity.living_among(sorted(ids))
+def _opened(
+    runtime: Runtime, galleries: dict[str, Gallery], cases: Sequence[CasePage], people: dict[str, Identity]
+) -> Iterator[CaseView]:
+    """The cases as answers; each person is decrypted once. Blocking."""
+    shown: dict[str, IdentityView | None] = {}
 
-    def shown(gallery: Gallery, identity_id: str) -> IdentityView | None:
-        identity = people.get(identity_id)
-        return None if identity is None else identities.view(runtime, gallery, identity)
+    def view_of(gallery: Gallery, identity_id: str) -> IdentityView | None:
+        if identity_id not in shown:
+            identity = people.get(identity_id)
+            shown[identity_id] = None if identity is None else identities.view(runtime, gallery, identity)
+        return shown[identity_id]
 
-    views = []
     for case in cases:
         gallery = galleries[case.gallery_id]
         candidates = [
-            CandidateView(identity=shown(gallery, c.identity_id), score=c.score, rank=c.rank, decision=c.decision)
+            CandidateView(identity=view_of(gallery, c.identity_id), score=c.score, rank=c.rank, decision=c.decision)
             for c in case.candidates
         ]
-        views.append(
-            CaseView(
-                id=case.id,
-                gallery=gallery.name,
-                state=case.state,
-                newcomer=shown(gallery, case.newcomer_id),
-                candidates=candidates,
-                threshold=case.threshold,
-                created_at=case.created_at,
-                decided_at=case.decided_at,
-                decided_by=case.decided_by,
-                proposed_by=case.proposed_by,
-                proposals=[ProposalView(**proposal.model_dump()) for proposal in case.proposals],
-                reason=case.reason,
-                version=case.version,
-            )
+        yield CaseView(
+            id=case.id,
+            gallery=gallery.name,
+            state=case.state,
+            newcomer=view_of(gallery, case.newcomer_id),
+            candidates=candidates,
+            candidate_count=case.candidate_count,
+            threshold=case.threshold,
+            created_at=case.created_at,
+            decided_at=case.decided_at,
+            decided_by=case.decided_by,
+            proposed_by=case.proposed_by,
+            proposals=[ProposalView(**proposal.model_dump()) for proposal in case.proposals],
+            reason=case.reason,
+            version=case.version,
         )
-    return views
 
 
-async def _found(action: Action, case_id: str) -> tuple[Gallery, Case]:
-    action.subject = Subject(kind="case", id=case_id)
-    case = await Case.get(case_id)
+async def _people_of(cases: Sequence[CasePage]) -> dict[str, Identity]:
+    ids = {case.newcomer_id for case in cases} | {c.identity_id for case in cases for c in case.candidates}
+    return await Identity.living_among(sorted(ids))
+
+
+async def _one(runtime: Runtime, request: Request, gallery: Gallery, case_id: str, page: Page) -> CaseView:
+    """A case with one page of its candidates. Raises NotFound, Validation for a bad cursor."""
+    place = position_of(runtime.keys, request, page, int)
+    skip = 0 if place is None else place[0]
+    case = await CasePage.get(case_id, skip, page.limit)
     if case is None:
         raise NotFound
-    return await gallery_of(action, case.gallery_id), case
+    people = await _people_of([case])
+    (shown,) = await runtime.compute(list, _opened(runtime, {gallery.id: gallery}, [case], people))
+    behind = skip + len(case.candidates)
+    cursor = cursor_behind(runtime.keys, request, behind, case.id) if behind < case.candidate_count else None
+    return shown.model_copy(update={"candidates_next_cursor": cursor})
+
+
+async def _gallery_of(action: Action, case_id: str) -> Gallery:
+    action.subject = Subject(kind="case", id=case_id)
+    gallery_id = await CasePage.gallery_of(case_id)
+    if gallery_id is None:
+        raise NotFound
+    return await gallery_of(action, gallery_id)
 
 
 @router.get("/jobs/{job_id}", responses=problems(NotFound))
@@ -205,7 +230,7 @@ async def _scan_job(action: Action, job_id: str) -> JobView:
     )
 
 
-@router.get("/cases", responses=problems(NotFound))
+@router.get("/cases", response_model=Paged[CaseView], responses=problems(NotFound))
 async def list_cases(
     runtime: CurrentRuntime,
     request: Request,
@@ -213,22 +238,37 @@ async def list_cases(
     page: Annotated[Page, Depends()],
     state: Literal["open", "decided"] | None = None,
     gallery: str | None = None,
-) -> Paged[CaseView]:
-    """Cases, the oldest first: it waits the longest."""
+) -> Response:
+    """Cases, the oldest first: it waits the longest. Each with its first candidates and how many there are."""
     galleries = await visible_galleries(runtime, action, gallery)
     filters: dict[str, Any] = {"gallery_id": {"$in": list(galleries)}}
     if state is not None:
         filters["state"] = state
-    items, cursor = await page_of(Case, filters, page, request, runtime.keys, order="oldest")
-    return Paged(items=await _views(runtime, galleries, items), next_cursor=cursor)
+    items, cursor = await page_of_parts(Case, CasePage, filters, page, request, runtime.keys)
+    people = await _people_of(items)
+
+    def written() -> bytes:
+        # Here and not by FastAPI, which would do it on the event loop: a page may hold two thousand people.
+        cases = [case.model_dump_json() for case in _opened(runtime, galleries, items, people)]
+        return f'{{"items":[{",".join(cases)}],"next_cursor":{json.dumps(cursor)}}}'.encode()
+
+    return Response(await runtime.compute(written), media_type="application/json")
 
 
 @router.get("/cases/{case_id}", responses=problems(NotFound))
-async def get_case(runtime: CurrentRuntime, response: Response, case_id: str, action: Reading) -> CaseView:
-    """One case, with everybody in it."""
-    gallery, case = await _found(action, case_id)
+async def get_case(
+    runtime: CurrentRuntime,
+    request: Request,
+    response: Response,
+    case_id: str,
+    action: Reading,
+    page: Annotated[Page, Depends()],
+) -> CaseView:
+    """One case, with a page of its candidates, the best score first."""
+    gallery = await _gallery_of(action, case_id)
+    case = await _one(runtime, request, gallery, case_id, page)
     response.headers["ETag"] = f'"{case.version}"'
-    return (await _views(runtime, {gallery.id: gallery}, [case]))[0]
+    return case
 
 
 @router.post("/cases/{case_id}/decision", responses=problems(NotFound, Conflict, UndecidedCandidates))
@@ -244,11 +284,11 @@ async def decide_case(
 
     In a gallery with `second_review` the first decision is a proposal, which another officer's equal one brings into force.
     """
-    gallery, case = await _found(action, case_id)
+    gallery = await _gallery_of(action, case_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         judgement = adjudicate.Judgement(body.decision, body.identity_id, body.keep, body.reason)
-        case = await adjudicate.adjudicate(runtime, action, gallery, case_id, judgement)
-    return (await _views(runtime, {gallery.id: gallery}, [case]))[0]
+        await adjudicate.adjudicate(runtime, action, gallery, case_id, judgement)
+    return await _one(runtime, request, gallery, case_id, Page())
 
 
 router.include_router(scans.router)

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from beanie import Document, SortDirection
+from beanie.odm.queries.find import FindMany
 from fastapi import Query, Request
 from pydantic import BaseModel
 
@@ -22,6 +23,7 @@ SIGNATURE_BYTES = 16
 T = TypeVar("T", bound=BaseModel)
 D = TypeVar("D", bound=Document)
 K = TypeVar("K")
+P = TypeVar("P", bound=BaseModel)
 
 
 class Paged(BaseModel, Generic[T]):
@@ -82,6 +84,34 @@ async def page_of(
     order: Literal["newest", "oldest"] = "newest",
 ) -> tuple[list[D], str | None]:
     """One page of the documents that fit, by (`by`, id), and the cursor of the next. Raises Validation for a bad cursor."""
+    query = _query_of(kind, filters, page, request, keys, by=by, order=order)
+    return _cut(await query.to_list(), page, request, keys, by)
+
+
+async def page_of_parts(
+    kind: type[D],
+    part: type[T],
+    filters: Mapping[str, Any],
+    page: Page,
+    request: Request,
+    keys: KeyRing,
+) -> tuple[list[T], str | None]:
+    """`page_of` by creation, the oldest first, of parts of the documents: only what `part` names is read."""
+    query = _query_of(kind, filters, page, request, keys, by="created_at", order="oldest")
+    return _cut(await query.project(part).to_list(), page, request, keys, "created_at")
+
+
+def _query_of(
+    kind: type[D],
+    filters: Mapping[str, Any],
+    page: Page,
+    request: Request,
+    keys: KeyRing,
+    *,
+    by: str,
+    order: Literal["newest", "oldest"],
+) -> FindMany[D]:
+    """The documents of the page, and one more if there is one. Raises Validation for a bad cursor."""
     direction, beyond = (SortDirection.DESCENDING, "$lt") if order == "newest" else (SortDirection.ASCENDING, "$gt")
     conditions: list[Mapping[str, Any]] = [filters] if filters else []
     position = position_of(keys, request, page, datetime.fromisoformat)
@@ -89,9 +119,13 @@ async def page_of(
         moment, id_ = position
         conditions.append({"$or": [{by: {beyond: moment}}, {by: moment, "_id": {beyond: id_}}]})
     query = kind.find({"$and": conditions} if conditions else {})
-    found = await query.sort([(by, direction), ("_id", direction)]).limit(page.limit + 1).to_list()
+    return query.sort([(by, direction), ("_id", direction)]).limit(page.limit + 1)
+
+
+def _cut(found: list[P], page: Page, request: Request, keys: KeyRing, by: str) -> tuple[list[P], str | None]:
+    """The page's items, and the cursor of the next page."""
     items = found[: page.limit]
     if len(found) <= page.limit:
         return items, None
     last = items[-1]
-    return items, cursor_behind(keys, request, getattr(last, by).isoformat(), str(last.id))
+    return items, cursor_behind(keys, request, getattr(last, by).isoformat(), str(getattr(last, "id")))  # noqa: B009
