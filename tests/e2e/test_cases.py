@@ -41,7 +41,7 @@ def test_a_case_shows_the_newcomer_and_whom_it_looks_like(service: Service, gall
     first, suspect, case = twins(service, gallery)
     assert set(case) == {
         "id", "gallery", "state", "newcomer", "candidates", "threshold", "created_at", "decided_at", "decided_by",
-        "proposed_by", "proposals", "reason", "version",
+        "proposed_by", "proposals", "reason", "version", "candidate_count", "candidates_next_cursor",
     }  # fmt: skip
     assert (case["gallery"], case["state"], case["version"]) == (gallery, "open", 1)
     assert (case["decided_at"], case["decided_by"], case["reason"]) == (None, None, None)
