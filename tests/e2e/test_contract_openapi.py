@@ -41,6 +41,7 @@ CALLS = {
     "PATCH /v1/identities/{}": 200,
     "DELETE /v1/identities/{}": 200,
     "POST /v1/identities/{}/samples": 202,
+    "DELETE /v1/identities/{}/samples/{}": 200,
     "GET /v1/identities/{}/samples/{}/photo": 200,
     "GET /v1/identities/{}/samples/{}/crop": 200,
     "POST /v1/identities/{}/screen": 202,

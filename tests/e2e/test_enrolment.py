@@ -337,6 +337,28 @@ def test_a_later_photo_serves_once_it_is_screened(service: Service, gallery: str
         assert time.monotonic() < deadline
 
 
+def test_a_later_photo_is_removed_with_a_receipt(service: Service, gallery: str) -> None:
+    person = people()[1]
+    made = enrol(service, gallery, person.photo)
+    path = f"/v1/identities/{made['id']}/samples"
+    added = service.officer.post(path, files=[part(person.selfie)]).json()["samples"][1]["id"]
+    sample = f"{path}/{added}"
+    problem(service.officer.delete(sample), 422, "validation")
+    problem(service.officer.delete(f"{path}/{made['samples'][0]['id']}", params={"reason": "x"}), 409, "conflict")
+    headers = {"Idempotency-Key": f"remove-{added}"}
+    answer = service.officer.delete(sample, params={"reason": "not hers"}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    receipt = answer.json()
+    assert set(receipt) == {"identity_id", "sample_id", "removed_at", "photos", "audit_event_id", "index_purge_by"}
+    assert (receipt["identity_id"], receipt["sample_id"], receipt["photos"]) == (made["id"], added, 1)
+    again_answered = service.officer.delete(sample, params={"reason": "not hers"}, headers=headers)
+    assert (again_answered.status_code, again_answered.json()) == (200, receipt)
+    problem(service.officer.delete(sample, params={"reason": "not hers"}), 404, "not-found")
+    problem(service.officer.get(f"{sample}/photo"), 404, "not-found")
+    assert [s["id"] for s in identity(service, made["id"])["samples"]] == [made["samples"][0]["id"]]
+    assert service.officer.get(f"/v1/galleries/{gallery}").json()["counts"] == {"identities": 1, "samples": 1}
+
+
 def test_the_stored_photo_is_our_own_encoding_and_is_kept_by_nobody(service: Service, gallery: str) -> None:
     exif = Image.Exif()
     exif[0x010E] = "a secret place"
@@ -364,6 +386,7 @@ def test_the_stored_photo_is_our_own_encoding_and_is_kept_by_nobody(service: Ser
     ("method", "call"),
     [
         ("GET", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/samples"), ("GET", f"/samples/{NOBODY}/photo"),
+        ("DELETE", f"/samples/{NOBODY}?reason=x"),
         ("POST", "/screen"), ("POST", "/revoke"), ("POST", "/reinstate"), ("POST", "/attempts:reset"), ("GET", "/export"),
     ],
 )  # fmt: skip
