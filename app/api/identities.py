@@ -19,6 +19,7 @@ from app.documents.events import AuditEvent, Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
 from app.documents.proposals import IdentityProposal
+from app.documents.removals import SampleRemoval
 from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
 from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
 from app.domain.callers import Role
@@ -475,27 +476,37 @@ async def add_sample(
     return _answer(runtime, response, gallery, identity)
 
 
-@router.delete("/{identity_id}/samples/{sample_id}", responses=problems(NotFound, Conflict))
+def _sample_receipt(removal: SampleRemoval) -> SampleReceiptView:
+    return SampleReceiptView(
+        identity_id=removal.identity_id, sample_id=removal.id, removed_at=removal.removed_at, photos=1,
+        audit_event_id=removal.event_id, index_purge_by=removal.index_purge_by,
+    )  # fmt: skip
+
+
+@router.delete("/{identity_id}/samples/{sample_id}", responses=problems(NotFound, Conflict, http_202=PROPOSED))
 async def remove_sample(
     runtime: CurrentRuntime,
     request: Request,
+    response: Response,
     identity_id: str,
     sample_id: str,
     action: Annotated[Action, Depends(acting("sample.remove", Role.OFFICER))],
     reason: Annotated[str, Query(min_length=1, max_length=1000)],
     key: IdempotencyKey = None,
-) -> SampleReceiptView:
-    """Remove one sample of an active or revoked identity; never the last one that it was enrolled by."""
+) -> SampleReceiptView | ProposedView:
+    """Remove one sample of an active or revoked identity; never the last one that it was enrolled by.
+
+    In a gallery with `second_review` it is proposed: 202.
+    """
     first = await first_answer(runtime, request, action, key, None)
     if first is None:
         gallery, _ = await _found(action, identity_id)
-        removal = await removing.remove_sample(runtime, action, gallery, identity_id, sample_id, reason)
-    else:
-        removal = await removing.removal_of_event(first[0])
-    return SampleReceiptView(
-        identity_id=removal.identity_id, sample_id=removal.id, removed_at=removal.removed_at, photos=1,
-        audit_event_id=removal.event_id, index_purge_by=removal.index_purge_by,
-    )  # fmt: skip
+        done = await removing.ask(runtime, action, gallery, identity_id, sample_id, reason)
+        return proposed(response, done.id) if isinstance(done, IdentityProposal) else _sample_receipt(done)
+    proposal_id = first_proposed(first)
+    if proposal_id is not None:
+        return proposed(response, proposal_id)
+    return _sample_receipt(await removing.removal_of_event(first[0]))
 
 
 @router.get(

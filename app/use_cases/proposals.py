@@ -9,7 +9,7 @@ from app.documents.galleries import Gallery
 from app.documents.proposals import IdentityProposal
 from app.errors import Conflict, Forbidden, NotFound
 from app.runtime import Runtime
-from app.use_cases import erase, update
+from app.use_cases import erase, remove_sample, update
 
 
 async def agree(runtime: Runtime, action: Action, gallery: Gallery, proposal: IdentityProposal) -> IdentityProposal:
@@ -23,8 +23,11 @@ async def agree(runtime: Runtime, action: Action, gallery: Gallery, proposal: Id
         await erase.erase(runtime, by_both, gallery, proposal.identity_id, proposal.reason, proposal=proposal)
     elif proposal.kind == "reference_change":
         await update.carry_out(runtime, replace(action, name="identity.update"), gallery, proposal)
-    else:
-        raise Conflict("This version does not know this kind of proposal.")
+    elif proposal.sample_id is not None:
+        by_both = replace(action, name="sample.remove")
+        await remove_sample.remove_sample(
+            runtime, by_both, gallery, proposal.identity_id, proposal.sample_id, proposal.reason, proposal=proposal
+        )
     return await _known(proposal.id)
 
 

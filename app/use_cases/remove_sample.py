@@ -11,12 +11,14 @@ from pymongo.errors import PyMongoError
 from app.audit import Action, record
 from app.documents.base import now
 from app.documents.cases import Case
-from app.documents.events import AuditEvent
+from app.documents.events import AuditEvent, Detail
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Sample, Screening
+from app.documents.proposals import IdentityProposal
 from app.documents.removals import SampleRemoval
 from app.errors import Conflict, NotFound, NotReady
 from app.runtime import Runtime
+from app.second_officer import Wanted, agree, propose
 from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
@@ -28,21 +30,39 @@ SETTLE_GRACE: Final = timedelta(seconds=30)
 SETTLED_AT_ONCE: Final = 500
 
 
-async def remove_sample(
+async def ask(
     runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, sample_id: str, reason: str
+) -> SampleRemoval | IdentityProposal:
+    """Remove one sample for an officer; where the gallery asks for two officers, propose it. Raises as `remove_sample`."""
+    if not gallery.policy.second_review:
+        return await remove_sample(runtime, action, gallery, identity_id, sample_id, reason)
+
+    async def commit(session: AsyncClientSession) -> IdentityProposal:
+        identity, _ = await _removable(identity_id, sample_id, session)
+        return await propose(session, action, gallery, identity, Wanted("sample_removal", reason, sample_id))
+
+    return await runtime.transaction(commit)
+
+
+async def remove_sample(
+    runtime: Runtime,
+    action: Action,
+    gallery: Gallery,
+    identity_id: str,
+    sample_id: str,
+    reason: str | None,
+    *,
+    proposal: IdentityProposal | None = None,
 ) -> SampleRemoval:
-    """Remove one sample. Pairs and their scores stay.
+    """Remove one sample. Pairs and their scores stay. proposal: the one that the actor agrees to by this.
 
     Raises NotFound, and Conflict for the last sample that the identity was enrolled by, while a case about the sample is open,
-    and unless the identity is active or revoked.
+    and unless the identity is active or revoked. Also raises as `second_officer.agree` does.
     """
 
     async def commit(session: AsyncClientSession) -> SampleRemoval:
-        identity = await Identity.living(identity_id, session)
-        sample = None if identity is None else next((s for s in identity.samples if s.id == sample_id), None)
-        if identity is None or sample is None:
-            raise NotFound
-        await _require_removable(identity, sample, session)
+        told: Detail = {} if proposal is None else await agree(session, action, proposal)
+        identity, sample = await _removable(identity_id, sample_id, session)
         seq = await gallery.take_seq(session, 1, samples=-1, removed=1)
         if seq is None:
             raise NotReady("The gallery changed its model or epoch in the meantime.")
@@ -59,7 +79,7 @@ async def remove_sample(
             raise NotReady("The identity was changed at the same moment.")
         event = await record(
             session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
-            detail={"sample_id": sample_id, "seq": seq, "reason": reason},
+            detail=told | {"sample_id": sample_id, "seq": seq, "reason": reason},
         )  # fmt: skip
         removal = SampleRemoval(
             id=sample_id, gallery_id=gallery.id, identity_id=identity.id, removed_at=event.time, event_id=event.id,
@@ -109,8 +129,12 @@ async def _settle(runtime: Runtime, removal: SampleRemoval) -> None:
     await removal.settled()
 
 
-async def _require_removable(identity: Identity, sample: Sample, session: AsyncClientSession) -> None:
-    """Raises Conflict."""
+async def _removable(identity_id: str, sample_id: str, session: AsyncClientSession) -> tuple[Identity, Sample]:
+    """The identity, and its sample that may be removed now. Raises NotFound, Conflict."""
+    identity = await Identity.living(identity_id, session)
+    sample = None if identity is None else next((s for s in identity.samples if s.id == sample_id), None)
+    if identity is None or sample is None:
+        raise NotFound
     if identity.status not in ("active", "revoked"):
         raise Conflict(f"Samples of an active or revoked identity can be removed; this one is {identity.status}.")
     if [s.id for s in identity.enrolment_samples] == [sample.id]:
@@ -118,6 +142,7 @@ async def _require_removable(identity: Identity, sample: Sample, session: AsyncC
     # A case without a sample is about the person as a whole.
     if await Case.is_open_about_sample(identity.id, sample.id, session):
         raise Conflict("A case about this photo is open. Decide it first.")
+    return identity, sample
 
 
 def _without(screening: Screening, sample_id: str) -> Screening:

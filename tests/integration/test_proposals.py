@@ -20,7 +20,7 @@ from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
 from app.use_cases.trace_reference import trace_reference
-from tests.builders import active, default_gallery, enrolled, known, portrait, screened
+from tests.builders import active, default_gallery, enrolled, known, portrait, screened, with_sample
 from tests.support.callers import http_of, token_of
 
 Page = dict[str, Any]
@@ -330,3 +330,24 @@ async def test_a14_erasures_have_a_rate_of_their_own(
     renamed = await desk.one.patch(f"/v1/identities/{people[2].id}", json={"full_name": "Cid"})
     assert renamed.status_code == 200, "other writes go on"
     assert (await default_gallery()).identities == 1
+
+
+async def test_a_sample_is_removed_by_two_officers(runtime: Runtime, desk: Desk) -> None:
+    ann = await with_sample(runtime, await active(runtime, "ann"), "ann")
+    path = f"/v1/identities/{ann.id}/samples/{ann.samples[1].id}"
+    last = await desk.one.delete(f"/v1/identities/{ann.id}/samples/{ann.samples[0].id}", params={"reason": "x"})
+    assert last.status_code == 409, "what nobody could agree to is not proposed"
+    headers = {"Idempotency-Key": "remove-1"}
+    answers = [await desk.one.delete(path, params={"reason": "not hers"}, headers=headers) for _ in range(2)]
+    proposal_id = await _proposed(answers[0])
+    assert await _proposed(answers[1]) == proposal_id
+    assert len((await known(ann)).samples) == 2
+    page = (await desk.two.get(f"/v1/proposals/{proposal_id}")).json()
+    assert (page["kind"], page["sample_id"], page["samples"]) == ("sample_removal", ann.samples[1].id, 1)
+    assert (await _agreed(desk.one, proposal_id)).status_code == 409
+    answer = await _agreed(desk.two, proposal_id)
+    assert (answer.status_code, answer.json()["state"]) == (200, "agreed"), answer.text
+    assert [sample.id for sample in (await known(ann)).samples] == [ann.samples[0].id]
+    (event,) = await _events("sample.remove")
+    assert (event.actor.id, event.detail["proposed_by"]) == (await _id_of(desk.two), await _id_of(desk.one))
+    assert (event.detail["sample_id"], event.detail["reason"]) == (ann.samples[1].id, "not hers")
