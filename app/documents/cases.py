@@ -281,20 +281,6 @@ class Pair(Stored):
         await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, [{"$set": fields}], session=session)
 
     @classmethod
-    async def remeasure(
-        cls, one: str, other: str, score: float, contract: str, session: AsyncClientSession | None = None
-    ) -> None:
-        """Keep the score that a newer model gives to the same photos; a decision covers the pair as before."""
-        low, high = sorted((one, other))
-        is_distinct = {"$eq": ["$decision", "distinct"]}
-        fields = {
-            "score": score, "contract": contract,
-            "decided_score": {"$cond": [is_distinct, score, None]},
-            "decided_contract": {"$cond": [is_distinct, contract, None]},
-        }  # fmt: skip
-        await cls.get_pymongo_collection().update_one({"_id": f"{low}:{high}"}, [{"$set": fields}], session=session)
-
-    @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> None:
         """Erase every pair with the identity."""
         sides = {"$or": [{"low": identity_id}, {"high": identity_id}]}

@@ -157,6 +157,11 @@ class Identity(Stored):
             return self.samples
         return [sample for sample in self.samples if sample.id in self.screenings[0].sample_ids]
 
+    @property
+    def anchors(self) -> list[Sample]:
+        """Of the samples that the identity was enrolled by, those with a template: all that comes later is compared with them."""
+        return [sample for sample in self.enrolment_samples if not sample.is_lost]
+
     def screening(self, job_id: str) -> Screening | None:
         """The screening that this job carries out."""
         return next((s for s in self.screenings if s.job_id == job_id), None)

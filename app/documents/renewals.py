@@ -55,6 +55,11 @@ class Renewal(Stored):
         await cls.get_pymongo_collection().delete_many({"identity_id": identity_id}, session=session)
 
     @classmethod
+    async def forget_sample(cls, sample_id: str, session: AsyncClientSession) -> None:
+        """Delete that of one sample."""
+        await cls.get_pymongo_collection().delete_one({"_id": sample_id}, session=session)
+
+    @classmethod
     async def forget_gallery(cls, gallery_id: str, *, only_lost: bool = False) -> None:
         """Delete those of a gallery. only_lost: those without a template."""
         which = {"gallery_id": gallery_id} | ({"template": None} if only_lost else {})

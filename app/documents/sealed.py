@@ -77,9 +77,7 @@ def _template(
 
 def open_anchors(key: DataKey, identity: Identity) -> Embedding:
     """The embeddings (n, d) of the samples that the identity was enrolled by. Raises SealBroken."""
-    return np.array(
-        [open_template(key, identity.gallery_id, identity.id, s) for s in identity.enrolment_samples], np.float32
-    )
+    return np.array([open_template(key, identity.gallery_id, identity.id, s) for s in identity.anchors], np.float32)
 
 
 def seal_fingerprint(

@@ -135,7 +135,7 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
     scores = scores_with(readings[0].embedding, open_anchors(personal_key, identity))
     if anchored(max(scores, default=-1.0), scores, thresholds.anchor) < thresholds.join:
         raise DifferentPerson("The photo does not match the photos that the person was enrolled by.")
-    enrolled_by = len(identity.enrolment_samples)
+    anchors = [sample.id for sample in identity.anchors]
     job_id = new_id()
     (prepared,) = await _prepare(runtime, gallery, identity.id, personal_key, readings, [photo])
 
@@ -144,7 +144,7 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
         if fresh is None:
             raise NotFound
         _require_room(runtime, fresh)
-        if len(fresh.enrolment_samples) != enrolled_by:
+        if [sample.id for sample in fresh.anchors] != anchors:
             raise NotReady("The identity was changed at the same moment.")
         seq = await gallery.take_seq(session, 1, samples=1)
         if seq is None:

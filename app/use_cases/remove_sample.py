@@ -16,6 +16,7 @@ from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Sample, Screening
 from app.documents.proposals import IdentityProposal
 from app.documents.removals import SampleRemoval
+from app.documents.renewals import Renewal
 from app.errors import Conflict, NotFound, NotReady
 from app.runtime import Runtime
 from app.second_officer import Wanted, agree, propose
@@ -68,6 +69,7 @@ async def remove_sample(
             raise NotReady("The gallery changed its model or epoch in the meantime.")
         purge_by = now() + timedelta(hours=runtime.settings.index_purge_hours)
         await gallery.purge_files(session, [sample.seq], purge_by)
+        await Renewal.forget_sample(sample.id, session)
         await GalleryChange.take_out(gallery.id, identity.id, [(sample.id, sample.seq)], seq, session)
         screenings = [_without(screening, sample_id) for screening in identity.screenings]
         due = [s.due_at for s in screenings if s.state in ("queued", "running")]
@@ -137,7 +139,8 @@ async def _removable(identity_id: str, sample_id: str, session: AsyncClientSessi
         raise NotFound
     if identity.status not in ("active", "revoked"):
         raise Conflict(f"Samples of an active or revoked identity can be removed; this one is {identity.status}.")
-    if [s.id for s in identity.enrolment_samples] == [sample.id]:
+    is_of_enrolment = any(s.id == sample.id for s in identity.enrolment_samples)
+    if is_of_enrolment and not any(s.id != sample.id for s in identity.anchors):
         raise Conflict("This is the last photo that the person was enrolled by. Erase the person, or keep it.")
     # A case without a sample is about the person as a whole.
     if await Case.is_open_about_sample(identity.id, sample.id, session):

@@ -217,7 +217,7 @@ def _compare(runtime: Runtime, gallery: Gallery, identity: Identity, look: Liken
     key = data_key(runtime.keys, gallery, identity)
     references = open_likenesses(key, identity)
     scores = scores_with(look.embedding, np.array([one.embedding for one in references], np.float32))
-    enrolled_by = {sample.id for sample in identity.enrolment_samples}
+    enrolled_by = {sample.id for sample in identity.anchors}
     anchors = [score for sample, score in zip(identity.active_samples, scores, strict=True) if sample.id in enrolled_by]
     score = anchored(max(scores, default=-1.0), anchors, floor)
     return _Compared(key, score, any(is_near_copy(look, one) for one in references))

@@ -224,7 +224,7 @@ async def test_a_pair_that_is_measured_anew_keeps_its_decision(runtime: Runtime)
         "$set": {"decided_contract": "sha256:other", "contract": "sha256:other", "decided_score": 0.9, "score": 0.9}
     }
     await Pair.get_pymongo_collection().update_one({"_id": before.id}, other)
-    await Pair.remeasure(ann.id, cid.id, before.score, runtime.engine.card.contract)
+    await Pair.measured_anew({(before.low, before.high): before.score}, runtime.engine.card.contract)
     cid = await with_sample(runtime, cid, "ann", "bob", "cid", "dan", capture=6)
     assert await _statuses(cid) == ["active", "active"]
     assert (await Pair.of(ann.id))[0].decided_score == before.score
