@@ -53,8 +53,9 @@ async def test_a_policy_keeps_a_share_set_by_hand_and_gets_the_new_default_other
 
 async def test_processes_that_start_together_migrate_once(old_store: Settings) -> None:
     async def start() -> None:
-        async with open_runtime(old_store, FakeEngine()):
-            pass
+        # The step alone: in one process the models are bound to one client.
+        async with pymongo.AsyncMongoClient[dict[str, Any]](old_store.mongodb_uri) as client:
+            await migrations.migrate(client[old_store.mongodb_database])
 
     await asyncio.gather(*(start() for _ in range(4)))
     assert {name: stored["policy_version"] for name, stored in raw(old_store).items() if name != "default"} == {
