@@ -28,6 +28,7 @@ EMPTIED: Final = frozenset({"logins", "refresh_tokens", "idempotency_claims", "c
 UNTOUCHED: Final = frozenset(
     {
         "leases",
+        "heartbeats",
         "restores",
         "stores",
         "enrolments_begun",

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pymongo
 import structlog
+from bson.codec_options import CodecOptions
 from prometheus_client import Gauge
 from pymongo import AsyncMongoClient
 from pymongo.errors import PyMongoError
@@ -28,6 +29,7 @@ PERIOD_SECONDS: Final = 5.0
 MEASURED_WITHIN_SECONDS: Final = 2.0
 #: MongoDB cuts its time to milliseconds.
 _RESOLUTION_SECONDS: Final = 0.001
+_AWARE: Final[CodecOptions[Mapping[str, Any]]] = CodecOptions(tz_aware=True)
 
 OFFSET = Gauge(
     "idem_clock_offset_seconds",
@@ -103,11 +105,9 @@ class Clock:
         """Ask the primary for its time. Raises PyMongoError when it is away: what was learned before goes on."""
         asked = self._steady()
         with pymongo.timeout(MEASURED_WITHIN_SECONDS):
-            hello: Mapping[str, Any] = await mongo.admin.command("hello")
-        answered = self._steady()
-        told = hello.get("localTime")
-        if isinstance(told, datetime):
-            self.learn(asked, answered, told)
+            # Commands do not take the client's own options over: without these the answer would be read as local time.
+            hello: Mapping[str, Any] = await mongo.admin.command("hello", codec_options=_AWARE)
+        self.learn(asked, self._steady(), hello["localTime"])
 
     @asynccontextmanager
     async def kept_right(self, mongo: AsyncMongoClient[dict[str, Any]]) -> AsyncIterator[None]:

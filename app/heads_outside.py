@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import Final, Self
 
 from app.backups import Tell
-from app.documents.base import as_text
+from app.documents.base import as_text, now
 from app.documents.events import AuditEvent
-from app.documents.tree import HEADS, AuditKey, AuditTree, KeptHead, node_hashes
+from app.documents.tree import CLOCK_AHEAD, HEADS, AuditKey, AuditTree, KeptHead, node_hashes
 from app.domain.log_check import Head
 from app.domain.merkle import fold, subtrees
 from storage.evidence import EvidenceNotFound, EvidenceStore
@@ -26,7 +26,8 @@ CLOCKS_APART: Final = timedelta(hours=1)
 class HeadsOutside:
     """What the names of the heads outside tell, whatever lies under them.
 
-    last: of each day the last one over no more events than were asked about. misfits: what contradicts the log already.
+    last: of each day, and of each key that was dated ahead, the last one over no more events than were asked about. misfits:
+    what contradicts the log already.
     """
 
     last: list[KeptHead] = field(default_factory=list)
@@ -37,19 +38,23 @@ async def heads_outside(evidence: EvidenceStore, size: int, tell: Tell) -> Heads
     """Look at the names of all heads outside, day by day: each has the size of the log then. size: of the log to be compared."""
     found, strays = HeadsOutside(), list[str]()
     restores, days = await _Restores.known(), await _days(evidence, strays)
-    before: KeptHead | None = None
+    # Heads are in the order of their times, but for those of a clock that was ahead: they are in an order of their own.
+    ahead, before = await _dated_ahead(), dict[str, KeptHead]()
     largest: KeptHead | None = None
     for done, day in enumerate(days, start=1):
         heads = [head for head in await _heads_of(evidence, day, strays) if not restores.excuse(head)]
         for head in heads:
-            if before is not None and head.size < before.size:
+            order = head.key_id if head.key_id in ahead else ""
+            former = before.get(order, head)
+            if head.size < former.size:
                 found.misfits.append(
-                    f"the log was set back from {before.size} events ({before.name}) to {head.size} ({head.name})"
+                    f"the log was set back from {former.size} events ({former.name}) to {head.size} ({head.name})"
                 )
-            before = head
+            before[order] = head
             if largest is None or head.size > largest.size:
                 largest = head
-        found.last += [head for head in heads if head.size <= size][-1:]
+        orders = {head.key_id if head.key_id in ahead else "": head for head in heads if head.size <= size}
+        found.last += orders.values()
         tell("tree heads outside, days", done, len(days))
     if largest is not None:  # the log may have grown while they were listed
         found.misfits += _cut_off(largest, (await AuditTree.current()).size)
@@ -85,15 +90,18 @@ async def misfits_outside(evidence: EvidenceStore, tree: AuditTree) -> list[str]
     # The log tells itself when its last head was signed.
     until = None if tree.signed_at is None else KeptHead.names_at(as_text(tree.signed_at))
     nearby = [day for day in days if until is None or day <= until]
+    # Heads of a clock that was ahead lie on days to come, and the newest of all on another.
+    today = KeptHead.names_at(as_text(now() + CLOCKS_APART))
+    tops = list(dict.fromkeys([*days[:1], *[day for day in days if day <= today][:1]]))
     newest: KeptHead | None = None
     within: KeptHead | None = None
-    for day in dict.fromkeys([*days[:1], *nearby[:DAYS_BACK], *days[1:DAYS_BACK]]):
+    for looked_at, day in enumerate(dict.fromkeys([*tops, *nearby[:DAYS_BACK], *days[1:DAYS_BACK]]), start=1):
         heads = await _heads_of(evidence, day, strays)
-        if heads and (newest is None or heads[-1].name > newest.name):
+        if heads and (newest is None or heads[-1].name > newest.name or (day in tops and heads[-1].size > newest.size)):
             newest = heads[-1]
         if within is None:
             within = next((head for head in reversed(heads) if 0 < head.size <= tree.size), None)
-        if newest is not None and within is not None:
+        if newest is not None and within is not None and looked_at >= len(tops):
             break
     misfits = [] if newest is None else _cut_off(newest, tree.size)
     if within is not None:
@@ -129,6 +137,14 @@ class _Restores:
             return False
         is_foreign = head.key_id not in self.known_keys
         return any(head.name < after and (is_foreign or head.size > size) for after, size in self.by)
+
+
+async def _dated_ahead() -> frozenset[str]:
+    """The keys that the log says were replaced because the clock was ahead."""
+    told = AuditEvent.find({"action": "audit.rotate_key", "outcome": "success"})
+    return frozenset([
+        str(one.detail.get("former")) async for one in told if str(one.detail.get("reason")).startswith(CLOCK_AHEAD)
+    ])  # fmt: skip
 
 
 async def _days(evidence: EvidenceStore, strays: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Names and arguments of background jobs. Putting one in the queue is a hint: MongoDB knows what is due."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -12,11 +13,14 @@ from redis.exceptions import RedisError
 
 from app.boundary import Boundary
 from app.config import Settings
+from app.documents.base import now
 
 SCREEN: Final = "screen"
 PUBLISH: Final = "publish"
 SCAN: Final = "scan"
 CONNECT_SECONDS = 1
+#: What Redis keeps of a job that nobody takes; the sweeps ask for it again long before.
+KEPT_FOR: Final = timedelta(days=1)
 
 
 def encode_job(job: dict[str, object]) -> bytes:
@@ -35,6 +39,15 @@ def redis_settings(settings: Settings) -> RedisSettings:
     redis = RedisSettings.from_dsn(settings.redis_url)
     redis.conn_retries, redis.conn_timeout = 0, CONNECT_SECONDS
     return redis
+
+
+def due_at_once() -> datetime:
+    """The time that a job is queued for when it is due now: a moment in January 1970, later for a later job.
+
+    arq keeps jobs in the order of their times, and its worker takes those that are not ahead of its own host's clock. A present
+    time would keep a job waiting for as long as that clock is behind ours.
+    """
+    return datetime.fromtimestamp(now().timestamp() / 1000, UTC)
 
 
 class Queue:
@@ -62,7 +75,10 @@ class Queue:
 
     async def _enqueue(self, job: str, *ids: str, queue_id: str) -> bool:
         redis = self._connection()
-        put = partial(redis.enqueue_job, job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name)
+        put = partial(
+            redis.enqueue_job, job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name,
+            _defer_until=due_at_once(), _expires=KEPT_FOR,
+        )  # fmt: skip
         try:
             await self._boundary.call(put, "enqueue")
         except (RedisError, OSError):

@@ -157,14 +157,15 @@ def check(lines, keys, heads=(), *, is_partial=False, taken_at=None):  # what do
     except Exception as fault:
         return [*found, f"event {size}: cut off here: {fault if end else 'there is no end'}"], "nothing is proved"
     tree.note()
-    owed = max([(own["size"], ""), *((h["size"], h["time"]) for h in good if not taken_at or h["time"] <= taken_at)])
-    if owed[0] > own["size"]:
-        found.append(f"event {own['size']}: cut off, with all behind it: {owed[0]} were signed at {owed[1]}")
-    signed, known, fits, bad = sorted((h["time"], h["size"], h["root_hash"]) for h in [own, *good]), {}, [0], []
-    for (then, larger, _), (time, size, hash_) in itertools.pairwise([signed[0], *signed]):
+    most, at = max((h["size"], h["time"]) for h in [own, *good] if h is own or not taken_at or h["time"] <= taken_at)
+    found += [f"event {own['size']}: cut off, with all behind it: {most} were signed at {at}"] * (most > own["size"])
+    signed = sorted((h["time"], h["size"], h["root_hash"], h["key_id"]) for h in [own, *good])
+    known, fits, bad, last = {}, [0], [], {}
+    for time, size, hash_, key in signed:  # heads of one key are in the order of their times
+        (then, larger), last[key] = last.get(key, (time, size)), (time, size)
         found += [f"event {size}: set back, from {larger} events at {then} to {size} at {time}"] * (size < larger)
         found += [f"contradiction: two heads over {size} events, {time}"] * (known.setdefault(size, hash_) != hash_)
-    for size, time, hash_ in sorted((size, time, hash_) for time, size, hash_ in signed if size in tree.roots):
+    for size, time, hash_ in sorted((size, time, hash_) for time, size, hash_, _ in signed if size in tree.roots):
         fits += [size] * (hash_ == tree.roots[size])
         bad += [f"event {fits[-1]}: made anew, by the head of {time} over {size}"] * (hash_ != tree.roots[size])
     told = f"{len(fits) - 1} heads fit, {len(signed) - len(fits) - len(bad) + 1} could not be compared"

@@ -4,7 +4,6 @@ import asyncio
 import os
 import platform
 import sys
-import time
 from typing import TypedDict
 
 import structlog
@@ -12,7 +11,7 @@ from arq import Retry
 from pymongo.errors import ConnectionFailure, PyMongoError
 from redis.exceptions import RedisError
 
-from app.documents.base import new_id
+from app.documents.base import new_id, now
 from app.documents.galleries import Gallery
 from app.documents.leases import Lease
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
@@ -111,7 +110,7 @@ async def sweep_index(context: Context) -> None:
             if not await Lease.alive(gallery.publishing):
                 log.info("publication_due", gallery=gallery.name, reason=reason)
                 await runtime.queue.enqueue_publication(
-                    gallery.id, again=f":{int(time.time() / PUBLISH_PERIOD_SECONDS)}"
+                    gallery.id, again=f":{int(now().timestamp() / PUBLISH_PERIOD_SECONDS)}"
                 )
         await keep_promises(runtime)
     except (*AWAY, PyMongoError) as error:

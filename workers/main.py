@@ -13,6 +13,7 @@ from app.queue import PUBLISH, SCAN, SCREEN, decode_job, encode_job, redis_setti
 from app.runtime import open_runtime
 from app.use_cases import sequence
 from workers import jobs
+from workers.steady import SteadyWorker
 
 #: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
 JOB_TIMEOUT_SECONDS = 10
@@ -43,6 +44,7 @@ def create_worker(settings: Settings) -> Worker:
     async def start(context: dict[Any, Any]) -> None:
         runtime = await opened.enter_async_context(open_runtime(settings, keep_up=True))
         await opened.enter_async_context(sequence.kept_up(runtime))
+        await opened.enter_async_context(worker.beating(runtime.clock))
         context["runtime"] = runtime
 
     async def stop(context: dict[Any, Any]) -> None:
@@ -50,7 +52,7 @@ def create_worker(settings: Settings) -> Worker:
         await opened.aclose()
 
     every = set(range(0, 60, settings.sweep_interval_seconds))
-    return Worker(
+    worker = SteadyWorker(
         functions=[
             func(_job(jobs.screen), name=SCREEN, timeout=JOB_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES),
             func(_job(jobs.scan), name=SCAN, timeout=SCAN_TIMEOUT_SECONDS, keep_result=0, max_tries=UNCOUNTED_TRIES),
@@ -84,5 +86,5 @@ def create_worker(settings: Settings) -> Worker:
         poll_delay=POLL_SECONDS,
         job_completion_wait=settings.shutdown_grace_seconds - 1,
         keep_result=0,
-        health_check_interval=30,
     )
+    return worker

@@ -20,7 +20,11 @@ from app.api.audit import refresh_figures
 from app.api.dependencies import CurrentRuntime, Strangers, acting
 from app.api.problems import problems
 from app.audit import Action
+from app.clock import APART_SECONDS, OFFSET, in_words
+from app.documents.base import now
+from app.documents.events import AuditEvent
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
+from app.documents.heartbeats import Heartbeat
 from app.documents.identities import Identity
 from app.documents.leases import Lease
 from app.domain.callers import Role
@@ -35,9 +39,17 @@ router = APIRouter(tags=["operations"])
 CHECK_SECONDS = 1.0
 #: Galleries that a check names, of those in trouble.
 NAMED_AT_MOST = 5
+#: What is due waits for a second or two; a sweep finds what was lost within fifteen.
+OVERDUE_SECONDS = 30.0
+NOTHING_IS_ERASED = "Nobody is erased and no checkpoint is signed there until the clocks agree."
 FAILED_SCREENINGS = Gauge(
     "idem_screenings_failed",
     "Identities whose screening was given up after five tries: alert on any, they wait for a person",
+)
+WORKERS = Gauge("idem_workers_alive", "Workers that wrote a heartbeat lately: alert on none, verdicts wait")
+WORKER_OFFSET = Gauge(
+    "idem_worker_clock_offset_seconds",
+    "The worker's clock that is farthest from MongoDB's: alert beyond a minute, it erases nobody then",
 )
 VERSION = version("idem")
 
@@ -124,6 +136,42 @@ def _of_another_model(galleries: list[Gallery]) -> str:
     return f"made by another face model and not served: {names}; `idem models re-embed` moves them to this model"
 
 
+async def _clock(runtime: Runtime) -> Seen:
+    """Whether the clocks of this host and of the workers' hosts are MongoDB's."""
+    clock = runtime.clock
+    age = clock.measured_seconds_ago
+    seen: Seen = {
+        "offset_seconds": round(clock.offset_seconds, 3), "measured_seconds_ago": None if age is None else round(age, 1)
+    }  # fmt: skip
+    differs = None if clock.difference is None else f"{clock.difference} {NOTHING_IS_ERASED}"
+    with suppress(PyMongoError), pymongo.timeout(CHECK_SECONDS / 2):
+        offsets = [beat.clock_offset_seconds for beat in await Heartbeat.alive()]
+        farthest = max(offsets, key=abs, default=0.0)
+        seen["worker_offset_seconds"] = round(farthest, 3)
+        if differs is None and abs(farthest) > APART_SECONDS:
+            differs = f"A worker's clock is {in_words(farthest)} MongoDB's. {NOTHING_IS_ERASED}"
+    return seen if differs is None else seen | {"status": "degraded", "reason": differs}
+
+
+async def _worker(runtime: Runtime) -> Seen:
+    """Whether a worker lives, and since when what is due waits."""
+    with pymongo.timeout(CHECK_SECONDS):
+        alive = len(await Heartbeat.alive())
+        waiting = {
+            "a verdict": await Identity.longest_due(),
+            "an event's number": await AuditEvent.longest_unnumbered(),
+        }
+    overdue = {what: (now() - due).total_seconds() for what, due in waiting.items() if due is not None}
+    what = max(overdue, key=overdue.__getitem__, default="")
+    seconds = max(0.0, overdue.get(what, 0.0))
+    seen: Seen = {"alive": alive, "overdue_seconds": round(seconds, 1)}
+    if not alive:
+        seen |= {"status": "degraded", "reason": "No worker is alive: verdicts, event numbers and erasures wait."}
+    elif seconds > OVERDUE_SECONDS:
+        seen |= {"status": "degraded", "reason": f"{what.capitalize()} is overdue by {seconds:.0f} seconds."}
+    return seen
+
+
 async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime) -> dict[str, Any]:
     """One check under its own time limit; names what failed, never where it lies."""
     started = time.perf_counter()
@@ -143,8 +191,10 @@ async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime)
     dependencies=[Depends(Strangers("read"))],
 )
 async def ready(runtime: CurrentRuntime, response: Response) -> Readiness:
-    """Ready: model, MongoDB and index serve. Queue or photos away is degraded, and still 200."""
-    looks = {"model": _model, "mongo": _mongo, "queue": _queue, "photos": _photos, "index": _index}
+    """Ready: model, MongoDB and index serve. Queue, photos or workers away, or clocks that differ: degraded, and still 200."""
+    looks = {
+        "model": _model, "mongo": _mongo, "queue": _queue, "photos": _photos, "index": _index, "worker": _worker, "clock": _clock,
+    }  # fmt: skip
     results = await asyncio.gather(*(_checked(look, runtime) for look in looks.values()))
     checks = dict(zip(looks, results, strict=True))
     for name, state in runtime.boundaries.states().items():
@@ -170,6 +220,10 @@ async def metrics(runtime: CurrentRuntime) -> Response:
         raise NotFound
     with suppress(PyMongoError), pymongo.timeout(CHECK_SECONDS):
         FAILED_SCREENINGS.set(await Identity.count_failed())
+        beats = await Heartbeat.alive()
+        WORKERS.set(len(beats))
+        WORKER_OFFSET.set(max((beat.clock_offset_seconds for beat in beats), key=abs, default=0.0))
+        OFFSET.set(runtime.clock.offset_seconds)
         await refresh_figures(runtime.settings)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 

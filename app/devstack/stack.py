@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from app.config import PlaceRefused, Settings, random_secret
-from app.devstack.client import CallFailed, Credentials, ReadyStack, Service
+from app.devstack.client import CallFailed, Credentials, Readiness, ReadyStack, Service
 from app.devstack.processes import (
     STACK_MARK,
     PidFile,
@@ -53,6 +53,8 @@ SERVICE_KILL_SECONDS: Final = 8.4
 #: the stores get what is left until here: mostly all of it. A kill loses nothing that is on their journals.
 STOP_SECONDS: Final = 9.7
 START_LIMIT_SECONDS: Final = 120.0
+#: How long a start waits for the worker's first heartbeat.
+WORKER_LIMIT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.05
 #: A child that died this often before the stack was ready will not come.
 DEATHS_AT_START: Final = 3
@@ -294,7 +296,8 @@ class Stack:
 
     async def _until_ready(self) -> None:
         async with Service(self.url) as service:
-            while not ((seen := await service.readiness()) and seen.serves):
+            began = time.monotonic()
+            while not ((seen := await service.readiness()) and seen.serves and self._may_begin(seen, began)):
                 for child in self._children:
                     if child.exit_status == UNUSABLE_CONFIGURATION and (refusal := _refusal_in(child.log_tail())):
                         raise Misconfigured(refusal)
@@ -312,6 +315,10 @@ class Stack:
             raise StackFailed(message)
         if running:
             write_privately(self._data_dir / MODEL_NAME, running)
+
+    def _may_begin(self, seen: Readiness, began: float) -> bool:
+        """Whether a worker lives as well, or has been waited for long enough."""
+        return seen.checks["worker"].status == "ok" or time.monotonic() - began > WORKER_LIMIT_SECONDS
 
     async def _accounts(self, environment: dict[str, str]) -> None:
         """See to it that everybody in `credentials.json` can log in; nobody in production.

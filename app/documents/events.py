@@ -96,6 +96,12 @@ class AuditEvent(Stored):
         return await query.sort("+seq", "+_id").limit(limit).to_list()
 
     @classmethod
+    async def longest_unnumbered(cls) -> datetime | None:
+        """Since when the first event waits for its number; None when none does."""
+        first = await cls.unnumbered(1)
+        return first[0].time if first else None
+
+    @classmethod
     async def forget_personal(cls, filters: Mapping[str, Any], session: AsyncClientSession | None = None) -> int:
         """Delete salts and clear values of the events that fit; what stands in their leaves can never be undone again.
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, Field
 from pymongo import IndexModel, UpdateOne
@@ -84,6 +84,8 @@ class Attempts(Value):
 
 #: Every status but `erased`.
 LIVING: list[Status] = ["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"]
+#: Of those whose screening waits, so many are looked at to tell whether one waits for too long.
+FIRST_IN_LINE: Final = 50
 #: Few among many: found by an index of their own, not by looking at everybody.
 _WITH_SEVERAL_SAMPLES = {"samples.1.seq": {"$exists": True}}
 
@@ -306,6 +308,20 @@ class Identity(Stored):
         """Identities whose queued screening should have run by now; not while their status lets none run."""
         due = {"outbox_at": {"$lte": moment}, "status": {"$in": ["pending", "active"]}}
         return await cls.find(due).sort("outbox_at").limit(limit).to_list()
+
+    @classmethod
+    async def longest_due(cls) -> datetime | None:
+        """Since when the oldest screening of the first in line is due; None when none waits.
+
+        Sweeps move `outbox_at` on, and leave the screening's own time as it was.
+        """
+        rows = cls.get_pymongo_collection().find(
+            {"outbox_at": {"$type": "date"}, "status": {"$in": ["pending", "active"]}},
+            {"screenings.state": 1, "screenings.due_at": 1},
+        )
+        first = [row async for row in rows.sort("outbox_at").limit(FIRST_IN_LINE)]
+        due = [s["due_at"] for row in first for s in row["screenings"] if s["state"] in ("queued", "running")]
+        return min(due, default=None)
 
     @classmethod
     async def count_failed(cls) -> int:

@@ -6,7 +6,6 @@ Everything here is also in `scripts/verify_audit.py`, which an auditor can read 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -286,7 +285,10 @@ def _check_reach(report: Report, own: Head, heads: Iterable[Head], taken_at: str
 
 
 def _check_against_each_other(report: Report, heads: Sequence[Head]) -> None:
-    """Two signed heads prove by themselves that the log was not one: of one size and two roots, or smaller with time."""
+    """Two signed heads prove by themselves that the log was not one: of one size and two roots, or smaller with time.
+
+    The order of times holds among heads of one key: a clock that was ahead ends with a new key, and so does a restore.
+    """
     roots: dict[int, Head] = {}
     ordered = sorted(heads, key=lambda head: (head.time, head.size))
     for head in ordered:
@@ -296,7 +298,10 @@ def _check_against_each_other(report: Report, heads: Sequence[Head]) -> None:
                 None,
                 f"two signed heads contradict each other: {other.time} and {head.time}, both over {head.size} events",
             )
-    for former, head in pairwise(ordered):
+    before: dict[str, Head] = {}
+    for head in ordered:
+        former = before.get(head.key_id, head)
+        before[head.key_id] = head
         if head.size < former.size:
             report.find(
                 head.size,

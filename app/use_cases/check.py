@@ -265,9 +265,10 @@ class _Looking:
             self.tell("photos in the store", done, done)
             found = await sorted_by_owner(keys, galleries)
             for key in found.orphans:
-                if self.repair:
+                # By a clock that differs a photo may look old whose document is about to be committed.
+                if is_mended := self.repair and self.runtime.clock.agrees:
                     await self.runtime.photos.delete([key])
-                self._find("photo-orphan", None, key, "no document names this photo", is_mended=self.repair)
+                self._find("photo-orphan", None, key, "no document names this photo", is_mended=is_mended)
             for key in found.foreign:
                 if not self.runtime.places.is_own_key(key):
                     self._find("photo-foreign", None, key, "it cannot be proved to be this store's, and is left alone")

@@ -147,7 +147,7 @@ async def resume(runtime: Runtime, action: Action, gallery: Gallery, scan_id: st
     """Go on where it was paused. queue: by the workers. Raises Conflict when it is not paused."""
     scan = await _turn(runtime, action, gallery, scan_id, "resume", {"paused": "queued"})
     if queue:
-        await runtime.queue.enqueue_scan(scan.id, again=f":{time.time_ns()}")
+        await runtime.queue.enqueue_scan(scan.id, again=f":{new_id()}")
     return scan
 
 
@@ -205,7 +205,7 @@ async def run(
         await asyncio.gather(beating, return_exceptions=True)
         await scan.release()
     if not is_over and runner is None:
-        await runtime.queue.enqueue_scan(scan_id, again=f":{time.time_ns()}")
+        await runtime.queue.enqueue_scan(scan_id, again=f":{new_id()}")
     return True
 
 
@@ -254,7 +254,7 @@ async def sweep(runtime: Runtime) -> int:
     overdue = await Scan.overdue()
     for scan in overdue:
         # The same queue id for a while: jobs that wait behind a busy worker should not pile up.
-        await runtime.queue.enqueue_scan(scan.id, again=f":{int(time.time() / SILENCE.total_seconds())}")
+        await runtime.queue.enqueue_scan(scan.id, again=f":{int(now().timestamp() / SILENCE.total_seconds())}")
     if overdue:
         log.info("overdue_scans_queued", count=len(overdue))
     return len(overdue)

@@ -5,7 +5,6 @@ status. So of two enrolments of one person at the same moment the later one alwa
 processes, without a lock. A job may run twice: the verdict is a compare-and-set on the screening.
 """
 
-import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -126,7 +125,7 @@ async def screen_again(runtime: Runtime, action: Action, gallery: Gallery, ident
         return again
 
     for screening in await runtime.transaction(requeue):
-        await runtime.queue.enqueue_screening(identity_id, screening.job_id, again=f":{time.time_ns()}")
+        await runtime.queue.enqueue_screening(identity_id, screening.job_id, again=f":{new_id()}")
     known = await Identity.living(identity_id)
     if known is None:
         raise NotFound
@@ -141,7 +140,7 @@ async def sweep_overdue(runtime: Runtime) -> int:
         due = [s for s in identity.screenings if s.state in ("queued", "running")]
         for screening in due:
             # Another queue id each time: the lock of a killed worker's job need not run out first.
-            await runtime.queue.enqueue_screening(identity.id, screening.job_id, again=f":{int(time.time())}")
+            await runtime.queue.enqueue_screening(identity.id, screening.job_id, again=f":{int(moment.timestamp())}")
         next_look = moment + OUTBOX_PERIOD if due else None
         await Identity.get_pymongo_collection().update_one(
             {"_id": identity.id, "version": identity.version}, {"$set": {"outbox_at": next_look}}

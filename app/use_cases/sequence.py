@@ -22,7 +22,7 @@ from app.audit import by_system, rotate_key
 from app.clock import APART_SECONDS
 from app.documents.base import as_text, new_id, now
 from app.documents.events import AuditEvent
-from app.documents.tree import AuditKey, AuditTree, TreeHead, TreeNode
+from app.documents.tree import CLOCK_AHEAD, AuditKey, AuditTree, TreeHead, TreeNode
 from app.domain.log_export import canonical
 from app.domain.merkle import leaf_hash
 from app.errors import DependencyUnavailable, NotReady
@@ -104,7 +104,7 @@ async def sign(runtime: Runtime) -> TreeHead:
         time = now() if tree.signed_at is None else max(now(), tree.signed_at + timedelta(milliseconds=1))
         if time - now() > SIGNED_AHEAD:
             # The clock was ahead and is right again. No head may say so under the same key; a new key begins a new order.
-            reason = f"the clock was ahead: its heads are dated up to {as_text(time)}"
+            reason = f"{CLOCK_AHEAD}: its heads are dated up to {as_text(time)}"
             key, time = await rotate_key(session, runtime.keys, by_system("audit.rotate_key"), reason), now()
             log.error("audit_key_replaced", key=key.id, reason=reason)
         head = TreeHead.signed(tree, key, runtime.keys, time)

@@ -22,6 +22,11 @@ async def sweep_photos(runtime: Runtime) -> int:
     Raises PhotoStoreUnavailable where the photo store is away or belongs to another store.
     """
     await runtime.places.require_photos()
+    await runtime.clock.measure(runtime.mongo)
+    if not runtime.clock.agrees:
+        # A photo may look old whose document is about to be committed.
+        log.error("orphan_photos_wait_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+        return 0
     galleries = await known_galleries()
     deleted, foreign, examples = 0, 0, list[str]()
     async for keys in old_keys(runtime.photos, age=ORPHAN_AGE):

@@ -26,7 +26,7 @@ from tests.e2e.builders import (
 )
 from tests.support.stacks import RunningStack, running_stack
 
-CHECKS = ("model", "mongo", "queue", "photos", "index")
+CHECKS = ("model", "mongo", "queue", "photos", "index", "worker", "clock")
 GIVES_UP_WITHIN_SECONDS = 3.0
 TURNS_RED_WITHIN_SECONDS = 5.0
 RECOVERS_WITHIN_SECONDS = 30.0

@@ -188,6 +188,8 @@ async def test_heads_dated_ahead_end_with_a_new_key_when_the_clock_is_right_agai
     await grow(runtime)  # the event that says why there is a new key
     last = await sign(runtime)
     assert (last.size, last.key_id) == (4, right.key_id)
+    assert await deliver(runtime) == 0
+    assert (await check(runtime, lambda *_: None)).findings == [], "every head outside is borne out"
     told = await AuditEvent.find_one({"action": "audit.rotate_key"})
     assert told is not None
     assert "the clock was ahead" in str(told.detail["reason"])

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import NoReturn, Self
 
 from app.devstack.processes import dying_with
+from tests.support import skew
 
 REPOSITORY = Path(__file__).parents[2]
 TICK_SECONDS = 0.02
@@ -35,13 +36,15 @@ class Nursery:
     _started: dict[str, asyncio.Event] = field(default_factory=dict)
 
     @classmethod
-    async def open(cls, logs: Path, on_end: Callable[[str], None]) -> Self:
-        """With everything imported once the first child is asked for."""
+    async def open(
+        cls, logs: Path, on_end: Callable[[str], None], environment: Mapping[str, str] | None = None
+    ) -> Self:
+        """With everything imported once the first child is asked for. environment: of all, besides this process's own."""
         with (logs / "nursery.log").open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", __name__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=errors, cwd=logs, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, start_new_session=True,
-                preexec_fn=dying_with(os.getpid()),
+                stderr=errors, cwd=logs, env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
+                start_new_session=True, preexec_fn=dying_with(os.getpid()),
             )  # fmt: skip
         return cls(process, logs, on_end)
 
@@ -125,6 +128,8 @@ def _become(order: Mapping[str, object]) -> NoReturn:
         assert isinstance(environment, dict)
         assert isinstance(arguments, list)
         os.environ.update(environment)
+        if skew.VARIABLE in environment:
+            skew.follow(environment[skew.VARIABLE])
         random.seed()
         sys.argv = ["idem", *arguments]
         from app import cli

@@ -25,6 +25,13 @@ FORBIDDEN_CALLS = {
 CIPHERS = "cryptography.hazmat.primitives.ciphers"
 MAY_ENCRYPT = {"app/keys.py", "storage/archive.py"}
 
+#: Ways to ask the host's clock. `documents.base.now()` is what the platform goes by.
+HOST_CLOCKS = {
+    "time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "datetime.datetime.now", "date.today",
+}  # fmt: skip
+#: The clock itself; rates counted without Redis (the package's own times); age of files that the same host dated.
+MAY_ASK_THE_HOST = {"app/clock.py", "app/limits.py", "app/orphans.py", "storage/photos.py", "storage/evidence.py"}
+
 
 def modules_of(tree: ast.AST) -> Iterator[str]:
     """The names of everything that is imported."""
@@ -65,6 +72,26 @@ def test_only_keys_and_archives_encrypt() -> None:
     }
     assert "app/keys.py" in found
     assert found <= MAY_ENCRYPT
+
+
+def host_clocks_in(source: str) -> list[str]:
+    """Where a file asks the host's clock."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [name for name in calls if name in HOST_CLOCKS]
+
+
+def test_only_the_clock_asks_the_hosts_clock() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if host_clocks_in(path.read_text(encoding="utf-8")) and "devstack" not in path.parts and "cli" not in path.parts
+    }
+    assert found <= MAY_ASK_THE_HOST, "see docs/adr/0036-mongodbs-time.md"
+
+
+@pytest.mark.parametrize("asking", ["time.time()", "datetime.now(UTC)", "datetime.datetime.now()", "time.time_ns()"])
+def test_each_question_to_the_hosts_clock_would_be_seen(asking: str) -> None:
+    assert host_clocks_in(asking)
 
 
 @pytest.mark.parametrize(

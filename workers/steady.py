@@ -1,0 +1,95 @@
+"""arq's worker by the platform's clock: its sweeps go by MongoDB's time, and whether it gets on is written there.
+
+arq reckons by its host's clock. Set back by three days, it would sweep nothing for three days; set ahead by forty, it would
+catch up on every sweep of forty days.
+"""
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import structlog
+from arq.worker import Worker
+from pymongo.errors import PyMongoError
+
+from app.clock import Clock
+from app.documents.base import new_id, now
+from app.documents.heartbeats import BEAT_SECONDS, Heartbeat
+from app.queue import KEPT_FOR, due_at_once
+
+log = structlog.get_logger(__name__)
+
+#: Of several workers one carries out a sweep: the first to claim its time in Redis. The claim outlives any difference in when.
+CLAIM_SECONDS: Final = 120
+#: A sweep that is missed by more was missed while the clock was set: it is not made up for.
+SET_BACK: Final = timedelta(minutes=1)
+#: Without a look at the queue for so long, the worker hangs, whatever else of the process lives.
+LOOKS_WITHIN_SECONDS: Final = 2 * BEAT_SECONDS
+
+
+class SteadyWorker(Worker):
+    """A worker whose host's clock may be anything."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - arq's own
+        super().__init__(*args, **kwargs)
+        self.name = f"{platform.node()}:{os.getpid()}:{new_id()}"
+        self._looked_at = time.monotonic()
+        self._cron_at: datetime | None = None
+
+    async def heart_beat(self) -> None:
+        """What arq calls after each look at the queue."""
+        self._looked_at = time.monotonic()
+        await self.run_cron(now(), 0)
+
+    async def run_cron(self, n: datetime, delay: float, num_windows: int = 2) -> None:
+        """Queue each sweep whose time has come, once, by the platform's clock. The windows are arq's, for workers that differ."""
+        del delay, num_windows
+        was_set_back = self._cron_at is not None and n < self._cron_at - SET_BACK
+        self._cron_at = n
+        for sweep in self.cron_jobs:
+            if sweep.next_run is None and sweep.run_at_startup:
+                sweep.next_run = n
+            if sweep.next_run is None or was_set_back:
+                sweep.calculate_next(n)
+            due = sweep.next_run
+            if due is None or n < due:
+                continue
+            # From now on, not from when it was due: a clock that jumps ahead skips sweeps.
+            sweep.calculate_next(n)
+            id_ = f"{sweep.name}:{int(due.timestamp() * 1000)}"
+            if await self.pool.set(f"{self.queue_name}:sweep:{id_}", b"1", nx=True, ex=CLAIM_SECONDS):
+                await self.pool.enqueue_job(
+                    sweep.name, _job_id=id_, _queue_name=self.queue_name, _defer_until=due_at_once(), _expires=KEPT_FOR
+                )
+
+    @asynccontextmanager
+    async def beating(self, clock: Clock) -> AsyncIterator[None]:
+        """While the body runs: write the heartbeat for as long as the worker looks at its queue."""
+        stopping = asyncio.Event()
+        self._looked_at = time.monotonic()
+        task = asyncio.create_task(self._beat(clock, stopping))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _beat(self, clock: Clock, stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            if time.monotonic() - self._looked_at < LOOKS_WITHIN_SECONDS:
+                try:
+                    await Heartbeat.beat(self.name, clock.offset_seconds)
+                except PyMongoError as error:
+                    log.warning("heartbeat_not_written", error=type(error).__name__)
+                except Exception:
+                    log.exception("heartbeat_not_written")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_SECONDS):
+                    await stopping.wait()
+        with suppress(PyMongoError):
+            await Heartbeat.end(self.name)
