@@ -154,7 +154,7 @@ async def _count(runtime: Runtime, officers: set[str]) -> None:
             if erasures % alarm:
                 continue
             ALARMS.inc()
-            log.error("erasures_alarm", caller=officer, erasures=erasures)
+            log.warning("erasures_alarm", caller=officer, erasures=erasures)
             await record(
                 None, by_system("identity.erase.alarm"), subject_kind="caller", subject_id=officer,
                 detail={"erasures": erasures},

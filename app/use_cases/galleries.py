@@ -15,6 +15,7 @@ from app.documents.base import as_text, new_id, now
 from app.documents.events import Detail, Scalar
 from app.documents.galleries import DEFAULT_GALLERY, Gallery, GalleryChange, PendingChange
 from app.documents.identities import Identity
+from app.documents.proposals import IdentityProposal
 from app.documents.scans import Scan
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy
@@ -255,6 +256,7 @@ async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
         mine = {"gallery_id": gallery.id}
         await GalleryChange.get_pymongo_collection().delete_many(mine, session=session)
         await Identity.get_pymongo_collection().delete_many({**mine, "status": "erased"}, session=session)
+        await IdentityProposal.get_pymongo_collection().delete_many(mine, session=session)
         await Scan.forget_all_of(gallery.id, session=session)
         await record(session, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name)
 

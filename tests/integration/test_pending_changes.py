@@ -15,13 +15,12 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.domain.callers import Role
-from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases import galleries
 from app.use_cases.erase import erase_expired
 from app.use_cases.keep_clients import ClientFields, create_client
 from tests.builders import active, default_gallery, known
-from tests.support.callers import http_of, token_of
+from tests.support.callers import app_on, http_of, token_of
 from workers import jobs
 
 PATH = "/v1/galleries/default"
@@ -42,8 +41,7 @@ class Callers:
 @pytest.fixture
 async def callers(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Callers]:
     """An admin, an officer, an officer of another gallery, somebody with both roles, and an application that is an officer."""
-    app = create_app(runtime.settings)
-    app.state.runtime = runtime
+    app = app_on(runtime)
     client, secret = await create_client(
         runtime, by_system("client.create"), ClientFields("machine", (Role.OFFICER,), None)
     )

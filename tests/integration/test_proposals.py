@@ -16,12 +16,11 @@ from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal
 from app.domain.callers import Role
 from app.domain.log_export import personal_hash
-from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
 from app.use_cases.trace_reference import trace_reference
 from tests.builders import active, default_gallery, enrolled, known, portrait, screened, with_sample
-from tests.support.callers import http_of, token_of
+from tests.support.callers import app_on, http_of, token_of
 
 Page = dict[str, Any]
 
@@ -40,8 +39,7 @@ class Desk:
 async def desk(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Desk]:
     """The desk of a gallery that asks for two officers."""
     await _second_review(needed=True)
-    app = create_app(runtime.settings)
-    app.state.runtime = runtime
+    app = app_on(runtime)
     client, secret = await create_client(
         runtime, by_system("client.create"), ClientFields("machine", (Role.OFFICER,), None)
     )
@@ -161,6 +159,13 @@ async def test_the_same_proposed_again_is_the_same_proposal(runtime: Runtime, de
     assert await _proposed(await _erasure(desk.one, ann)) == first
     assert await _proposed(await _erasure(desk.two, ann)) == first
     assert (await _agreed(desk.two, first)).status_code == 200
+
+
+async def test_two_officers_who_ask_at_once_make_one_proposal(runtime: Runtime, desk: Desk) -> None:
+    ann = await active(runtime, "ann")
+    answers = await asyncio.gather(*(_erasure(one, ann) for one in (desk.one, desk.two, desk.machine)))
+    assert len({await _proposed(answer) for answer in answers}) == 1
+    assert await IdentityProposal.find_all().count() == 1
 
 
 async def test_a_key_repeats_the_proposal_and_the_agreement(runtime: Runtime, desk: Desk) -> None:

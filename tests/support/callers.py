@@ -1,15 +1,30 @@
 """Callers of the whole application without servers in between: users and clients who are logged in."""
 
+from functools import cache
+
 import httpx
 from fastapi import FastAPI
 
 from app.audit import by_system
 from app.domain.callers import Role
+from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
 from app.use_cases.keep_users import UserFields, create_user
 
 NEW_PASSWORD = "correct horse battery"
+
+
+@cache
+def _app() -> FastAPI:
+    return create_app()
+
+
+def app_on(runtime: Runtime) -> FastAPI:
+    """The application on this Runtime. It is made once: its routes take longer to build than most tests to run."""
+    app = _app()
+    app.state.runtime = runtime
+    return app
 
 
 def http_of(app: FastAPI, token: str | None) -> httpx.AsyncClient:
