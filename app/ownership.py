@@ -24,7 +24,7 @@ from app.config import PlaceRefused, Settings
 from app.documents.base import now
 from app.documents.deletions import LEDGER
 from app.documents.tree import HEADS, KEYS, AuditKey
-from storage.evidence import EvidenceExists, EvidenceStore, EvidenceUnavailable
+from storage.evidence import EvidenceExists, EvidenceNotFound, EvidenceStore, EvidenceUnavailable
 from storage.generations import is_generation
 from storage.ownership import FolderPlace, Guard, Mark, Owner, Place, Standing
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoStoreUnavailable
@@ -182,7 +182,7 @@ class Places:
 
     async def claim(self) -> None:
         """Mark the places that are free. Raises PlaceRefused when another one belongs to another store, or may do so."""
-        standings = await self._each(Guard.claim, self.evidence.claim)
+        standings = await self._each(self._claimed, self.evidence.claim)
         refused = [standing for standing in standings if standing.is_refused]
         for standing in refused:
             log.critical("place_of_another_store", setting=standing.setting, reason=standing.sentence)
@@ -212,6 +212,10 @@ class Places:
         photos, index = self.guards["photos"].place, self.guards["index"].place
         return first in photos.own_names(self.owner) or (photos.where == index.where and is_generation(rest))
 
+    def _claimed(self, guard: Guard) -> Standing:
+        """Claim a place. A folder of the index that is missing is not made: it may be a share that is not mounted."""
+        return guard.claim(make=guard is not self.guards["index"])
+
     def _may_stay(self, standing: Standing) -> bool:
         """Whether a process may start with a place that is not ours: nothing is written there."""
         return self.owner.reads_foreign or standing is self.evidence.standing
@@ -225,7 +229,7 @@ class Places:
         async def asked() -> Standing:
             try:
                 return await evidence()
-            except EvidenceUnavailable as error:
+            except (EvidenceUnavailable, EvidenceNotFound) as error:
                 return self.evidence.away(str(error))
 
         waits: list[Awaitable[Standing]] = [
