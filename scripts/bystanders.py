@@ -21,7 +21,7 @@ from app.domain.photo import Photo, decode, encode
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.engine.reading import main_face
+from app.engine.reading import subject_of
 from app.errors import MultipleFaces, Problem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -364,7 +364,7 @@ def answer(engine: FaceEngine, scene: Scene, policy: GalleryPolicy) -> str:
     """`subject`, `refused`, `other` (somebody else's face was taken), or the slug of another refusal."""
     photo = decode(encode(np.asarray(scene.picture)), max_pixels=MOST_PIXELS)
     try:
-        x, y, width, height = main_face(engine, photo, policy).face.box
+        x, y, width, height = subject_of(engine, photo, policy).main.face.box
     except MultipleFaces:
         return "refused"
     except Problem as problem:

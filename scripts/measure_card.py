@@ -17,7 +17,7 @@ from app.domain.photo import decode
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.engine.reading import main_face
+from app.engine.reading import subject_of
 from app.errors import Problem
 
 Scores = npt.NDArray[np.float64]
@@ -33,8 +33,7 @@ def embedding_of(engine: FaceEngine, file: Path) -> tuple[Scores, float] | None:
     """The photo's embedding and its raw length; None when the photo is refused."""
     try:
         photo = decode(file.read_bytes(), max_pixels=50_000_000)
-        face = photo.in_pixels(main_face(engine, photo, ANY_SHARE).face)
-        embedding, length = engine.embed(photo.pixels, face)
+        embedding, length = subject_of(engine, photo, ANY_SHARE).vector
     except Problem as problem:
         print(f"# refused: {file.parent.name}/{file.name}: {problem.slug()}", file=sys.stderr)
         return None

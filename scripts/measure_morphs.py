@@ -22,7 +22,7 @@ from app.domain.policy import GalleryPolicy
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.engine.reading import main_face
+from app.engine.reading import subject_of
 from app.errors import Problem
 
 #: Twice the recogniser's crop: the blend is cut out as finely as it will be looked at.
@@ -46,8 +46,8 @@ def read(engine: FaceEngine, file: Path) -> tuple[Pixels, Embedding] | None:
     """The face upright, and its embedding; None when the photo is refused."""
     try:
         photo = decode(file.read_bytes(), max_pixels=50_000_000)
-        face = photo.in_pixels(main_face(engine, photo, ANY_SHARE).face)
-        return aligned_crop(photo.pixels, face.landmarks, SIDE), engine.embed(photo.pixels, face)[0]
+        subject = subject_of(engine, photo, ANY_SHARE)
+        return aligned_crop(subject.photo.pixels, subject.face.landmarks, SIDE), subject.vector[0]
     except Problem as problem:
         print(f"# refused: {file.parent.name}/{file.name}: {problem.slug()}", file=sys.stderr)
         return None

@@ -20,7 +20,7 @@ from app.domain.photo import decode, encode
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.engine.reading import main_face
+from app.engine.reading import subject_of
 from app.errors import Problem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -31,10 +31,10 @@ def seen(engine: FaceEngine, photo: bytes) -> Likeness | None:
     """The photo's likeness; None where no face can be used."""
     try:
         decoded = decode(photo, max_pixels=MOST_PIXELS)
-        pixels, face = decoded.pixels, decoded.in_pixels(main_face(engine, decoded, GalleryPolicy()).face)
+        subject = subject_of(engine, decoded, GalleryPolicy())
     except Problem:
         return None
-    return likeness(pixels, face.landmarks, engine.embed(pixels, face)[0])
+    return likeness(subject.photo.pixels, subject.face.landmarks, subject.vector[0])
 
 
 def copies(photo: bytes) -> Iterator[tuple[str, bytes]]:

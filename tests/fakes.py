@@ -67,12 +67,18 @@ class FakeEngine:
     def warm(self) -> None:
         """Nothing to load."""
 
-    def detect(self, pixels: Pixels) -> list[Face]:
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
         """One face, unless nobody is inscribed."""
+        del quick
         if not inscription(pixels):
             return []
         landmarks = (TEMPLATE + FACE_AT).astype(np.float32)
         return [Face((float(FACE_AT), float(FACE_AT), float(CROP_SIDE), float(CROP_SIDE)), landmarks, 0.99)]
+
+    def is_upright(self, face: Face, length: float | None) -> bool:
+        """Its faces never stand otherwise."""
+        del face, length
+        return True
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
         """See embedding_of."""

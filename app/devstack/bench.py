@@ -30,7 +30,7 @@ from app.devstack.client import Caller, Credentials, Service
 from app.domain.photo import decode
 from app.domain.policy import GalleryPolicy
 from app.engine.port import FaceEngine
-from app.engine.reading import main_face
+from app.engine.reading import subject_of
 from app.errors import Problem
 from app.processors import processors
 
@@ -123,7 +123,7 @@ def usable_people(folder: Path, engine: FaceEngine, *, max_pixels: int, needed: 
             continue
         subject = _subject(own.name, photo)
         try:
-            main_face(engine, decode(subject.photo, max_pixels=max_pixels), GalleryPolicy())
+            subject_of(engine, decode(subject.photo, max_pixels=max_pixels), GalleryPolicy())
         except Problem:
             refused += 1
         else:
@@ -252,10 +252,8 @@ def bare_model(engine: FaceEngine, photos: Sequence[bytes], *, threads: int, max
 
     def once(data: bytes) -> float:
         began = time.perf_counter()
-        photo = decode(data, max_pixels=max_pixels)
-        face = photo.in_pixels(main_face(engine, photo, GalleryPolicy()).face)
-        engine.embed(photo.pixels, face)
-        engine.liveness(photo.pixels, face)
+        subject = subject_of(engine, decode(data, max_pixels=max_pixels), GalleryPolicy())
+        engine.liveness(subject.photo.pixels, subject.face)
         return time.perf_counter() - began
 
     with ThreadPoolExecutor(threads) as pool:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import cv2
 import numpy as np
@@ -110,6 +110,12 @@ class Photo:
     def in_pixels(self, face: PhotoFace) -> Face:
         """Where a face of the photo lies in `pixels`."""
         return face.in_pixels(self.reduction)
+
+    def turned(self, quarters: int) -> Self:
+        """The photo turned counter-clockwise by so many quarters."""
+        pixels = np.ascontiguousarray(np.rot90(self.pixels, quarters))
+        width, height = (self.height, self.width) if quarters % 2 else (self.width, self.height)
+        return replace(self, pixels=pixels, width=width, height=height)
 
 
 @dataclass(frozen=True, slots=True)

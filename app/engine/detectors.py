@@ -2,7 +2,7 @@
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol, cast
 
 import cv2
@@ -18,24 +18,28 @@ SCRFD_SCORE = 0.5
 #: OpenCV's sample asks 0.9, which loses turned and covered faces; see docs/models.md for what 0.6 finds.
 YUNET_SCORE = 0.6
 _YUNET_OVERLAP, _YUNET_CANDIDATES = 0.3, 500
-#: YuNet draws upright landmarks on faces that lie on their side and gives them 0.84 or so; upright portraits get 0.905 at
-#: least (108 people). Between them, the quarter turn with the highest score is right.
-YUNET_SURE_SCORE = 0.88
+#: Detection score from which on a face stands upright, as far as the score alone can tell. SCRFD gives faces on their head 0.75
+#: at most (99%), upright ones 0.78 (50%); YuNet 0.89 and 0.90 (1%).
+SCRFD_UPRIGHT_SCORE, YUNET_UPRIGHT_SCORE = 0.76, 0.895
+#: The same where the vector is long as well: SCRFD's score tells little then.
+SCRFD_UPRIGHT_SCORE_OF_LONG = 0.6
 
 #: A face of a fifth of the long side is 64 pixels high in a search at 320; a second one of a quarter of its area,
 #: which decides on `multiple-faces`, still has the 32 that SCRFD finds reliably. Smaller: look again at the next size.
 SURE_SHARE = 0.2
-#: Beyond this turn of the eye line, landmarks of an upright search are not believed (SCRFD on photos lying on their side).
-PLAUSIBLE_ROLL_DEGREES = 60.0
-#: Quarter turns, counter-clockwise, that are tried when a photo shows no believable face; on the side first.
-_TURNS = (1, 3, 2)
 
 
 class Detector(Protocol):
-    """Finds faces."""
+    """Finds faces.
 
-    def detect(self, pixels: Pixels) -> list[Face]:
-        """All faces, largest first; safe from several threads at once."""
+    upright_score: from which on a face stands upright; upright_score_of_long: the same where its vector has a usual length.
+    """
+
+    upright_score: float
+    upright_score_of_long: float
+
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        """All faces that stand upright, largest first; safe from several threads at once. quick: large ones are enough."""
 
 
 class _Scrfd(Protocol):
@@ -50,6 +54,9 @@ class ScrfdDetector:
     The network is run and decoded by InsightFace's SCRFD class (insightface 2.x, MIT).
     """
 
+    upright_score = SCRFD_UPRIGHT_SCORE
+    upright_score_of_long = SCRFD_UPRIGHT_SCORE_OF_LONG
+
     def __init__(self, session: Session, sizes: tuple[int, ...]) -> None:
         # Loaded here and not at the top: the package brings SciPy and scikit-image, 1.1 s and 50 MB that a process which
         # only needs the model's card must not pay.
@@ -57,14 +64,9 @@ class ScrfdDetector:
         self._network: _Scrfd = scrfd.SCRFD(session=session, static_shape_sessions=False)
         self._sizes = sizes
 
-    def detect(self, pixels: Pixels) -> list[Face]:
-        """All faces, largest first; turned copies are searched when the photo as it stands shows no believable face."""
-        faces = self._upright(pixels, self._sizes)
-        if any(is_believable(face) for face in faces):
-            return faces
-        return best_turn(pixels, lambda turned: self._upright(turned, self._sizes[:1])) or faces
-
-    def _upright(self, pixels: Pixels, sizes: Iterable[int]) -> list[Face]:
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        """All faces that stand upright, largest first. quick: at the first size only."""
+        sizes = self._sizes[:1] if quick else self._sizes
         best: list[Face] = []
         for size in sizes:
             found = self._at(pixels, size)
@@ -97,21 +99,17 @@ class YunetDetector:
     `cv2.FaceDetectorYN` keeps state while it runs, so every thread has its own.
     """
 
+    upright_score = YUNET_UPRIGHT_SCORE
+    upright_score_of_long = YUNET_UPRIGHT_SCORE
+
     def __init__(self, weights: bytes, sizes: tuple[int, ...]) -> None:
         self._weights = np.frombuffer(weights, dtype=np.uint8)
         self._longest = max(sizes)
         self._own = threading.local()
 
-    def detect(self, pixels: Pixels) -> list[Face]:
-        """All faces, largest first; turned copies are searched when the photo as it stands shows no believable face."""
-        faces = self._upright(pixels)
-        believable = [face for face in faces if is_believable(face)]
-        if believable and surest(believable) >= YUNET_SURE_SCORE:
-            return faces
-        turned = best_turn(pixels, self._upright)
-        return turned if turned and (not believable or surest(turned) > surest(believable)) else faces
-
-    def _upright(self, pixels: Pixels) -> list[Face]:
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        """All faces that stand upright, largest first. There is one search, quick or not."""
+        del quick
         small, scale = shrunk(pixels, min(self._longest, max(pixels.shape[:2])))
         network = self._network()
         network.setInputSize((small.shape[1], small.shape[0]))
@@ -165,45 +163,9 @@ def shrunk(pixels: Pixels, long_side: int) -> tuple[Pixels, float]:
     return np.asarray(cv2.resize(pixels, size, interpolation=method), dtype=np.uint8), scale
 
 
-def is_believable(face: Face) -> bool:
-    """Whether eyes stand over the mouth and the eye line is not on end."""
-    eyes = face.landmarks[1] - face.landmarks[0]
-    down = face.landmarks[3:].mean(axis=0) - face.landmarks[:2].mean(axis=0)
-    roll = abs(float(np.degrees(np.arctan2(eyes[1], eyes[0]))))
-    return roll <= PLAUSIBLE_ROLL_DEGREES and float(eyes[0] * down[1] - eyes[1] * down[0]) > 0
-
-
-def best_turn(pixels: Pixels, detect: Callable[[Pixels], list[Face]]) -> list[Face]:
-    """Faces of the quarter turn that shows the surest believable one, in pixels of the photo as it stands."""
-    best: list[Face] = []
-    for turns in _TURNS:
-        found = [face for face in detect(np.ascontiguousarray(np.rot90(pixels, turns))) if is_believable(face)]
-        if found and (not best or surest(found) > surest(best)):
-            best = [_turned_back(face, turns, pixels.shape[1], pixels.shape[0]) for face in found]
-    return largest_first(best)
-
-
 def surest(faces: list[Face]) -> float:
     """The highest detection score; there must be a face."""
     return max(face.detection_score for face in faces)
-
-
-def _turned_back(face: Face, turns: int, width: int, height: int) -> Face:
-    """A face found on a copy turned counter-clockwise by quarter turns; width, height: of the photo as it stands.
-
-    Landmarks keep their order, so the first is the eye that is left when the face is upright: alignment needs that.
-    """
-    x, y, w, h = face.box
-    corners = np.array([[x, y], [x + w, y + h]], dtype=np.float64)
-    points = np.vstack([corners, face.landmarks.astype(np.float64)])
-    if turns == 1:
-        points = np.column_stack([width - points[:, 1], points[:, 0]])
-    elif turns == 2:  # noqa: PLR2004 - half a turn
-        points = np.column_stack([width - points[:, 0], height - points[:, 1]])
-    else:
-        points = np.column_stack([points[:, 1], height - points[:, 0]])
-    (left, top), (right, bottom) = points[:2].min(axis=0), points[:2].max(axis=0)
-    return Face(_box(left, top, right, bottom), points[2:].astype(np.float32), face.detection_score)
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:

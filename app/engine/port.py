@@ -19,8 +19,17 @@ class FaceEngine(Protocol):
     def warm(self) -> None:
         """Load the weights and run once. Raises ModelUnavailable when a file is missing, cut or another."""
 
-    def detect(self, pixels: Pixels) -> list[Face]:
-        """All faces of a photo, largest first."""
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        """All faces that stand upright in these pixels, largest first.
+
+        quick: only faces of a fifth of the long side or more have to be found.
+        """
+
+    def is_upright(self, face: Face, length: float | None) -> bool:
+        """Whether a face that `detect` found stands upright for sure.
+
+        length: of its raw vector, where it was embedded. Detectors find faces upside down as well, less surely.
+        """
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
         """The face's embedding (d,), unit length and centred by the contract's mean; and the raw vector's length.

@@ -12,6 +12,7 @@ from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, find_main_face
 from app.domain.thresholds import threshold_at_fmr
+from app.engine.looking import look
 from app.engine.port import FaceEngine
 from app.errors import Advice, LowQuality, NoFace, NotLive
 
@@ -24,7 +25,8 @@ LIVE_FROM = 0.5
 class FaceReading:
     """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be told.
 
-    face: where it lies in `pixels`. main: the same on the photo as it was sent, and how many faces that shows.
+    pixels: of the photo turned upright. face: where it lies there. main: the same in pixels of the photo as it was sent,
+    turned upright, and how many faces that shows.
     """
 
     pixels: Pixels
@@ -40,40 +42,57 @@ class FaceReading:
         return self.liveness is None or self.liveness >= LIVE_FROM
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The face that a photo is about. photo: turned so that the face stands upright. vector: embedding and raw length."""
+
+    photo: Photo
+    main: MainFace
+    face: Face
+    vector: tuple[Embedding, float]
+
+
 def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> FaceReading:
     """Decode, find the face, measure, judge, embed. Blocking.
 
     Raises the photo's Problem: UnsupportedMediaType, TooManyPixels, or a PhotoRefused.
     """
-    photo = decode(data, max_pixels=max_pixels)
-    pixels = photo.pixels
-    main = main_face(engine, photo, policy)
-    face = photo.in_pixels(main.face)
-    embedding, length = engine.embed(pixels, face)
+    seen = subject_of(engine, decode(data, max_pixels=max_pixels), policy)
+    pixels, face, (embedding, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
-    quality = measure(pixels, face, length, usual_length=usual, reduction=photo.reduction)
+    quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
     advice = unfit(pixels, face) or judge(quality, policy.quality)
     if advice:
         raise LowQuality("; ".join(one.message for one in advice), errors=advice)
     liveness = _liveness(engine, pixels, face, policy.liveness)
     if advice := why_not_live(liveness, policy.liveness):
         raise NotLive(advice[0].message, errors=advice)
-    return FaceReading(pixels, face, main, embedding, quality, liveness)
+    return FaceReading(pixels, face, seen.main, embedding, quality, liveness)
 
 
-def main_face(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> MainFace:
-    """The face that is meant by the gallery's rule. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped. Blocking."""
+def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subject:
+    """The face that is meant by the gallery's rule, on the photo turned so that it stands upright. Blocking.
+
+    Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped; LowQuality where the face has no features.
+    """
     alike = threshold_at_fmr(engine.card, policy.verify_fmr)
 
-    def is_same_person(one: PhotoFace, other: PhotoFace) -> bool:
-        try:
-            (a, _), (b, _) = (engine.embed(photo.pixels, photo.in_pixels(face)) for face in (one, other))
-        except LowQuality:
-            return False
-        return float(a @ b) >= alike
+    def choose(turned: Photo, faces: list[Face]) -> MainFace:
+        def is_same_person(one: PhotoFace, other: PhotoFace) -> bool:
+            try:
+                (a, _), (b, _) = (engine.embed(turned.pixels, turned.in_pixels(face)) for face in (one, other))
+            except LowQuality:
+                return False
+            return float(a @ b) >= alike
 
-    faces = [photo.in_photo(face) for face in engine.detect(photo.pixels)]
-    return find_main_face(faces, (photo.width, photo.height), policy, is_same_person)
+        found = [turned.in_photo(face) for face in faces]
+        return find_main_face(found, (turned.width, turned.height), policy, is_same_person)
+
+    seen = look(engine, photo, choose)
+    vector, main, face = seen.vector, seen.main, seen.face
+    if vector is None or main is None or face is None:
+        raise seen.problem or NoFace
+    return Subject(seen.photo, main, face, vector)
 
 
 def unfit(pixels: Pixels, face: Face) -> tuple[Advice, ...]:

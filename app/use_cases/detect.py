@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Liveness
-from app.domain.faces import PhotoFace
-from app.domain.photo import decode
+from app.domain.faces import Face, PhotoFace
+from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
-from app.domain.subject import MainFace
+from app.domain.subject import MainFace, prominences
+from app.engine.looking import look
 from app.engine.port import FaceEngine
-from app.engine.reading import LIVE_FROM, main_face, unfit, why_not_live
-from app.errors import Advice
+from app.engine.reading import LIVE_FROM, subject_of, unfit, why_not_live
+from app.errors import Advice, NoFace
 from app.runtime import Runtime
 
 #: The largest ones are measured: one request must not hold a thread for as long as a crowd has faces.
@@ -67,31 +68,36 @@ async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: byte
 
 
 def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
-    decoded = decode(photo, max_pixels=max_pixels)
-    faces = []
-    for face in engine.detect(decoded.pixels)[:MOST_FACES]:
-        live = engine.liveness(decoded.pixels, face)
-        faces.append(
-            MeasuredFace(
-                decoded.in_photo(face), measure(decoded.pixels, face, reduction=decoded.reduction), _liveness(live)
-            )
+    seen = look(engine, decode(photo, max_pixels=max_pixels), _most_prominent)
+    faces = [
+        MeasuredFace(
+            seen.photo.in_photo(face),
+            measure(seen.photo.pixels, face, reduction=seen.photo.reduction),
+            _liveness(engine.liveness(seen.photo.pixels, face)),
         )
-    return Detection(faces, decoded.width, decoded.height)
+        for face in seen.faces[:MOST_FACES]
+    ]
+    return Detection(faces, seen.photo.width, seen.photo.height)
+
+
+def _most_prominent(photo: Photo, faces: list[Face]) -> MainFace:
+    """The face by which the photo is turned upright. Raises NoFace."""
+    ranked = prominences([photo.in_photo(face) for face in faces], (photo.width, photo.height))
+    if not ranked:
+        raise NoFace
+    return MainFace(ranked[0][0], len(faces))
 
 
 def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
     """The one face's measures, and all that a gallery with this policy would refuse it for. Blocking."""
-    decoded = decode(photo, max_pixels=max_pixels)
-    pixels = decoded.pixels
-    main = main_face(engine, decoded, policy)
-    face = decoded.in_pixels(main.face)
-    _, length = engine.embed(pixels, face)
+    seen = subject_of(engine, decode(photo, max_pixels=max_pixels), policy)
+    pixels, face, (_, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
-    quality = measure(pixels, face, length, usual_length=usual, reduction=decoded.reduction)
+    quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
     live = None if policy.liveness == "off" else engine.liveness(pixels, face)
     # As the gallery would refuse the photo.
     advice = (unfit(pixels, face) or judge(quality, policy.quality)) + why_not_live(live, policy.liveness)
-    return Assessment(main, quality, _liveness(live), advice)
+    return Assessment(seen.main, quality, _liveness(live), advice)
 
 
 def _liveness(score: float | None) -> Liveness | None:

@@ -1,0 +1,128 @@
+"""Find the face that a photo is about, and turn the photo so that this face stands upright.
+
+Cameras and editors save photos that lie on their side or stand on their head. Detectors find faces there too, draw upright
+landmarks on them, and the recogniser then gives vectors that fit nobody, or every other face on its head. So where the first
+look is not sure, turned copies are searched as well. The upright copy has the higher detection score and the longer vector:
+figures in docs/adr/0039.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from app.domain.faces import Embedding, Face
+from app.domain.photo import Photo
+from app.domain.subject import MainFace
+from app.engine.port import FaceEngine
+from app.errors import LowQuality, PhotoRefused
+
+#: Chooses the face that is meant. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped.
+Choose = Callable[[Photo, list[Face]], MainFace]
+
+#: Quarter turns, counter-clockwise. Upside down first: where it is right, it is mostly the only one with a face.
+_TURNS = (2, 1, 3)
+#: Beyond this turn of the eye line, landmarks of an upright search are not believed (SCRFD on photos lying on their side).
+PLAUSIBLE_ROLL_DEGREES = 60.0
+#: A face of less than this share of the long side may be a bystander whose upright face hides that the subject lies.
+_SMALL = 0.2
+#: A subject that lies is clearly larger than the bystander who stands.
+_LARGER = 2.0
+#: A detection score that is higher by this much decides alone, whatever the lengths say.
+_FAR_SURER = 0.25
+
+
+@dataclass
+class Look:
+    """One look at a photo, as it stands or turned.
+
+    photo: in the position in which the faces were found. main: the face that is meant, or `problem`.
+    """
+
+    engine: FaceEngine
+    photo: Photo
+    faces: list[Face]
+    main: MainFace | None
+    problem: PhotoRefused | None
+
+    @cached_property
+    def face(self) -> Face | None:
+        """The face that is meant, in the pixels that were searched."""
+        return None if self.main is None else self.photo.in_pixels(self.main.face)
+
+    @cached_property
+    def vector(self) -> tuple[Embedding, float] | None:
+        """The face's embedding and the raw vector's length; None without a face, or where it gives no features."""
+        if self.face is None:
+            return None
+        try:
+            return self.engine.embed(self.photo.pixels, self.face)
+        except LowQuality as problem:
+            self.main, self.problem, self.face = None, problem, None
+            return None
+
+    @property
+    def score(self) -> float:
+        """The detection score of the face that is meant; without one, of the surest face that stands upright."""
+        if self.face is not None:
+            return self.face.detection_score if is_believable(self.face) else 0.0
+        return max((face.detection_score for face in self.faces if is_believable(face)), default=0.0)
+
+    @property
+    def length(self) -> float:
+        """Of the raw vector; 0 where there is none."""
+        return 0.0 if self.vector is None else self.vector[1]
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the face stands upright for sure; of a photo that is refused, whether its surest face does."""
+        if self.face is not None:
+            return is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
+        return any(is_believable(face) and self.engine.is_upright(face, None) for face in self.faces)
+
+
+def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
+    """The photo in the position in which the face that is meant stands upright. Blocking."""
+    first = _look(engine, photo, choose, quick=False)
+    is_small = first.face is not None and max(first.face.box[2:]) < _SMALL * max(photo.pixels.shape[:2])
+    if first.is_sure and not is_small:
+        return first
+    turned = [_look(engine, photo.turned(turns), choose, quick=True) for turns in _TURNS]
+    best = max(turned, key=lambda one: one.score)
+    if best.score == 0:
+        return first
+    wins = _is_the_larger_subject(best, first) if first.is_sure else _stands_better(best, first)
+    # Searched as fully as a photo that came upright, so that both give the same template.
+    return _look(engine, best.photo, choose, quick=False) if wins else first
+
+
+def is_believable(face: Face) -> bool:
+    """Whether eyes stand over the mouth and the eye line is not on end."""
+    eyes = face.landmarks[1] - face.landmarks[0]
+    down = face.landmarks[3:].mean(axis=0) - face.landmarks[:2].mean(axis=0)
+    roll = abs(float(np.degrees(np.arctan2(eyes[1], eyes[0]))))
+    return roll <= PLAUSIBLE_ROLL_DEGREES and float(eyes[0] * down[1] - eyes[1] * down[0]) > 0
+
+
+def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool) -> Look:
+    faces = engine.detect(photo.pixels, quick=quick)
+    try:
+        return Look(engine, photo, faces, choose(photo, faces), None)
+    except PhotoRefused as problem:
+        return Look(engine, photo, faces, None, problem)
+
+
+def _stands_better(turned: Look, first: Look) -> bool:
+    """Whether a turned copy is the upright one. The vectors are compared only where both copies show the face."""
+    if turned.score <= first.score:
+        return False
+    if first.score == 0 or first.face is None or turned.face is None or turned.score > first.score + _FAR_SURER:
+        return True
+    return turned.length > first.length
+
+
+def _is_the_larger_subject(turned: Look, first: Look) -> bool:
+    if turned.face is None or first.face is None or turned.face.area < _LARGER * first.face.area:
+        return False
+    return turned.is_sure

@@ -1,0 +1,132 @@
+"""A photo is turned upright by the face that it is about, and only where the first look is not sure."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from app.domain.alignment import TEMPLATE
+from app.domain.faces import Embedding, Face, Pixels
+from app.domain.photo import Photo
+from app.domain.policy import GalleryPolicy
+from app.engine.looking import is_believable
+from app.engine.reading import subject_of
+from app.errors import FaceTooSmall, MultipleFaces, NoFace, PhotoRefused
+from tests.fakes import FakeEngine
+
+WIDTH, HEIGHT = 400, 300
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the stub finds in one position: (score, length, side of the face); lying landmarks where it says so."""
+
+    score: float
+    length: float
+    side: float = 120
+    lies: bool = False
+    at: tuple[float, float] = (90, 80)
+
+
+@dataclass
+class Turning(FakeEngine):
+    """Sees other faces in each position of a photo. A white corner tells the position."""
+
+    seen: dict[int, list[Seen]]
+    searches: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        self.searches.append(quick)
+        return [_face(one) for one in self.seen.get(_position(pixels), [])]
+
+    def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
+        length = next(one.length for one in self.seen[_position(pixels)] if one.score == face.detection_score)
+        return np.eye(1, 256, dtype=np.float32)[0], length
+
+    def is_upright(self, face: Face, length: float | None) -> bool:
+        return face.detection_score >= 0.75 if length is None else length >= 21
+
+
+def _position(pixels: Pixels) -> int:
+    corners = [pixels[0, 0], pixels[-1, 0], pixels[-1, -1], pixels[0, -1]]
+    return next(index for index, corner in enumerate(corners) if corner[0] == 255)
+
+
+def _face(one: Seen) -> Face:
+    landmarks = TEMPLATE * (one.side / 112) + one.at
+    if one.lies:
+        landmarks = landmarks[:, ::-1]
+    return Face((*one.at, one.side, one.side), landmarks.astype(np.float32), one.score)
+
+
+def photo() -> Photo:
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[0, 0] = 255
+    return Photo(pixels=pixels, format="png", width=WIDTH, height=HEIGHT, reduction=1)
+
+
+def position_of(engine: Turning) -> int:
+    found = subject_of(engine, photo(), GalleryPolicy())
+    assert found.photo.pixels.shape[:2] == (found.photo.height, found.photo.width)
+    return _position(found.photo.pixels)
+
+
+SURE, DOUBTFUL = Seen(0.8, 24), Seen(0.6, 15)
+
+
+def test_a_sure_face_takes_one_search() -> None:
+    engine = Turning({0: [SURE], 2: [Seen(0.95, 27)]})
+    assert position_of(engine) == 0
+    assert engine.searches == [False]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_the_position_with_the_higher_score_and_the_longer_vector_is_taken(turns: int) -> None:
+    engine = Turning({0: [DOUBTFUL], turns: [SURE]})
+    assert position_of(engine) == turns
+    assert engine.searches == [False, True, True, True, False], "and searched as fully as an upright photo"
+
+
+@pytest.mark.parametrize("turned", [Seen(0.55, 24), Seen(0.7, 14)])
+def test_a_doubtful_photo_stays_where_no_turn_is_better_by_both(turned: Seen) -> None:
+    assert position_of(Turning({0: [DOUBTFUL], 2: [turned]})) == 0
+
+
+def test_landmarks_that_lie_are_not_believed() -> None:
+    lying = Seen(0.9, 24, lies=True)
+    assert not is_believable(_face(lying))
+    assert position_of(Turning({0: [lying], 1: [Seen(0.6, 22)]})) == 1
+
+
+def test_a_bystander_who_stands_does_not_hide_a_subject_who_lies() -> None:
+    bystander = Seen(0.85, 24, side=48, at=(10, 10))
+    assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=150)]})) == 3
+    assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 15, side=150)]})) == 0, "what is found there is no face"
+    assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=60)]})) == 0, "it is not clearly larger"
+
+
+def test_a_photo_without_a_face_is_searched_in_every_position() -> None:
+    engine = Turning({})
+    with pytest.raises(NoFace):
+        subject_of(engine, photo(), GalleryPolicy())
+    assert engine.searches == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("faces", "problem"),
+    [
+        ([Seen(0.9, 24, at=(20, 80)), Seen(0.91, 24, at=(240, 80))], MultipleFaces),
+        ([Seen(0.9, 24, side=30)], FaceTooSmall),
+    ],
+)
+def test_a_refused_photo_is_refused_by_what_its_upright_position_shows(
+    faces: list[Seen], problem: type[PhotoRefused]
+) -> None:
+    with pytest.raises(problem):
+        subject_of(Turning({0: faces, 2: [DOUBTFUL]}), photo(), GalleryPolicy())
+    upside_down = [Seen(one.score - 0.25, 12, one.side, at=one.at) for one in faces[:1]]
+    with pytest.raises(problem):
+        subject_of(Turning({0: upside_down, 2: faces}), photo(), GalleryPolicy())
