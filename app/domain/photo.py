@@ -117,6 +117,10 @@ class Photo:
         width, height = (self.height, self.width) if quarters % 2 else (self.width, self.height)
         return replace(self, pixels=pixels, width=width, height=height)
 
+    def inverted(self) -> Self:
+        """The photo with light and dark swapped, as a negative shows it."""
+        return replace(self, pixels=np.bitwise_not(self.pixels))
+
 
 @dataclass(frozen=True, slots=True)
 class CloseUp:

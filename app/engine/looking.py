@@ -7,16 +7,18 @@ figures in docs/adr/0039.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from app.domain.alignment import aligned_crop
+from app.domain.alteration import Signs, signs
 from app.domain.faces import Embedding, Face
 from app.domain.photo import Photo
 from app.domain.subject import MainFace
 from app.engine.port import FaceEngine
-from app.errors import LowQuality, PhotoRefused
+from app.errors import Advice, LowQuality, PhotoRefused
 
 #: Chooses the face that is meant. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped.
 Choose = Callable[[Photo, list[Face]], MainFace]
@@ -62,6 +64,16 @@ class Look:
             self.main, self.problem, self.face = None, problem, None
             return None
 
+    @cached_property
+    def signs(self) -> Signs | None:
+        """What is unusual about the face; None without one."""
+        if self.face is None:
+            return None
+        try:
+            return signs(aligned_crop(self.photo.pixels, self.face.landmarks))
+        except ValueError:  # the landmarks fall into one point
+            return None
+
     @property
     def score(self) -> float:
         """The detection score of the face that is meant; without one, of the surest face that stands upright."""
@@ -78,12 +90,25 @@ class Look:
     def is_sure(self) -> bool:
         """Whether the face stands upright for sure; of a photo that is refused, whether its surest face does."""
         if self.face is not None:
-            return is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
+            is_upright = is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
+            return is_upright and self.signs is not None and not self.signs.are_eyes_light
         return any(is_believable(face) and self.engine.is_upright(face, None) for face in self.faces)
 
 
 def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
-    """The photo in the position in which the face that is meant stands upright. Blocking."""
+    """The photo in the position in which the face that is meant stands upright. Blocking.
+
+    A negative is refused: the inverted copy has the higher score and the longer vector then.
+    """
+    seen = _upright(engine, photo, choose)
+    if seen.face is None or seen.is_sure:
+        return seen
+    if _stands_better(_look(engine, seen.photo.inverted(), choose, quick=False), seen):
+        return replace(seen, main=None, problem=_negative())
+    return seen
+
+
+def _upright(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
     first = _look(engine, photo, choose, quick=False)
     is_small = first.face is not None and max(first.face.box[2:]) < _SMALL * max(photo.pixels.shape[:2])
     if first.is_sure and not is_small:
@@ -120,6 +145,11 @@ def _stands_better(turned: Look, first: Look) -> bool:
     if first.score == 0 or first.face is None or turned.face is None or turned.score > first.score + _FAR_SURER:
         return True
     return turned.length > first.length
+
+
+def _negative() -> LowQuality:
+    message = "Light and dark are swapped, as in a negative. Send the photo with its ordinary colours."
+    return LowQuality("The photo is a negative.", errors=(Advice("photo", "negative", message),))
 
 
 def _is_the_larger_subject(turned: Look, first: Look) -> bool:

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from app.domain.alignment import hides_another_picture
+from app.domain.alteration import Signs, is_altered
 from app.domain.faces import Embedding, Face, Landmarks, PhotoFace, Pixels
 from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
@@ -50,6 +51,7 @@ class Subject:
     main: MainFace
     face: Face
     vector: tuple[Embedding, float]
+    signs: Signs
 
 
 def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> FaceReading:
@@ -61,7 +63,7 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     pixels, face, (embedding, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
-    advice = unfit(pixels, face) or judge(quality, policy.quality)
+    advice = judge(quality, policy.quality) or unfit(engine, seen)
     if advice:
         raise LowQuality("; ".join(one.message for one in advice), errors=advice)
     liveness = _liveness(engine, pixels, face, policy.liveness)
@@ -89,18 +91,22 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
         return find_main_face(found, (turned.width, turned.height), policy, is_same_person)
 
     seen = look(engine, photo, choose)
-    vector, main, face = seen.vector, seen.main, seen.face
-    if vector is None or main is None or face is None:
+    vector, main, face, marks = seen.vector, seen.main, seen.face, seen.signs
+    if vector is None or main is None or face is None or marks is None:
         raise seen.problem or NoFace
-    return Subject(seen.photo, main, face, vector)
+    return Subject(seen.photo, main, face, vector, marks)
 
 
-def unfit(pixels: Pixels, face: Face) -> tuple[Advice, ...]:
+def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
     """Why this is no photo to recognise anybody by, at any level of quality; empty where it is one."""
-    if not hides_another_picture(pixels, face.landmarks):
-        return ()
-    message = "The photo shows another picture when it is made smaller. Send a photo as the camera took it."
-    return (Advice("photo", "hidden-detail", message),)
+    if hides_another_picture(seen.photo.pixels, seen.face.landmarks):
+        message = "The photo shows another picture when it is made smaller. Send a photo as the camera took it."
+        return (Advice("photo", "hidden-detail", message),)
+    usual = engine.card.usual_length
+    if is_altered(seen.signs, None if usual is None else seen.vector[1] / usual[0]):
+        message = "The picture looks filtered or drawn. Send an ordinary photo, as the camera took it."
+        return (Advice("photo", "altered-picture", message),)
+    return ()
 
 
 def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> Face:

@@ -96,7 +96,7 @@ def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixe
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
     live = None if policy.liveness == "off" else engine.liveness(pixels, face)
     # As the gallery would refuse the photo.
-    advice = (unfit(pixels, face) or judge(quality, policy.quality)) + why_not_live(live, policy.liveness)
+    advice = (judge(quality, policy.quality) or unfit(engine, seen)) + why_not_live(live, policy.liveness)
     return Assessment(seen.main, quality, _liveness(live), advice)
 
 

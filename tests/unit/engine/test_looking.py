@@ -11,7 +11,7 @@ from app.domain.photo import Photo
 from app.domain.policy import GalleryPolicy
 from app.engine.looking import is_believable
 from app.engine.reading import subject_of
-from app.errors import FaceTooSmall, MultipleFaces, NoFace, PhotoRefused
+from app.errors import FaceTooSmall, LowQuality, MultipleFaces, NoFace, PhotoRefused
 from tests.fakes import FakeEngine
 
 WIDTH, HEIGHT = 400, 300
@@ -33,6 +33,7 @@ class Turning(FakeEngine):
     """Sees other faces in each position of a photo. A white corner tells the position."""
 
     seen: dict[int, list[Seen]]
+    inverted: list[Seen] = field(default_factory=list)
     searches: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,14 +41,17 @@ class Turning(FakeEngine):
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
         self.searches.append(quick)
-        return [_face(one) for one in self.seen.get(_position(pixels), [])]
+        return [_face(one) for one in self._at(pixels)]
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
-        length = next(one.length for one in self.seen[_position(pixels)] if one.score == face.detection_score)
+        length = next(one.length for one in self._at(pixels) if one.score == face.detection_score)
         return np.eye(1, 256, dtype=np.float32)[0], length
 
     def is_upright(self, face: Face, length: float | None) -> bool:
         return face.detection_score >= 0.75 if length is None else length >= 21
+
+    def _at(self, pixels: Pixels) -> list[Seen]:
+        return self.inverted if pixels.mean() > 127 else self.seen.get(_position(pixels), [])
 
 
 def _position(pixels: Pixels) -> int:
@@ -106,6 +110,15 @@ def test_a_bystander_who_stands_does_not_hide_a_subject_who_lies() -> None:
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=150)]})) == 3
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 15, side=150)]})) == 0, "what is found there is no face"
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=60)]})) == 0, "it is not clearly larger"
+
+
+def test_a_photo_whose_inverted_copy_is_the_better_face_is_refused_as_a_negative() -> None:
+    engine = Turning({0: [DOUBTFUL]}, inverted=[SURE])
+    with pytest.raises(LowQuality) as refused:
+        subject_of(engine, photo(), GalleryPolicy())
+    assert [advice.code for advice in refused.value.errors] == ["negative"]
+    assert position_of(Turning({0: [DOUBTFUL]}, inverted=[Seen(0.5, 24)])) == 0
+    assert position_of(Turning({0: [SURE]}, inverted=[Seen(0.9, 27)])) == 0, "a sure face is not looked at again"
 
 
 def test_a_photo_without_a_face_is_searched_in_every_position() -> None:
