@@ -39,7 +39,7 @@ _FAR_SURER = 0.25
 class Look:
     """One look at a photo, as it stands or turned.
 
-    photo: in the position in which the faces were found. main: the face that is meant, or `problem`.
+    photo: turned counter-clockwise by so many quarters; faces were found there. main: the face that is meant, or `problem`.
     """
 
     engine: FaceEngine
@@ -47,6 +47,7 @@ class Look:
     faces: list[Face]
     main: MainFace | None
     problem: PhotoRefused | None
+    quarters: int
 
     @cached_property
     def face(self) -> Face | None:
@@ -113,13 +114,13 @@ def _upright(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
     is_small = first.face is not None and max(first.face.box[2:]) < _SMALL * max(photo.pixels.shape[:2])
     if first.is_sure and not is_small:
         return first
-    turned = [_look(engine, photo.turned(turns), choose, quick=True) for turns in _TURNS]
+    turned = [_look(engine, photo.turned(turns), choose, quick=True, quarters=turns) for turns in _TURNS]
     best = max(turned, key=lambda one: one.score)
     if best.score == 0:
         return first
     wins = _is_the_larger_subject(best, first) if first.is_sure else _stands_better(best, first)
     # Searched as fully as a photo that came upright, so that both give the same template.
-    return _look(engine, best.photo, choose, quick=False) if wins else first
+    return _look(engine, best.photo, choose, quick=False, quarters=best.quarters) if wins else first
 
 
 def is_believable(face: Face) -> bool:
@@ -130,12 +131,12 @@ def is_believable(face: Face) -> bool:
     return roll <= PLAUSIBLE_ROLL_DEGREES and float(eyes[0] * down[1] - eyes[1] * down[0]) > 0
 
 
-def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool) -> Look:
+def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool, quarters: int = 0) -> Look:
     faces = engine.detect(photo.pixels, quick=quick)
     try:
-        return Look(engine, photo, faces, choose(photo, faces), None)
+        return Look(engine, photo, faces, choose(photo, faces), None, quarters)
     except PhotoRefused as problem:
-        return Look(engine, photo, faces, None, problem)
+        return Look(engine, photo, faces, None, problem, quarters)
 
 
 def _stands_better(turned: Look, first: Look) -> bool:

@@ -44,14 +44,27 @@ class FaceReading:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFace:
+    """The face of a stored photo. pixels: upright. face: where it lies there. landmarks: on the photo as it is stored."""
+
+    pixels: Pixels
+    face: Face
+    landmarks: Landmarks
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
-    """The face that a photo is about. photo: turned so that the face stands upright. vector: embedding and raw length."""
+    """The face that a photo is about.
+
+    photo: turned so that the face stands upright, by so many quarters counter-clockwise. vector: embedding and raw length.
+    """
 
     photo: Photo
     main: MainFace
     face: Face
     vector: tuple[Embedding, float]
     signs: Signs
+    quarters: int
 
 
 def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> FaceReading:
@@ -94,7 +107,7 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
     vector, main, face, marks = seen.vector, seen.main, seen.face, seen.signs
     if vector is None or main is None or face is None or marks is None:
         raise seen.problem or NoFace
-    return Subject(seen.photo, main, face, vector, marks)
+    return Subject(seen.photo, main, face, vector, marks, seen.quarters)
 
 
 def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
@@ -109,18 +122,38 @@ def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
     return ()
 
 
-def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> Face:
+def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> StoredFace:
     """The face of a photo that was accepted already, and so is judged no more. Blocking.
 
     near: its landmarks as they were found at enrolment. A sample without them comes from a version whose rule was: the largest
-    face. Raises NoFace.
+    face, and which stored photos on their side as they came. Raises NoFace.
     """
+    if near is None:
+        height, width = pixels.shape[:2]
+        photo = Photo(pixels=pixels, format="jpeg", width=width, height=height, reduction=1)
+        seen = look(engine, photo, _largest)
+        if seen.face is None:
+            raise NoFace("No face is found on the stored photo.")
+        return StoredFace(seen.photo.pixels, seen.face, as_stored(seen.face.landmarks, seen.quarters, (width, height)))
     faces = engine.detect(pixels)
     if not faces:
         raise NoFace("No face is found on the stored photo.")
-    if near is None:
-        return max(faces, key=lambda face: face.area)
-    return min(faces, key=lambda face: float(np.abs(face.landmarks - near).mean()))
+    face = min(faces, key=lambda face: float(np.abs(face.landmarks - near).mean()))
+    return StoredFace(pixels, face, face.landmarks)
+
+
+def as_stored(landmarks: Landmarks, quarters: int, size: tuple[int, int]) -> Landmarks:
+    """Landmarks on a photo turned counter-clockwise by so many quarters, on the photo before. size: its width and height."""
+    x, y = landmarks[:, 0], landmarks[:, 1]
+    width, height = size
+    points = {0: (x, y), 1: (width - y, x), 2: (width - x, height - y), 3: (y, height - x)}[quarters % 4]
+    return np.column_stack(points).astype(np.float32)
+
+
+def _largest(photo: Photo, faces: list[Face]) -> MainFace:
+    if not faces:
+        raise NoFace
+    return MainFace(photo.in_photo(max(faces, key=lambda face: face.area)), len(faces))
 
 
 def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:

@@ -412,9 +412,8 @@ async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: 
 
 def _embedded(engine: FaceEngine, photo: bytes, near: Landmarks | None) -> tuple[Embedding, Landmarks]:
     """The embedding and the landmarks of the stored photo's face. The photo was judged at enrolment. Blocking."""
-    pixels = decode_stored(photo)
-    face = stored_face(engine, pixels, near)
-    return engine.embed(pixels, face)[0], face.landmarks
+    stored = stored_face(engine, decode_stored(photo), near)
+    return engine.embed(stored.pixels, stored.face)[0], stored.landmarks
 
 
 def _best(own: list[Embedding], other: list[Embedding]) -> float:

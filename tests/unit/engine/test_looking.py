@@ -10,7 +10,7 @@ from app.domain.faces import Embedding, Face, Pixels
 from app.domain.photo import Photo
 from app.domain.policy import GalleryPolicy
 from app.engine.looking import is_believable
-from app.engine.reading import subject_of
+from app.engine.reading import as_stored, subject_of
 from app.errors import FaceTooSmall, LowQuality, MultipleFaces, NoFace, PhotoRefused
 from tests.fakes import FakeEngine
 
@@ -143,3 +143,16 @@ def test_a_refused_photo_is_refused_by_what_its_upright_position_shows(
     upside_down = [Seen(one.score - 0.25, 12, one.side, at=one.at) for one in faces[:1]]
     with pytest.raises(problem):
         subject_of(Turning({0: upside_down, 2: faces}), photo(), GalleryPolicy())
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_landmarks_of_a_turned_photo_are_known_on_the_photo_before(quarters: int) -> None:
+    chance = np.random.default_rng(quarters)
+    before = photo().pixels
+    rows, columns = chance.permutation(HEIGHT)[:5], chance.permutation(WIDTH)[:5]
+    for index, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        before[row, column] = 10 * (index + 1)
+    after = np.rot90(before, quarters)[..., 0]
+    found = np.array([np.argwhere(after == 10 * (index + 1))[0][::-1] + 0.5 for index in range(5)], np.float32)
+    back = as_stored(found, quarters, (WIDTH, HEIGHT))
+    assert np.allclose(back, np.column_stack([columns, rows]) + 0.5)
