@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = ""  # nobody's
     cors_origins: Annotated[str, AfterValidator(_is_origins)] = ""
     body_timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10
+    bodies_memory_mib: Annotated[int, Field(ge=16, le=1_000_000)] = 160
     shutdown_grace_seconds: Annotated[int, Field(ge=1, le=300)] = 8
     metrics_enabled: bool | None = None  # None: on in development, off in production
 

@@ -1,7 +1,7 @@
 """Every problem a caller can meet, as RFC 9457 names them.
 
 Problem
-├── Unreadable 400, RequestTimeout 408, HeadersTooLarge 431
+├── Unreadable 400, TooManyPieces 400, RequestTimeout 408, HeadersTooLarge 431
 ├── Unauthenticated 401, Forbidden 403, NotFound 404, MethodNotAllowed 405, PreconditionFailed 412
 ├── Conflict 409
 │   ├── ExternalRefTaken, ModelMismatch, DifferentPerson, ReplayedPhoto, NonceInvalid, UndecidedCandidates
@@ -103,6 +103,12 @@ class Unreadable(Problem):
     """Bytes that two readers could read in two ways, or that are no request at all."""
 
     status, title = 400, "The request cannot be read"
+
+
+class TooManyPieces(Problem):
+    """A chunked body whose chunks are so small that reading them costs more than what they bring."""
+
+    status, title = 400, "The body comes in too many small chunks"
 
 
 class Conflict(Problem):

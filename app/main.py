@@ -9,11 +9,13 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, proposals, users
+from app.api.connections import raise_open_files
 from app.api.draining import Drain, Draining
 from app.api.edges import Edges
 from app.api.envelope import Envelope
+from app.api.room import Room
 from app.config import Settings
-from app.errors import HeadersTooLarge, RateLimited, RequestTimeout, Unreadable
+from app.errors import HeadersTooLarge, RateLimited, RequestTimeout, TooManyPieces, Unreadable
 from app.logs import configure_service_logging
 from app.runtime import open_runtime
 
@@ -27,6 +29,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service; its Runtime is opened when it starts and closed when it stops."""
     known = settings or Settings()
     configure_service_logging(known.log_level)
+    raise_open_files()
     drain = Drain(known.shutdown_grace_seconds)
 
     @asynccontextmanager
@@ -46,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         # What any route may answer before it is asked.
-        responses=problems.problems(Unreadable, RequestTimeout, RateLimited, HeadersTooLarge),
+        responses=problems.problems(Unreadable, TooManyPieces, RequestTimeout, RateLimited, HeadersTooLarge),
     )
     problems.install(app)
     for door in (auth, users, clients, galleries, identities, proposals, faces, dedup, audit, operations):
@@ -57,6 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         Envelope,
         body_limit=known.max_json_bytes,
         body_seconds=known.body_timeout_seconds,
+        room=Room(known.bodies_memory_mib * 2**20),
         allowed_origins=known.allowed_origins,
     )
     app.add_middleware(Edges)

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -15,7 +15,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import answer
+from app.api.room import NoRoom, Place, Room
+from app.audit import Action
 from app.documents.base import new_id
+from app.domain.callers import subscriber
 from app.errors import Unreadable
 from app.limits import Allowance
 
@@ -25,10 +28,17 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 #: Of a request's headers, names and values: ten times what a browser sends. nginx allows half of it.
 HEADER_BYTES, MOST_HEADERS = 32 * 1024, 100
-#: Each so many bytes of a body buy it a second more; who sends a byte now and then gets no more than the limit.
-BODY_BYTES_A_SECOND = 64 * 1024
+#: The slowest body: so many bytes a second, on average over each stretch of BODY_TIMEOUT_SECONDS.
+SLOWEST_BYTES_A_SECOND = 2 * 1024
+#: No body takes longer than this to come in, however steadily it does.
+LONGEST_BODY_SECONDS = 300.0
+#: A body that is no larger takes no room: a connection's own buffers hold as much. One that does not say how long it is takes
+#: room step by step.
+SMALL_BODY, ROOM_STEP = 64 * 1024, 2**20
 #: What a refused request still sends is taken in when it is no more than this; else its connection ends with the answer.
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
+#: After an answer that ends its connection, so much of what is on its way is taken in and thrown away.
+LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
 #: Pages that bring scripts and styles of their own; everything else is data.
 PAGES = ("/", "/docs", "/redoc", "/docs/oauth2-redirect")
 DATA_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -49,6 +59,8 @@ CROSS_ORIGIN_METHODS = "DELETE, GET, PATCH, POST"
 CROSS_ORIGIN_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, X-Request-ID"
 EXPOSED_HEADERS = "ETag, Location, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
 PREFLIGHT_SECONDS = 600
+#: Where nobody gives another: as BODIES_MEMORY_MIB.
+DEFAULT_ROOM = 160 * 2**20
 
 REQUESTS = Counter("idem_requests_total", "Answers, by route and status", ["method", "route", "status"])
 SECONDS = Histogram(
@@ -68,10 +80,16 @@ class _Body:
     headers: Headers
     scope: Scope
     seconds: float
+    room: Room
     read: int = 0
     is_whole: bool = False
     is_ambiguous: bool = False
-    _began: float = field(default_factory=time.monotonic)
+    has_stopped: bool = False
+    _place: Place | None = None
+    # Only while we wait for the sender: what our own work takes is not held against them.
+    _waited: float = 0
+    _waited_for_progress: float = 0
+    _progress: int = 0
 
     def __post_init__(self) -> None:
         self.is_whole = not self.declared and "transfer-encoding" not in self.headers
@@ -83,35 +101,104 @@ class _Body:
         return int(text) if text.isdecimal() else 0
 
     async def next(self) -> Message:
-        """The next piece. Raises HTTPException 413 over the limit, 408 when it takes too long."""
+        """The next piece.
+
+        Raises HTTPException 413 over the limit, 408 when it comes too slowly, 429 or 503 when it finds no room.
+        """
         if self.is_whole:
             return await self.receive()  # what comes now is that the caller goes away
-        patience = self.seconds + self.read / BODY_BYTES_A_SECOND - (time.monotonic() - self._began)
+        if self.declared > self._limit:
+            raise HTTPException(413)
+        await self._find_room()
+        message = await self._received()
+        self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+        if self.read > self._limit:
+            raise HTTPException(413)
+        return message
+
+    @property
+    def _limit(self) -> int:
+        limit: int = self.scope["state"]["body_limit"]
+        return limit
+
+    async def _find_room(self) -> None:
+        # A body that says how long it is takes its room at once: then it is not stopped half-way.
+        needed = self.declared or -(-self.read // ROOM_STEP) * ROOM_STEP
+        if needed <= SMALL_BODY:
+            return
+        if self._place is None:
+            self._place = Place(self.room, _caller(self.scope))
+            self.scope["state"]["release_body"] = self._place.leave
+        try:
+            await self._place.hold(needed)
+        except NoRoom:
+            self.scope["state"]["action"] = None  # no event for each: they are what a log would be filled with
+            raise
+
+    async def _received(self) -> Message:
+        patience = min(self.seconds - self._waited_for_progress, LONGEST_BODY_SECONDS - self._waited)
+        began = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, patience)):
                 message = await self.receive()
         except TimeoutError as error:
+            self.has_stopped = True
             raise HTTPException(408) from error
-        self.read += len(message.get("body", b""))
-        self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
-        limit: int = self.scope["state"]["body_limit"]
-        if self.declared > limit or self.read > limit:
-            raise HTTPException(413)
+        waited = time.monotonic() - began
+        self._waited += waited
+        self._waited_for_progress += waited
+        size = len(message.get("body", b""))
+        self.read += size
+        self._progress += size
+        if self._progress >= SLOWEST_BYTES_A_SECOND * self.seconds:
+            self._progress, self._waited_for_progress = 0, 0.0
         return message
 
     async def drain(self) -> None:
         """Take in the little that nobody asked for, so that the connection can serve on."""
-        if self.declared > DRAINED_BYTES or "expect" in self.headers:
+        if self.declared <= DRAINED_BYTES and not self.has_stopped:
+            await self._discard(DRAINED_BYTES, DRAIN_SECONDS)
+
+    async def answer(self, message: Message, send: Send) -> None:
+        """Send a part of an answer that comes before the body is whole.
+
+        A connection that is closed while bytes come in is reset, and the sender may lose the answer. So the last part of the
+        answer, which closes it, waits until the sender stops: a moment at most.
+        """
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.leave()
+            await send({**message, "more_body": True})
+            await self._discard(LINGER_BYTES, LINGER_SECONDS)
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await send(message)
+
+    async def _discard(self, most: int, seconds: float) -> None:
+        if "expect" in self.headers:
             return
         try:
-            async with asyncio.timeout(DRAIN_SECONDS):
+            async with asyncio.timeout(seconds):
                 taken = 0
-                while not self.is_whole and taken <= DRAINED_BYTES:
-                    message = await self.receive()
+                while not self.is_whole and taken <= most:
+                    async with asyncio.timeout(DRAIN_SECONDS):
+                        message = await self.receive()
                     taken += len(message.get("body", b""))
                     self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
         except TimeoutError:
             return
+
+    def leave(self) -> None:
+        """Nothing of the body is held any more."""
+        if self._place is not None:
+            self._place.leave()
+
+
+def _caller(scope: Scope) -> str:
+    """Who brings the body: the caller where the route has let one in, else the address."""
+    admitted: Action | None = scope["state"].get("admitted")
+    if admitted is not None and admitted.caller is not None:
+        return admitted.caller.id
+    client = scope.get("client")
+    return f"address:{subscriber(client[0] if client else '')}"
 
 
 class Envelope:
@@ -123,15 +210,18 @@ class Envelope:
         body_limit: int,
         *,
         body_seconds: float = 10,
+        room: Room | None = None,
         allowed_origins: frozenset[str] = frozenset(),
     ) -> None:
         """body_limit: bytes of a body; a route that takes photos raises `request.state.body_limit` before it reads.
 
-        body_seconds: for a body to come in. allowed_origins: whose pages may read answers.
+        body_seconds: without progress, after which a body is given up. room: for the bytes of bodies.
+        allowed_origins: whose pages may read answers.
         """
         self._app = app
         self._body_limit = body_limit
         self._body_seconds = body_seconds
+        self._room = room or Room(DEFAULT_ROOM)
         self._allowed_origins = allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,7 +239,7 @@ class Envelope:
         state["body_limit"] = self._body_limit
         started = time.perf_counter()
         status: int | None = None
-        body = _Body(receive, headers, scope, self._body_seconds)
+        body = _Body(receive, headers, scope, self._body_seconds, self._room)
 
         async def sealed(message: Message) -> None:
             nonlocal status
@@ -159,7 +249,7 @@ class Envelope:
                     await body.drain()
                 is_over = body.is_ambiguous or not body.is_whole
                 self._seal(scope, MutableHeaders(scope=message), headers, is_over=is_over)
-            await send(message)
+            await (send(message) if body.is_whole else body.answer(message, send))
 
         IN_FLIGHT.inc()
         try:
@@ -178,6 +268,7 @@ class Envelope:
             page = await answer(Request(scope, body.next), error)
             await page(scope, body.next, sealed)
         finally:
+            body.leave()
             IN_FLIGHT.dec()
             seconds = time.perf_counter() - started
             # The route's template, not the path: paths hold ids, and there is no end of them.

@@ -274,6 +274,7 @@ async def enrol_identity(
         identity = await enrol.enrol(runtime, action, gallery, upload.photos["photo"], attributes)
     else:
         _, identity = await _found(action, first[0].subject.id or "")
+    upload.discard_photos()
     if wait:
         identity = await enrol.await_verdict(identity, wait)
     if wait and identity.status != "pending":

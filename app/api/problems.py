@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from app.api.room import NoRoom
 from app.audit import Action, refuse
 from app.errors import (
     Advice,
@@ -35,6 +36,7 @@ from app.errors import (
     NotFound,
     NotReady,
     Problem,
+    RateLimited,
     RequestTimeout,
     TooLarge,
     Unexpected,
@@ -139,6 +141,10 @@ def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911, PLR0912 - o
             return MethodNotAllowed()
         case HTTPException(status_code=408) | ClientDisconnect():
             return RequestTimeout()
+        case NoRoom(status_code=429):
+            return RateLimited("Too many bytes of yours are being worked on; please try again.", retry_after_seconds=2)
+        case NoRoom():
+            return NotReady("Too many photos are being worked on; please try again.", retry_after_seconds=2)
         case HTTPException(status_code=431):
             return HeadersTooLarge()
         case HTTPException(status_code=413):

@@ -1,5 +1,6 @@
 """Photos and fields of one request, as multipart or JSON, bounded while they are read."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -25,6 +26,9 @@ FIELDS_BYTES = 64 * 1024
 MAXIMUM_FIELDS = 32
 #: Of a text in JSON, as it is spelt: a longer one is a photo's. Metadata, all of it escaped, has a little less.
 LONGEST_TEXT = 32 * 1024
+#: How much of a body the parser of forms is given at a time: as much as it takes in about so many seconds, so that the event loop
+#: can turn to others in between. A photo goes through it at gigabytes a second, one-byte lines at a megabyte.
+SLICE_SECONDS, SMALLEST_SLICE, LARGEST_SLICE = 0.002, 1024, 256 * 1024
 #: What the parser of forms may work on one body; five photos take it a tenth. It walks through padding behind a boundary, and
 #: through what only begins like one, at a millionth of a second a byte.
 PARSER_SECONDS = 0.5
@@ -44,6 +48,12 @@ class Upload(Generic[F]):
 
     fields: F
     photos: dict[str, list[bytes]]
+    _release: Callable[[], None]
+
+    def discard_photos(self) -> None:
+        """Nothing more is done with the photos; the room that they took is free."""
+        self.photos.clear()
+        self._release()
 
     def digests(self) -> list[bytes]:
         """SHA-256 of each photo, in order. Blocking: up to 50 MiB."""
@@ -61,14 +71,15 @@ def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, C
             fields, photos = await _multipart(request, names, len(names) * most, limit)
         elif kind == "application/json":
             request.state.body_limit = len(names) * most * (limit * 4 // 3 + 4) + FIELDS_BYTES
-            # Off the event loop: this may be five photos of ten megabytes in base64.
-            fields, photos = await runtime.compute(_from_json, await request.body(), names, most, limit)
+            # Off the event loop: this may be five photos of ten megabytes in base64. `request.body()` would keep it for good.
+            spelt = [b"".join([piece async for piece in request.stream()])]
+            fields, photos = await runtime.compute(_from_json, spelt, names, most, limit)
         else:
             raise UnsupportedMediaType("Send multipart/form-data or application/json.")
         for name in names:
             _check(name, photos.get(name, []), most, limit)
         try:
-            return Upload(model.model_validate(fields), photos)
+            return Upload(model.model_validate(fields), photos, getattr(request.state, "release_body", lambda: None))
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
 
@@ -155,6 +166,7 @@ async def _multipart(
                     message = "No photo is taken under this name."
                     raise Validation(message, errors=(Advice(name, "unknown-part", message),))
                 photos.setdefault(name, []).append(await value.read())
+                await value.close()  # else all photos are there twice
             elif name in names:
                 message = "A photo is sent as a file part, with a file name."
                 raise Validation(message, errors=(Advice(name, "photo-missing", message),))
@@ -169,21 +181,31 @@ async def _multipart(
 
 
 async def _in_bounded_time(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The body as it comes, while the parser that takes it gets by with PARSER_SECONDS. Raises MultiPartException."""
-    taken = 0.0
+    """The body as it comes, in slices, while the parser gets by with PARSER_SECONDS. Raises MultiPartException."""
+    taken, size = 0.0, 16 * SMALLEST_SLICE
     async for piece in pieces:
-        began = time.thread_time()
-        yield piece
-        taken += time.thread_time() - began
-        if taken > PARSER_SECONDS:
-            message = "It takes too long to find the parts."
-            raise MultiPartException(message)
+        start = 0
+        while start < len(piece):
+            began = time.thread_time()
+            yield piece[start : start + size]
+            took = time.thread_time() - began
+            start += size
+            taken += took
+            if taken > PARSER_SECONDS:
+                message = "It takes too long to find the parts."
+                raise MultiPartException(message)
+            if took > SLICE_SECONDS / 2:
+                size = max(SMALLEST_SLICE, size // 2) if took > SLICE_SECONDS else size
+                await asyncio.sleep(0)
+            else:
+                size = min(LARGEST_SLICE, size * 2)
 
 
 def _from_json(
-    data: bytes, names: tuple[str, ...], most: int, limit: int
+    spelt: list[bytes], names: tuple[str, ...], most: int, limit: int
 ) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
-    rest, long_texts = _long_texts_apart(data)
+    """spelt: the body alone, which is taken out of the list, so that it is not there twice."""
+    rest, long_texts = _long_texts_apart(spelt.pop())
     if len(rest) > FIELDS_BYTES + len(names) * most * LONGEST_TEXT:
         raise TooLarge(f"Beside its photos a body may have {FIELDS_BYTES} bytes at most.")
     fields = parsed("body", rest)

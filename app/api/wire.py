@@ -1,66 +1,184 @@
-"""One connection of the HTTP server: what a request's header may cost before there is a request, with or without nginx.
+"""One connection of the HTTP server: what bytes may cost before there is a request, with or without nginx.
 
-uvicorn reads a header for ever, and its parser (h11) takes line ends and folded lines that other readers take for something
-else. Both end here; whatever nginx holds off as well, this holds off alone.
+uvicorn reads a header without a time limit. Its parser (h11) accepts line ends and folded lines that other readers read
+differently, and it takes a chunked body apart in one go, however many pieces it has. This module limits all three, and the
+number of connections.
 """
 
 import asyncio
 import json
 import re
 import sys
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
+from weakref import WeakKeyDictionary
 
 import h11
 from prometheus_client import Counter
+from uvicorn.config import Config
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
+from app.api.connections import Connections, connections_within, open_files
 from app.api.envelope import DATA_POLICY, HEADER_BYTES, MOST_HEADERS, SECURITY_HEADERS
 from app.api.problems import TYPE_BASE
 from app.documents.base import new_id
-from app.errors import HeadersTooLarge, Problem, Unreadable
+from app.domain.callers import subscriber
+from app.errors import HeadersTooLarge, NotReady, Problem, TooManyPieces, Unreadable
 
 #: A header comes within so long, and who reads an answer goes on reading within so long.
 HEADER_SECONDS, READING_SECONDS = 10.0, 10.0
+#: Pieces of a body that one connection takes apart before the event loop turns to the others; each costs some 25 microseconds.
+PIECES_A_TURN: Final = 16
+#: Chunks that a body may have whatever their size, and the bytes that each further one must bring on average. Clients that
+#: stream send 4 to 64 KiB a chunk.
+FREE_CHUNKS, BYTES_A_CHUNK = 256, 512
+#: When a caller should try again who found no room for a connection.
+RETRY_SECONDS: Final = 2
 
 UNREADABLE = Counter("idem_unreadable_requests", "Connections that brought no request that can be read", ["problem"])
 
 _END: Final = b"\r\n\r\n"
 #: A line feed alone, a carriage return alone, a line that goes on in the next: two readers may read two requests.
 _AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\r(?![\n]|\Z)|\r\n[ \t]")
+#: As many bytes may end in the middle of what _AMBIGUOUS finds.
+_OVERLAP: Final = 3
+
+
+class _TooManyChunks(h11.RemoteProtocolError):
+    """A body in pieces that are too small."""
+
+
+class _Pieces(h11.Connection):
+    """h11's reader, which rests after PIECES_A_TURN pieces and refuses a body of too many small chunks."""
+
+    pieces_left = PIECES_A_TURN
+    _chunks = 0
+    _body_bytes = 0
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether there may be more to read in what has come already."""
+        return self.pieces_left <= 0
+
+    def next_event(self) -> Any:  # noqa: ANN401 - as h11's own
+        """See h11. While resting, as if nothing more had come."""
+        if self.is_resting:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._body_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.pieces_left -= 1
+            self._chunks += event.chunk_start
+            self._body_bytes += len(event.data)
+            if self._chunks > FREE_CHUNKS + self._body_bytes // BYTES_A_CHUNK:
+                message = "too many small chunks"
+                raise _TooManyChunks(message)
+        return event
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control; nothing is read while there is still something to take apart."""
+
+    is_behind = False
+
+    def resume_reading(self) -> None:
+        """Read on, once everything that came is taken apart."""
+        if not self.is_behind:
+            super().resume_reading()
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with limits on the header and on callers who do not read."""
+    """uvicorn's connection with limits on the header, on pieces, on callers who do not read, and on connections."""
 
     header_seconds: ClassVar[float] = HEADER_SECONDS
     reading_seconds: ClassVar[float] = READING_SECONDS
+    _of_servers: ClassVar[WeakKeyDictionary[ServerState, Connections]] = WeakKeyDictionary()
     _header_timer: asyncio.TimerHandle | None = None
     _reading_timer: asyncio.TimerHandle | None = None
+    _next_turn: asyncio.Handle | None = None
+    _looked_at = 0
+    conn: _Pieces
+    flow: _Flow
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """As uvicorn's own."""
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Pieces(h11.SERVER, HEADER_BYTES)
+        if server_state not in self._of_servers:
+            self._of_servers[server_state] = self.limits()
+        self._all = self._of_servers[server_state]
+
+    @staticmethod
+    def limits() -> Connections:
+        """The limits of one server."""
+        return connections_within(open_files())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        """Whoever connects has something to say."""
+        """Take the connection in where there is room for it."""
         super().connection_made(transport)
+        self.flow = _Flow(transport)
+        if not self._all.admit(self, self._address()):
+            self._refuse(NotReady)
+            return
         self._header_timer = self.loop.call_later(self.header_seconds, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more to wait for."""
+        """Stop waiting for anything."""
+        self._all.leave(self)
         self._stop_timers()
         super().connection_lost(exc)
 
+    def make_room(self) -> None:
+        """Close the idle connection for the sake of another one; see Connections."""
+        self.timeout_keep_alive_handler()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+
     def handle_events(self) -> None:
         """Look at the header as bytes before it is parsed; called whenever something came, and after each answer."""
+        if self.transport.is_closing():
+            return
         if self.conn.their_state is h11.IDLE:
-            fault = fault_of(self.conn.trailing_data[0])
+            fault = fault_of(self.conn.trailing_data[0], self._looked_at)
             if fault is not None:
                 self._refuse(fault)
                 return
+        self.conn.pieces_left = PIECES_A_TURN
         super().handle_events()
-        self._watch_header()
+        if self.transport.is_closing():
+            return
+        self._take_turns()
+        waiting = self.conn.trailing_data[0] if self.conn.their_state is h11.IDLE else b""
+        self._looked_at = len(waiting)
+        self._watch_header(is_awaited=bool(waiting))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._all.work(self)
+
+    def on_response_complete(self) -> None:
+        """The answer was sent."""
+        self._all.rest(self)
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What the parser refuses, as a problem; called while its exception is handled."""
         del msg
         error = sys.exception()
+        if isinstance(error, _TooManyChunks):
+            self._refuse(TooManyPieces)
+            return
         is_too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == HeadersTooLarge.status
         self._refuse(HeadersTooLarge if is_too_large else Unreadable)
 
@@ -75,8 +193,32 @@ class Connection(H11Protocol):
         if self._reading_timer is not None:
             self._reading_timer.cancel()
 
-    def _watch_header(self) -> None:
-        is_awaited = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+    def _address(self) -> str | None:
+        """Whose connection this is; None for a proxy that FORWARDED_ALLOW_IPS names, and for a socket without addresses."""
+        if self.client is None:
+            return None
+        host, app = self.client[0], self.app
+        is_proxy = isinstance(app, ProxyHeadersMiddleware) and host in app.trusted_hosts
+        return None if is_proxy else subscriber(host)
+
+    def _take_turns(self) -> None:
+        """Go on in the event loop's next round where there is more to take apart; until then nothing is read."""
+        if self.conn.is_resting:
+            self.flow.pause_reading()
+            self.flow.is_behind = True
+            if self._next_turn is None:
+                self._next_turn = self.loop.call_soon(self._go_on)
+        elif self.flow.is_behind:
+            self.flow.is_behind = False
+            is_reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+            if is_reading and (self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT):
+                self.flow.resume_reading()
+
+    def _go_on(self) -> None:
+        self._next_turn = None
+        self.handle_events()
+
+    def _watch_header(self, *, is_awaited: bool) -> None:
         if not is_awaited and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
@@ -85,7 +227,7 @@ class Connection(H11Protocol):
             self._header_timer = self.loop.call_later(self.header_seconds, self.transport.abort)
 
     def _stop_timers(self) -> None:
-        for timer in (self._header_timer, self._reading_timer):
+        for timer in (self._header_timer, self._reading_timer, self._next_turn):
             if timer is not None:
                 timer.cancel()
 
@@ -93,6 +235,10 @@ class Connection(H11Protocol):
         UNREADABLE.labels(kind.slug()).inc()
         if self.transport.is_closing():
             return
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Whoever works on the request learns that its caller is gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # the answer has begun
             return
@@ -101,11 +247,15 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def fault_of(received: bytes) -> type[Problem] | None:
-    """What is wrong with the header at the beginning of these bytes, as far as it came; None where nothing is."""
-    end = received.find(_END)
+def fault_of(received: bytes, looked_at: int = 0) -> type[Problem] | None:
+    """What is wrong with the header at the beginning of these bytes, as far as it came; None where nothing is.
+
+    looked_at: how many of the bytes were found to be right before. A header that comes byte by byte costs no more than one that
+    comes at once.
+    """
+    end = received.find(_END, max(0, looked_at - _OVERLAP))
     header = received if end < 0 else received[:end]
-    if _AMBIGUOUS.search(header):
+    if _AMBIGUOUS.search(header, max(0, looked_at - _OVERLAP)):
         return Unreadable
     if len(header) > HEADER_BYTES or header.count(b"\r\n") > MOST_HEADERS:
         return HeadersTooLarge
@@ -123,5 +273,7 @@ def _page(kind: type[Problem]) -> tuple[h11.Response, h11.Data, h11.EndOfMessage
         "Content-Type": "application/problem+json", "Content-Length": str(len(body)), "Content-Security-Policy": DATA_POLICY,
         "Cache-Control": "no-store", "X-Request-ID": request_id, "Connection": "close",
     }  # fmt: skip
+    if kind is NotReady:
+        headers["Retry-After"] = str(RETRY_SECONDS)
     response = h11.Response(status_code=kind.status, headers=list(headers.items()))
     return response, h11.Data(data=body), h11.EndOfMessage()

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
+from app.api.connections import backlog, open_files, raise_open_files
 from app.api.envelope import HEADER_BYTES
 from app.api.wire import Connection
 from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings, require_engine
@@ -34,7 +35,6 @@ LOOK_SECONDS = 0.2
 PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 #: From the end of the grace to the kill of a child that does not end.
 KILL_SECONDS = 3
-BACKLOG = 1024
 
 
 def serve(
@@ -44,6 +44,7 @@ def serve(
     """Run the HTTP API on API_HOST:API_PORT with WORKERS processes."""
     settings = read_settings()
     configure_service_logging(settings.log_level)
+    raise_open_files()
     config = configuration(settings)
     if fd is not None or settings.workers == 1:
         config.load_app()  # the long imports, while MongoDB may still be starting
@@ -74,7 +75,7 @@ def configuration(
         http=connection,
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
-        backlog=BACKLOG,
+        backlog=backlog(open_files()),
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.shutdown_grace_seconds,
         timeout_worker_healthcheck=SILENCE_SECONDS,

@@ -1,6 +1,7 @@
 """What every answer has around it, whatever happened inside."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 
 import httpx
@@ -8,15 +9,18 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.types import Message
 
-from app.api import problems
+from app.api import envelope, problems
 from app.api.envelope import (
-    BODY_BYTES_A_SECOND,
     DRAINED_BYTES,
     HEADER_BYTES,
+    LONGEST_BODY_SECONDS,
     MOST_HEADERS,
     SECURITY_HEADERS,
+    SLOWEST_BYTES_A_SECOND,
+    SMALL_BODY,
     Envelope,
 )
+from app.api.room import Room
 from app.limits import Allowance
 
 BODY_LIMIT = 64
@@ -24,7 +28,13 @@ DESK = "https://desk.example"
 JSON = {"Content-Type": "application/json"}
 
 
-def _app(*, body_limit: int = BODY_LIMIT, body_seconds: float = 10, origins: frozenset[str] = frozenset()) -> FastAPI:
+def _app(
+    *,
+    body_limit: int = BODY_LIMIT,
+    body_seconds: float = 10,
+    room: Room | None = None,
+    origins: frozenset[str] = frozenset(),
+) -> FastAPI:
     app = FastAPI(redirect_slashes=False)
     problems.install(app)
 
@@ -46,7 +56,12 @@ def _app(*, body_limit: int = BODY_LIMIT, body_seconds: float = 10, origins: fro
     async def deaf() -> None:
         """Answers without having read what came."""
 
-    app.add_middleware(Envelope, body_limit=body_limit, body_seconds=body_seconds, allowed_origins=origins)
+    @app.post("/hold")
+    async def hold(request: Request) -> None:
+        await request.body()
+        await asyncio.sleep(0.3)
+
+    app.add_middleware(Envelope, body_limit=body_limit, body_seconds=body_seconds, room=room, allowed_origins=origins)
     return app
 
 
@@ -120,11 +135,50 @@ async def test_h22_a_body_that_drips_is_given_up_in_time() -> None:
     assert _is_problem(answer, 408, "request-timeout")
 
 
-async def test_h22_a_long_body_that_keeps_coming_has_longer() -> None:
-    piece = b"x" * (BODY_BYTES_A_SECOND // 2)
+async def test_g7_a_slow_body_that_keeps_coming_is_taken() -> None:
+    """800 kB at 30 KiB/s take 27 seconds; here a hundredth of both."""
+    piece = b"x" * 160
+    assert len(piece) / 0.005 > SLOWEST_BYTES_A_SECOND
     async with _client(_app(body_limit=2**20, body_seconds=0.1)) as client:
-        answer = await client.post("/echo", content=_dripping(*[piece] * 4, seconds=0.06))
-    assert answer.json() == {"bytes": 4 * len(piece)}
+        answer = await client.post("/echo", content=_dripping(*[piece] * 50, seconds=0.005))
+    assert answer.json() == {"bytes": 50 * len(piece)}
+    assert LONGEST_BODY_SECONDS > 800_000 / (30 * 1024)
+
+
+@pytest.mark.parametrize("trickle", [b"", b"x"], ids=["nothing", "a byte now and then"])
+async def test_a5_the_bytes_that_came_buy_no_time_for_those_that_do_not(trickle: bytes) -> None:
+    began = time.monotonic()
+    async with _client(_app(body_limit=2**24, body_seconds=0.1)) as client:
+        answer = await client.post("/echo", content=_dripping(b"x" * 10**7, *[trickle] * 100, seconds=0.05))
+    assert _is_problem(answer, 408, "request-timeout")
+    assert time.monotonic() - began < 1
+
+
+async def test_a5_no_body_takes_for_ever_however_steadily_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envelope, "LONGEST_BODY_SECONDS", 0.2)
+    async with _client(_app(body_limit=2**20, body_seconds=0.1)) as client:
+        answer = await client.post("/echo", content=_dripping(*[b"x" * 1000] * 200, seconds=0.01))
+    assert _is_problem(answer, 408, "request-timeout")
+
+
+async def test_a5_a_body_that_finds_no_room_is_refused_and_room_is_given_back() -> None:
+    room = Room(4 * SMALL_BODY, seconds=0.05)
+    app, size = _app(body_limit=2**20, room=room), 2 * SMALL_BODY
+    async with _client(app) as client:
+        holding = asyncio.create_task(client.post("/hold", content=b"x" * size))
+        await asyncio.sleep(0.02)
+        refused = await client.post("/echo", content=b"x" * size)
+        undeclared = await client.post("/echo", content=_dripping(*[b"x" * SMALL_BODY] * 4, seconds=0))
+        small = await client.post("/echo", content=b"x" * SMALL_BODY)
+        assert room.taken == size
+        assert (await holding).status_code == 200
+        free = await client.post("/echo", content=b"x" * size)
+    for answer in (refused, undeclared):
+        assert _is_problem(answer, 429, "rate-limited")
+        assert answer.headers["retry-after"] == "2"
+    assert small.json() == {"bytes": SMALL_BODY}
+    assert free.json() == {"bytes": size}
+    assert room.taken == 0
 
 
 async def test_h21_a_body_that_ends_early_is_nobodys_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,140 @@
+"""The connections of one process: how many there may be, how many one address may have, and which one makes room.
+
+An idle connection costs its caller nothing and the process a file. When a limit is reached, the connection that has been idle
+for the longest time is closed, and the new one is served. Nobody is refused while anybody else's connection is idle.
+"""
+
+import resource
+from collections import Counter as Tally
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import prometheus_client
+import structlog
+
+log = structlog.get_logger(__name__)
+
+#: Connections of one process, and how many of them one address may have. An address of IPv6 is a network of 64 bits.
+MOST_CONNECTIONS, MOST_OF_AN_ADDRESS = 2048, 512
+#: Open files that connections leave to the stores: MongoDB's pool (50), Redis, the S3 server, index files, photos, logs.
+RESERVED_FILES: Final = 256
+#: More open files than this are of no use.
+_USEFUL_FILES: Final = 65_536
+_FEWEST: Final = 16
+
+OPEN = prometheus_client.Gauge("idem_connections", "Open connections")
+CLOSED = prometheus_client.Counter(
+    "idem_connections_closed_total", "Connections closed because a limit was reached", ["reason"]
+)
+
+
+class Member(Protocol):
+    """One connection."""
+
+    def make_room(self) -> None:
+        """Close the connection; no request is being answered on it."""
+
+
+@dataclass(slots=True)
+class Connections:
+    """Who is connected, by address. An address of None has no limit of its own: it is a proxy, which many callers share."""
+
+    most: int = MOST_CONNECTIONS
+    most_of_an_address: int = MOST_OF_AN_ADDRESS
+    _address_of: dict[Member, str | None] = field(default_factory=dict)
+    _count: Tally[str | None] = field(default_factory=Tally)
+    # By address; the connection that has been idle for the longest time comes first.
+    _idle: dict[str | None, OrderedDict[Member, None]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._address_of)
+
+    def admit(self, member: Member, address: str | None) -> bool:
+        """Take the connection in, idle, and close another one where a limit asks for it. False: there is no room."""
+        victim: Member | None = None
+        is_full = len(self) >= self.most
+        if address is not None and self._count[address] >= self.most_of_an_address:
+            victim = self._oldest_idle(address)
+            if victim is None:
+                CLOSED.labels("address-full").inc()
+                return False
+        elif is_full:
+            # Whoever has the most connections gives one up; proxies only where nobody else can.
+            largest = max(self._idle, key=lambda one: (one is not None, self._count[one]), default=None)
+            victim = self._oldest_idle(largest)
+            if victim is None:
+                CLOSED.labels("process-full").inc()
+                return False
+        if victim is not None:
+            CLOSED.labels("idle").inc()
+            self.leave(victim)
+            victim.make_room()
+        self._address_of[member] = address
+        self._count[address] += 1
+        self.rest(member)
+        OPEN.set(len(self))
+        return True
+
+    def work(self, member: Member) -> None:
+        """A request came: the connection is not idle."""
+        if member in self._address_of:
+            self._forget_idle(member, self._address_of[member])
+
+    def rest(self, member: Member) -> None:
+        """The request was answered: the connection is idle from now on."""
+        if member in self._address_of:
+            self._idle.setdefault(self._address_of[member], OrderedDict())[member] = None
+
+    def leave(self, member: Member) -> None:
+        """The connection ended. May be called again."""
+        if member not in self._address_of:
+            return
+        address = self._address_of.pop(member)
+        self._forget_idle(member, address)
+        self._count[address] -= 1
+        if not self._count[address]:
+            del self._count[address]
+        OPEN.set(len(self))
+
+    def _oldest_idle(self, address: str | None) -> Member | None:
+        return next(iter(self._idle.get(address, ())), None)
+
+    def _forget_idle(self, member: Member, address: str | None) -> None:
+        idle = self._idle.get(address)
+        if idle is not None and member in idle:
+            del idle[member]
+            if not idle:
+                del self._idle[address]
+
+
+def backlog(files: int) -> int:
+    """How many connections may wait to be accepted. All of them may be accepted at once, before any is counted."""
+    return max(_FEWEST, min(1024, files // 8))
+
+
+def connections_within(files: int) -> Connections:
+    """The limits that so many open files allow."""
+    most = max(_FEWEST, min(MOST_CONNECTIONS, files - RESERVED_FILES - backlog(files)))
+    return Connections(most, max(_FEWEST, min(MOST_OF_AN_ADDRESS, most * 3 // 4)))
+
+
+def raise_open_files() -> int:
+    """Raise this process's soft limit of open files as far as the hard one allows. Returns the limit; logs one that is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _USEFUL_FILES if hard == resource.RLIM_INFINITY else min(hard, _USEFUL_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    files = open_files()
+    allowed = connections_within(files).most
+    if allowed < MOST_CONNECTIONS:
+        log.warning(
+            "open_files_low", open_files=files, connections=allowed, advice="Raise `ulimit -n` (LimitNOFILE) to 4096."
+        )
+    return files
+
+
+def open_files() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _USEFUL_FILES if soft == resource.RLIM_INFINITY else soft
