@@ -35,10 +35,8 @@ LONGEST_BODY_SECONDS = 300.0
 #: A body that is no larger takes no room: a connection's own buffers hold as much. One that does not say how long it is takes
 #: room step by step.
 SMALL_BODY, ROOM_STEP = 64 * 1024, 2**20
-#: What a refused request still sends is taken in when it is no more than this; else its connection ends with the answer.
+#: What a refused request still sends is taken in when it says that it is no more than this; else its connection ends.
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
-#: After an answer that ends its connection, so much of what is on its way is taken in and thrown away.
-LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
 #: Pages that bring scripts and styles of their own; everything else is data.
 PAGES = ("/", "/docs", "/redoc", "/docs/oauth2-redirect")
 DATA_POLICY = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -156,32 +154,13 @@ class _Body:
 
     async def drain(self) -> None:
         """Take in the little that nobody asked for, so that the connection can serve on."""
-        if self.declared <= DRAINED_BYTES and not self.has_stopped:
-            await self._discard(DRAINED_BYTES, DRAIN_SECONDS)
-
-    async def answer(self, message: Message, send: Send) -> None:
-        """Send a part of an answer that comes before the body is whole.
-
-        A connection that is closed while bytes come in is reset, and the sender may lose the answer. So the last part of the
-        answer, which closes it, waits until the sender stops: a moment at most.
-        """
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.leave()
-            await send({**message, "more_body": True})
-            await self._discard(LINGER_BYTES, LINGER_SECONDS)
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await send(message)
-
-    async def _discard(self, most: int, seconds: float) -> None:
-        if "expect" in self.headers:
+        is_chunked = "transfer-encoding" in self.headers
+        if self.declared > DRAINED_BYTES or is_chunked or self.has_stopped or "expect" in self.headers:
             return
         try:
-            async with asyncio.timeout(seconds):
-                taken = 0
-                while not self.is_whole and taken <= most:
-                    async with asyncio.timeout(DRAIN_SECONDS):
-                        message = await self.receive()
-                    taken += len(message.get("body", b""))
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self.is_whole:
+                    message = await self.receive()
                     self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
         except TimeoutError:
             return
@@ -249,7 +228,7 @@ class Envelope:
                     await body.drain()
                 is_over = body.is_ambiguous or not body.is_whole
                 self._seal(scope, MutableHeaders(scope=message), headers, is_over=is_over)
-            await (send(message) if body.is_whole else body.answer(message, send))
+            await send(message)
 
         IN_FLIGHT.inc()
         try:

@@ -1,14 +1,15 @@
 """One connection of the HTTP server: what bytes may cost before there is a request, with or without nginx.
 
 uvicorn reads a header without a time limit. Its parser (h11) accepts line ends and folded lines that other readers read
-differently, and it takes a chunked body apart in one go, however many pieces it has. This module limits all three, and the
-number of connections.
+differently. It takes a chunked body apart in one go, however many pieces it has, before anybody asked for it. An answer that
+comes before the body's end is lost to a caller who still sends. This module mends all four, and limits connections.
 """
 
 import asyncio
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
@@ -34,6 +35,8 @@ PIECES_A_TURN: Final = 16
 #: Chunks that a body may have whatever their size, and the bytes that each further one must bring on average. Clients that
 #: stream send 4 to 64 KiB a chunk.
 FREE_CHUNKS, BYTES_A_CHUNK = 256, 512
+#: After an answer that ends its connection, so much of what is on its way is thrown away.
+LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
 #: When a caller should try again who found no room for a connection.
 RETRY_SECONDS: Final = 2
 
@@ -82,12 +85,64 @@ class _Pieces(h11.Connection):
 class _Flow(FlowControl):
     """uvicorn's flow control; nothing is read while there is still something to take apart."""
 
-    is_behind = False
+    def __init__(self, transport: asyncio.Transport, go_on: Callable[[], None]) -> None:
+        """go_on: take more apart, soon."""
+        super().__init__(transport)
+        self._go_on = go_on
+        self.is_behind = False
 
     def resume_reading(self) -> None:
-        """Read on, once everything that came is taken apart."""
-        if not self.is_behind:
+        """Somebody asks for more of the body: of what has come already, if there is any."""
+        if self.is_behind:
+            self._go_on()
+        else:
             super().resume_reading()
+
+
+class _Lingering:
+    """A transport that is closed gently: a caller who still sends gets the answer and not a reset.
+
+    After `close` nothing is written. What comes in is thrown away, unread, until the caller stops: a moment at most.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, is_sending: Callable[[], bool]
+    ) -> None:
+        """is_sending: whether the caller may be in the middle of a body."""
+        self._transport = transport
+        self._loop = loop
+        self._is_sending = is_sending
+        self._left = LINGER_BYTES
+        self._is_lingering = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a transport's
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing is written any more."""
+        return self._is_lingering or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close it, as soon as the caller stops sending."""
+        if self.is_closing() or not self._is_sending() or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._is_lingering = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._timer = self._loop.call_later(LINGER_SECONDS, self._transport.close)
+
+    def throw_away(self, size: int) -> None:
+        """So many bytes came in meanwhile."""
+        self._left -= size
+        if self._left < 0:
+            self._transport.close()
+
+    def ended(self) -> None:
+        """The connection is gone."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Connection(H11Protocol):
@@ -102,6 +157,7 @@ class Connection(H11Protocol):
     _looked_at = 0
     conn: _Pieces
     flow: _Flow
+    transport: Any
 
     def __init__(
         self,
@@ -125,7 +181,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Take the connection in where there is room for it."""
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.transport = _Lingering(transport, self.loop, self._is_sending)
+        self.flow = _Flow(self.transport, self._take_a_turn)
         if not self._all.admit(self, self._address()):
             self._refuse(NotReady)
             return
@@ -135,15 +192,17 @@ class Connection(H11Protocol):
         """Stop waiting for anything."""
         self._all.leave(self)
         self._stop_timers()
+        self.transport.ended()
         super().connection_lost(exc)
 
     def make_room(self) -> None:
         """Close the idle connection for the sake of another one; see Connections."""
-        self.timeout_keep_alive_handler()
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
         if self.transport.is_closing():
+            self.transport.throw_away(len(data))
             return
         super().data_received(data)
 
@@ -160,7 +219,7 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.transport.is_closing():
             return
-        self._take_turns()
+        self._rest_or_read()
         waiting = self.conn.trailing_data[0] if self.conn.their_state is h11.IDLE else b""
         self._looked_at = len(waiting)
         self._watch_header(is_awaited=bool(waiting))
@@ -201,18 +260,23 @@ class Connection(H11Protocol):
         is_proxy = isinstance(app, ProxyHeadersMiddleware) and host in app.trusted_hosts
         return None if is_proxy else subscriber(host)
 
-    def _take_turns(self) -> None:
-        """Go on in the event loop's next round where there is more to take apart; until then nothing is read."""
+    def _is_sending(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def _rest_or_read(self) -> None:
+        """Where there is more to take apart, read nothing until somebody has asked for it."""
         if self.conn.is_resting:
             self.flow.pause_reading()
             self.flow.is_behind = True
-            if self._next_turn is None:
-                self._next_turn = self.loop.call_soon(self._go_on)
         elif self.flow.is_behind:
             self.flow.is_behind = False
             is_reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
             if is_reading and (self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT):
                 self.flow.resume_reading()
+
+    def _take_a_turn(self) -> None:
+        if self._next_turn is None:
+            self._next_turn = self.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._next_turn = None
@@ -245,6 +309,7 @@ class Connection(H11Protocol):
         for event in _page(kind):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        self._all.rest(self)
 
 
 def fault_of(received: bytes, looked_at: int = 0) -> type[Problem] | None:

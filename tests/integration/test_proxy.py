@@ -28,6 +28,7 @@ from app.api.problems import TYPE_BASE
 from app.api.uploads import FIELDS_BYTES
 from app.config import Settings
 from app.devstack.servers import free_port
+from app.main import create_app
 from tests.support.services import Proc
 
 REPOSITORY = Path(__file__).parents[2]
@@ -95,13 +96,16 @@ def find_nginx() -> str:
     return found
 
 
-def rendered(folder: Path, *, listen: int, upstream: int, patience_seconds: int) -> Path:
+def rendered(
+    folder: Path, *, listen: int, upstream: int | str, patience_seconds: int, resolver: str = "127.0.0.1:9"
+) -> Path:
     """The shipped configuration with only its addresses, folders and patience changed."""
     changed = CONFIGURATION
     for pattern, by, times in (
-        (r"api:8000", f"127.0.0.1:{upstream}", 1),
+        (r"api:8000", upstream if isinstance(upstream, str) else f"127.0.0.1:{upstream}", 1),
         (r"listen 8080", f"listen 127.0.0.1:{listen}", 1),
         (r"/tmp/", f"{folder}/", 6),  # noqa: S108 - the container's
+        (r"resolver 127\.0\.0\.11", f"resolver {resolver}", 1),
         (r"/etc/nginx/tls/", f"{folder}/tls/", 1),
         (r"(client_header_timeout|client_body_timeout) 10s", rf"\1 {patience_seconds}s", 2),
     ):
@@ -131,10 +135,14 @@ def accepts(port: int) -> Callable[[Callable[[], bool]], None]:
 
 
 @contextmanager
-def running_nginx(folder: Path, *, upstream: int, patience_seconds: int = PATIENCE_SECONDS) -> Iterator[int]:
-    """The proxy as it is shipped, in front of an upstream's port; gives its own port."""
+def running_nginx(
+    folder: Path, *, upstream: int | str, patience_seconds: int = PATIENCE_SECONDS, resolver: str = "127.0.0.1:9"
+) -> Iterator[int]:
+    """The proxy as it is shipped, in front of an upstream's port or name; gives its own port."""
     listen = free_port()
-    configuration = rendered(folder, listen=listen, upstream=upstream, patience_seconds=patience_seconds)
+    configuration = rendered(
+        folder, listen=listen, upstream=upstream, patience_seconds=patience_seconds, resolver=resolver
+    )
     # Started as root it would become nobody, who may not write into this folder.
     globally = "daemon off; user root;" if os.getuid() == 0 else "daemon off;"
     nginx = Proc([find_nginx(), "-c", str(configuration), "-g", globally], accepts(listen))
@@ -212,9 +220,36 @@ async def test_h20_as_much_as_the_api_takes_goes_through_and_no_more(tmp_path: P
         assert (await client.post("/v1/identities", content=b"x" * most)).json()["body_bytes"] == most
         before = len(proxy.upstream.heads)
         refused = await client.post("/v1/identities", content=b"x" * (limit + 1))
-    assert refused.status_code == 413
-    assert len(proxy.upstream.heads) == before
+        assert (await client.post("/v1/galleries", content=b"x" * settings.max_json_bytes)).status_code == 200
+        small = await client.post("/v1/galleries", content=b"x" * (settings.max_json_bytes + 1))
     assert_is_problem(refused, errors.TooLarge, "/v1/identities")
+    assert_is_problem(small, errors.TooLarge, "/v1/galleries")
+    assert len(proxy.upstream.heads) == before + 1
+
+
+def photo_routes() -> list[str]:
+    """The paths that take photos, with an id in the place of a parameter."""
+    schema = create_app(Settings(_env_file=None, docs_enabled=True)).openapi()
+    return [
+        re.sub(r"\{[^}]*\}", "01a1fc00-0000-7000-8000-000000000000", path)
+        for path, item in schema["paths"].items()
+        if "multipart/form-data" in item.get("post", {}).get("requestBody", {}).get("content", {})
+    ]
+
+
+async def test_a4_exactly_the_routes_with_photos_take_large_bodies(proxy: Proxy) -> None:
+    routes = photo_routes()
+    assert len(routes) == 7
+    others = [
+        *(f"{path}x" for path in routes),
+        "/health",
+        "/v1/auth/token",
+        "/v1/identities/import",
+        "/v1/identities/a",
+    ]
+    async with proxy.client() as client:
+        taken = {path: (await client.post(path, content=b"x" * 300_000)).status_code for path in (*routes, *others)}
+    assert taken == dict.fromkeys(routes, 200) | dict.fromkeys(others, 413)
 
 
 def assert_is_problem(answer: httpx.Response, kind: type[errors.Problem], path: str) -> None:

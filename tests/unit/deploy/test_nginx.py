@@ -33,7 +33,7 @@ def written(groups: tuple[int, ...]) -> str:
 def test_the_limits_of_an_address_are_those_of_its_subscriber() -> None:
     assert len(RULES) > 5
     zones = re.findall(r"limit_(?:conn|req)_zone (\S+) ", CONFIGURATION)
-    assert zones == ["$idem_subscriber"] * 2
+    assert zones == ["$idem_subscriber", "$server_name", "$idem_subscriber"]
 
 
 @given(GROUPS, GROUPS)

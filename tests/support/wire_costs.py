@@ -1,0 +1,187 @@
+"""What attacks on the wire cost others: `python -m tests.support.wire_costs [--checkout DIR] [--nofile N] [KIND...]`.
+
+Starts a whole stack with one API process, runs each load from a process of its own, and prints one line of JSON each: how long
+`/health` and another client's photo of 3 MB took, the API's memory, and what the attackers were answered.
+--checkout: another version of the product, to compare with.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import httpx
+import psutil
+
+from app.devstack.demo import sample_people
+from tests.e2e.builders import Service, open_service
+from tests.support.stacks import RunningStack, running_stack
+from tests.support.wire_load import Running, under_load
+
+SECONDS: Final = 20.0
+PHOTO_BYTES: Final = 3_000_000
+MEBIBYTE: Final = 2**20
+
+
+def large_photo() -> bytes:
+    """A portrait of 3 MB: a small one with comments."""
+    photo = sample_people()[0].photo
+    comment = b"\xff\xfe\xff\xff" + b" " * 65_533
+    return photo[:2] + comment * (PHOTO_BYTES // len(comment)) + photo[2:]
+
+
+@dataclass(slots=True)
+class Watch:
+    """Figures of one load."""
+
+    service: Service
+    api: psutil.Process
+    photo: bytes
+
+    def timed(self, ask: Callable[[], int], seconds: float, pause: float) -> tuple[list[float], dict[str, int]]:
+        """How long each answer took, and the statuses, for so many seconds."""
+        took: list[float] = []
+        seen: dict[str, int] = {}
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            try:
+                status = str(ask())
+            except (httpx.HTTPError, http.client.HTTPException, OSError) as error:
+                status = type(error).__name__
+            took.append(time.perf_counter() - began)
+            seen[status] = seen.get(status, 0) + 1
+            time.sleep(pause)
+        return took, seen
+
+    def health(self) -> int:
+        """A new connection each time, as a probe has."""
+        connection = http.client.HTTPConnection("127.0.0.1", int(self.service.url.rpartition(":")[2]), timeout=60)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def detect(self) -> int:
+        """Another client's photo."""
+        return self.service.app.post("/v1/faces/detect", files={"photo": ("p.jpg", self.photo)}).status_code
+
+    def measure(self, seconds: float) -> dict[str, object]:
+        """All figures, while whatever runs runs."""
+        memory, is_over = [self.api.memory_info().rss], threading.Event()
+
+        def look() -> None:
+            while not is_over.wait(0.1):
+                memory.append(self.api.memory_info().rss)
+
+        results: dict[str, tuple[list[float], dict[str, int]]] = {}
+
+        def ask(name: str, question: Callable[[], int], pause: float) -> None:
+            results[name] = self.timed(question, seconds, pause)
+
+        threads = [
+            threading.Thread(target=look),
+            threading.Thread(target=ask, args=("health", self.health, 0.02)),
+            threading.Thread(target=ask, args=("photo", self.detect, 0.2)),
+        ]
+        for one in threads:
+            one.start()
+        for one in threads[1:]:
+            one.join()
+        is_over.set()
+        threads[0].join()
+        figures: dict[str, object] = {
+            "memory_peak_mib": round(max(memory) / MEBIBYTE),
+            "memory_end_mib": round(memory[-1] / MEBIBYTE),
+        }
+        for name, (took, seen) in results.items():
+            figures[name] = {
+                "p50_ms": round(statistics.median(took) * 1000, 1),
+                "p95_ms": round(sorted(took)[int(len(took) * 0.95)] * 1000, 1),
+                "longest_ms": round(max(took) * 1000, 1),
+                "answers": seen,
+            }
+        return figures
+
+
+def tokens(service: Service) -> str:
+    """The attacker's: another caller than the one whose photo is measured."""
+    return str(service.officer.headers["Authorization"]).removeprefix("Bearer ")
+
+
+def loads(token: str) -> dict[str, dict[str, object]]:
+    """The loads by name, with their options."""
+    return {
+        "A3 chunks": {"kind": "chunks", "connections": 24},
+        "A3 extensions": {"kind": "extensions", "connections": 24},
+        "A3 trailers": {"kind": "trailers", "connections": 24},
+        "A3 header": {"kind": "header", "connections": 24},
+        "A3 pipeline": {"kind": "pipeline", "connections": 24},
+        "A3 lines": {"kind": "lines", "connections": 24, "size": 2 * MEBIBYTE, "token": token},
+        "A5 stands still": {"kind": "hold", "connections": 60, "size": 10_000_000, "token": token},
+        "A5 enrolments of 20 MB": {"kind": "hold", "connections": 60, "size": 20_000_000, "token": token},
+        "A5 trickles": {"kind": "hold", "connections": 60, "size": 20_000_000, "token": token, "trickle_seconds": 6},
+        "A15 idle": {"kind": "idle", "connections": 1100},
+    }
+
+
+def measure(stack: RunningStack, wanted: list[str]) -> None:
+    """Each load, one after the other."""
+    with open_service(stack.ready) as service:
+        port = int(service.url.rpartition(":")[2])
+        api = psutil.Process(next(pid for name, pid in stack.pids().items() if name.startswith("api")))
+        watch = Watch(service, api, large_photo())
+        for _ in range(5):
+            watch.detect()
+        tell("alone", watch.measure(8))
+        for name, options in loads(tokens(service)).items():
+            if wanted and not any(one in name for one in wanted):
+                continue
+            idle = api.memory_info().rss // MEBIBYTE
+            given = {key: value for key, value in options.items() if key != "kind"}
+            running: Running
+            with under_load(str(options["kind"]), port, **given) as running:
+                figures = watch.measure(SECONDS)
+            tell(name, figures | {"memory_idle_mib": idle, "attackers": running.answers, "load": os.getloadavg()[0]})
+            time.sleep(3)
+
+
+def tell(name: str, figures: dict[str, object]) -> None:
+    """One line."""
+    sys.stdout.write(json.dumps({"load_name": name, **figures}) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("wanted", nargs="*")
+    parser.add_argument("--checkout", type=Path)
+    parser.add_argument("--nofile", type=int)
+    given = parser.parse_args()
+    # This process opens few files; those that it starts have the limit that is asked for.
+    if given.nofile:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given.nofile, given.nofile))
+    environment = dict(os.environ)
+    if given.checkout:
+        environment |= {"PYTHONPATH": str(given.checkout), "PYTHONSAFEPATH": "1"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_stack(Path(folder) / "data", "--no-demo", "--api-workers", "1", environment=environment) as stack,
+    ):
+        measure(stack, cast("list[str]", given.wanted))
+
+
+if __name__ == "__main__":
+    main()
