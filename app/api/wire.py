@@ -128,8 +128,12 @@ class _Lingering:
         if self.is_closing() or not self._is_sending() or not self._transport.can_write_eof():
             self._transport.close()
             return
+        try:
+            self._transport.write_eof()
+        except OSError:  # the caller is gone
+            self._transport.close()
+            return
         self._is_lingering = True
-        self._transport.write_eof()
         self._transport.resume_reading()
         self._timer = self._loop.call_later(LINGER_SECONDS, self._transport.close)
 

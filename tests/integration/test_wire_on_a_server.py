@@ -1,6 +1,7 @@
 """The HTTP server as it is shipped, without nginx before it: slow, huge, ambiguous and idle connections."""
 
 import asyncio
+import http.client
 import json
 import re
 import socket
@@ -17,15 +18,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from app.api import problems
+from app.api.connections import Connections
 from app.api.envelope import SECURITY_HEADERS, Envelope
-from app.api.wire import Connection
+from app.api.wire import BYTES_A_CHUNK, FREE_CHUNKS, Connection
 from app.cli.serve import configuration
 from app.config import Settings
+from tests.support.wire_load import Running, under_load
 
 BODY_SECONDS = 0.4
 #: What slow callers may be late, on a machine that does something else too.
 SLACK_SECONDS = 2.0
 IDLE_CONNECTIONS = 300
+LATE_SECONDS = 2
+#: What one connection takes of the event loop at a time, in the processor's time: how busy the machine is does not matter.
+TURN_SECONDS = 0.05
 
 
 class Hasty(Connection):
@@ -46,6 +52,14 @@ def _app() -> FastAPI:
     @app.post("/echo")
     async def echo(request: Request) -> dict[str, int]:
         return {"bytes": len(await request.body())}
+
+    @app.post("/deaf", status_code=401)
+    async def deaf() -> None:
+        """Refuses before it reads."""
+
+    @app.get("/late")
+    async def late() -> None:
+        await asyncio.sleep(LATE_SECONDS)
 
     @app.get("/much")
     async def much() -> StreamingResponse:
@@ -294,3 +308,136 @@ async def test_h104_idle_connections_cost_the_others_little() -> None:
             writer.close()
     # Ten milliseconds are what another process on this machine may take away.
     assert during < 2 * before + 0.01, (before, during)
+
+
+@asynccontextmanager
+async def loaded(kind: str, server: Server, **options: object) -> AsyncIterator[Running]:
+    """Meanwhile, the load runs in a process of its own."""
+    load = under_load(kind, server.port, **options)
+    running = await asyncio.to_thread(load.__enter__)
+    try:
+        yield running
+    finally:
+        await asyncio.to_thread(load.__exit__, None, None, None)
+
+
+async def _all_are_served(server: Server, seconds: float) -> None:
+    """Those who connect and ask, for so many seconds; asked by a thread."""
+
+    def ask() -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            other = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            other.request("GET", "/who")
+            assert other.getresponse().status == 200
+            other.close()
+            time.sleep(0.01)
+
+    await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "statuses"),
+    [
+        ("chunks", "/deaf", {"401"}),
+        ("chunks", "/echo", {"400", "408"}),
+        ("extensions", "/echo", {"400", "408"}),
+        ("trailers", "/echo", {"431"}),
+        ("header", "/echo", set()),
+        ("pipeline", "/who", {"answers"}),
+    ],
+)
+async def test_a3_small_pieces_do_not_keep_others_waiting(
+    kind: str, path: str, statuses: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[float] = []
+    receive = Connection.data_received
+
+    def timed(self: Connection, data: bytes) -> None:
+        began = time.thread_time()
+        receive(self, data)
+        turns.append(time.thread_time() - began)
+
+    monkeypatch.setattr(Connection, "data_received", timed)
+    async with running(connection=Connection) as server, loaded(kind, server, path=path) as attackers:
+        await _all_are_served(server, 1.0)
+    assert max(turns) < TURN_SECONDS
+    assert not statuses or attackers.answers.keys() & statuses, attackers.answers
+
+
+async def test_a3_who_streams_in_small_chunks_is_served_as_long_as_they_are_not_tiny(server: Server) -> None:
+    async def pieces(count: int, size: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * size
+
+    async with server.client() as client:
+        few = await client.post("/echo", content=pieces(FREE_CHUNKS, 1))
+        many = await client.post("/echo", content=pieces(2000, BYTES_A_CHUNK))
+        tiny = await client.post("/echo", content=pieces(FREE_CHUNKS + 1, 1))
+    assert few.json() == {"bytes": FREE_CHUNKS}
+    assert many.json() == {"bytes": 2000 * BYTES_A_CHUNK}
+    assert tiny.status_code == 400
+    assert tiny.json()["type"].endswith("too-many-pieces")
+
+
+async def test_a_header_may_come_byte_by_byte(server: Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    for byte in b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc":
+        writer.write(bytes([byte]))
+        await asyncio.sleep(0)
+    assert (await reader.read()).endswith(b'{"bytes":3}')
+    writer.close()
+
+
+async def test_an_answer_reaches_a_caller_who_is_still_sending(server: Server) -> None:
+    """Without the connection being reset, which would take the answer away."""
+    for _ in range(5):
+        async with server.client() as client:
+            answer = await client.post("/deaf", content=b"x" * 2_000_000)
+        assert answer.status_code == 401
+        assert answer.headers["connection"] == "close"
+
+
+class Crowded(Connection):
+    """As shipped, with room for fewer connections."""
+
+    @staticmethod
+    def limits() -> Connections:
+        """As shipped, smaller."""
+        return Connections(most=100, most_of_an_address=80)
+
+
+async def test_a15_idle_connections_make_room_for_others() -> None:
+    async with running(connection=Crowded) as server, server.client() as kept:
+        async with loaded("idle", server, connections=300, path="/who") as crowd:
+            await _all_are_served(server, 1.0)
+            assert len(server.uvicorn.server_state.connections) <= 80
+            # Whoever comes from the crowd's own address, on a connection that was idle for long, is served as well.
+            assert (await kept.get("/who")).status_code == 200
+            async with loaded("idle", server, connections=100, source="127.0.0.2", path="/who"):
+                await _all_are_served(server, 0.5)
+                assert len(server.uvicorn.server_state.connections) <= 100
+        assert crowd.answers["closed"] >= 100
+
+
+async def test_a15_busy_connections_are_kept_and_a_newcomer_without_room_is_told_so() -> None:
+    async with running(connection=Crowded) as server:
+        busy = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(80)]
+        for _, writer in busy:
+            writer.write(b"GET /late HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.2)
+        refused = await server.raw(b"GET /who HTTP/1.1\r\nHost: x\r\n\r\n")
+        for reader, writer in busy:
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+    assert _status(refused) == "503"
+    assert "retry-after: 2" in refused.lower()
+
+
+async def test_a15_behind_a_trusted_proxy_the_limit_of_an_address_does_not_count() -> None:
+    async with running("127.0.0.1", Crowded) as server:
+        opened = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(95)]
+        await asyncio.sleep(0.1)
+        assert len(server.uvicorn.server_state.connections) == 95
+        for _, writer in opened:
+            writer.close()

@@ -37,9 +37,18 @@ class Load:
     source: str
     trickle_seconds: float
 
+    def get(self) -> bytes:
+        """A small request."""
+        return f"GET {self.path or '/health'} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
     def head(self, *lines: str) -> bytes:
         """The header of a POST, with a token where there is one."""
-        all_ = [f"POST {self.path} HTTP/1.1", "Host: x", "Content-Type: multipart/form-data; boundary=b0undary", *lines]
+        all_ = [
+            f"POST {self.path or '/v1/identities'} HTTP/1.1",
+            "Host: x",
+            "Content-Type: multipart/form-data; boundary=b0undary",
+            *lines,
+        ]
         if self.token:
             all_.append(f"Authorization: Bearer {self.token}")
         return "\r\n".join([*all_, "", ""]).encode()
@@ -89,7 +98,7 @@ async def trailers(load: Load, seen: Counter[str]) -> None:
 
 async def pipeline(load: Load, seen: Counter[str]) -> None:
     """Small requests behind each other on one connection."""
-    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = load.get()
     while True:
         async with connected(load) as (reader, writer):
             writer.write(request * 5000)
@@ -145,7 +154,7 @@ async def hold(load: Load, seen: Counter[str]) -> None:
 async def idle(load: Load, seen: Counter[str]) -> None:
     """One request, and then nothing."""
     async with connected(load) as (reader, writer):
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(load.get())
         seen[(await reader.readuntil(b"\r\n"))[9:12].decode()] += 1
         await reader.read()
         while await reader.read(65_536):
@@ -160,7 +169,10 @@ KINDS = {one.__name__: one for one in (chunks, extensions, trailers, pipeline, h
 async def run(kind: str, load: Load) -> Counter[str]:
     """All connections at once, until the standard input ends. Returns what was answered, by status."""
     seen: Counter[str] = Counter()
-    tasks = [asyncio.create_task(KINDS[kind](load, seen)) for _ in range(load.connections)]
+    tasks = []
+    for number in range(load.connections):
+        tasks.append(asyncio.create_task(KINDS[kind](load, seen)))
+        await asyncio.sleep(0.01 if number % 10 == 0 else 0)
     await asyncio.sleep(0.3)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -204,7 +216,7 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("--connections", type=int, default=24)
     parser.add_argument("--size", type=int, default=20 * MIB)
-    parser.add_argument("--path", default="/v1/identities")
+    parser.add_argument("--path", default="")
     parser.add_argument("--token", default="")
     parser.add_argument("--source", default="", help="The address to come from: 127.0.0.2, say.")
     parser.add_argument("--trickle-seconds", type=float, default=0)
