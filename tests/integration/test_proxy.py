@@ -12,24 +12,33 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
+import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from fastapi import FastAPI, Request
 
 from app import errors
-from app.api.envelope import DATA_POLICY, SECURITY_HEADERS
+from app.api import problems
+from app.api.envelope import DATA_POLICY, SECURITY_HEADERS, Envelope
 from app.api.identities import MOST_PHOTOS
 from app.api.problems import TYPE_BASE
+from app.api.room import Room
 from app.api.uploads import FIELDS_BYTES
+from app.audit import Action
+from app.cli.serve import configuration
 from app.config import Settings
 from app.devstack.servers import free_port
+from app.domain.callers import Caller
 from app.main import create_app
 from tests.support.services import Proc
+from tests.support.wire_load import under_load
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGURATION = (REPOSITORY / "deploy/nginx.conf").read_text(encoding="utf-8")
@@ -39,6 +48,10 @@ CONNECTIONS = int(re.findall(r"limit_conn addresses (\d+);", CONFIGURATION)[0])
 OF_DATA = {"Cache-Control": "no-store", "Content-Security-Policy": DATA_POLICY}
 #: A slow caller is let go after so many seconds; a tenth of it here, so that nobody waits.
 PATIENCE_SECONDS = 1
+#: Without progress, after which a body is given up here; ten in production.
+BODY_SECONDS = 1.0
+#: A name is looked up again after two seconds.
+FOUND_WITHIN_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -415,3 +428,117 @@ async def test_an_api_that_is_away_is_told_as_such(tmp_path: Path) -> None:
             answer = await client.get("/v1/auth/me")
     assert_is_problem(answer, errors.DependencyUnavailable, "/v1/auth/me")
     assert answer.headers["retry-after"] == "2"
+
+
+class Names(asyncio.DatagramProtocol):
+    """A name server that answers every question with one address, which may change."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._transport: asyncio.DatagramTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.DatagramTransport", transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        question = data[12 : data.index(b"\0", 12) + 5]
+        head = data[:2] + b"\x81\x80" + b"\0\1\0\1\0\0\0\0"
+        answer = b"\xc0\x0c\0\1\0\1" + (600).to_bytes(4, "big") + b"\0\4" + socket.inet_aton(self.address)
+        assert self._transport is not None
+        self._transport.sendto(head + question + answer, addr)
+
+
+@asynccontextmanager
+async def naming(address: str) -> AsyncIterator[tuple[Names, str]]:
+    """A name server on loopback, and where it is."""
+    loop = asyncio.get_running_loop()
+    transport, names = await loop.create_datagram_endpoint(lambda: Names(address), ("127.0.0.1", 0))
+    try:
+        yield names, f"127.0.0.1:{transport.get_extra_info('sockname')[1]}"
+    finally:
+        transport.close()
+
+
+async def test_i5_an_api_that_came_back_with_another_address_is_found(tmp_path: Path) -> None:
+    first, second = Upstream(), Upstream()
+    async with (
+        naming("127.0.0.1") as (names, resolver),
+        await asyncio.start_server(first.answer, "127.0.0.1", 0) as one,
+    ):
+        port = one.sockets[0].getsockname()[1]
+        async with await asyncio.start_server(second.answer, "127.0.0.2", port):
+            with running_nginx(tmp_path, upstream=f"api.idem.test:{port}", resolver=resolver) as listen:
+                async with Proxy(listen, first).client() as client:
+                    assert (await client.get("/v1/a%2Fb?c=%20d")).status_code == 200
+                    one.close()
+                    names.address = "127.0.0.2"
+                    began = time.monotonic()
+                    while (await client.get("/ready")).status_code != 200:
+                        assert time.monotonic() - began < FOUND_WITHIN_SECONDS
+                        await asyncio.sleep(0.1)
+            await asyncio.gather(*filter(None, first.connections | second.connections))
+    assert first.heads[0].startswith("GET /v1/a%2Fb?c=%20d HTTP/1.1\r\n")
+    assert second.heads[0].startswith("GET /ready HTTP/1.1\r\n")
+
+
+def guarded_api() -> FastAPI:
+    """What reads bodies as the API does: with its limits, and by callers; a caller without a name is refused unread."""
+    app = FastAPI()
+    problems.install(app)
+
+    @app.post("/v1/{name}")
+    async def take(name: str, request: Request) -> dict[str, int]:
+        who = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not who:
+            raise errors.Unauthenticated
+        caller = Caller(who, "client", who, frozenset(), None, "token")
+        request.state.admitted = Action(name=name, caller=caller, request_id="", ip="")
+        request.state.body_limit = 67 * 2**20
+        return {"bytes": sum([len(piece) async for piece in request.stream()])}
+
+    app.add_middleware(Envelope, body_limit=2**18, body_seconds=BODY_SECONDS, room=Room(10 * 2**20, seconds=1.0))
+    return app
+
+
+def spooled(folder: Path) -> int:
+    """Bytes that nginx keeps in files."""
+    return sum(path.stat().st_size for path in folder.glob("client_body/**/*") if path.is_file())
+
+
+@pytest.mark.parametrize("token", ["", "attacker"], ids=["a stranger", "a caller"])
+async def test_a4_nobody_fills_the_proxy_with_photos_that_never_end(tmp_path: Path, token: str) -> None:
+    """57 connections that send most of a photo and then trickle; another client's photo of 3 MB still gets in."""
+    async with serving(guarded_api()) as upstream:
+        with running_nginx(tmp_path, upstream=upstream, patience_seconds=10) as port:
+            load = under_load("hold", port, connections=57, size=2_000_000, token=token, trickle_seconds=0.5)
+            running = await asyncio.to_thread(load.__enter__)
+            async with Proxy(port, Upstream()).client() as client:
+                for _ in range(3):
+                    photo = await client.post(
+                        "/v1/verifications", content=b"x" * 3_000_000, headers={"Authorization": "Bearer victim"}
+                    )
+                    assert photo.json() == {"bytes": 3_000_000}
+                    assert spooled(tmp_path) == 0
+                    await asyncio.sleep(0.3)
+            await asyncio.sleep(2.5 if token else 0)  # until the first ones are given up
+            await asyncio.to_thread(load.__exit__, None, None, None)
+    # The slow ones are ended, and those without room or without a name are told so.
+    assert running.answers.keys() & ({"408", "429"} if token else {"401"}), running.answers
+
+
+@asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[int]:
+    """The app behind the API's own server; gives its port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = configuration(Settings(_env_file=None, log_level="error"), app=app)
+        config.lifespan = "off"
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
