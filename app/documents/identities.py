@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, Field
-from pymongo import IndexModel, UpdateOne
+from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.clock import from_now
@@ -286,22 +286,17 @@ class Identity(Stored):
         return await found.sort("_id").limit(limit).to_list()
 
     @classmethod
-    async def replace_samples(cls, changed: Sequence[tuple[Self, list[Sample]]]) -> int:
-        """Give each of these identities those samples, if it still is what it was when it was read; how many were changed.
-
-        The version stays: what officers know of the identity does not change.
-        """
-        writes = [
-            UpdateOne(
-                {"_id": identity.id, "version": identity.version},
-                {"$set": _plain({"samples": list(samples)})},
-            )
-            for identity, samples in changed
-        ]
-        if not writes:
-            return 0
-        result = await cls.get_pymongo_collection().bulk_write(writes, ordered=False)
-        return int(result.modified_count)
+    async def count_samples(cls, gallery_id: str, contract: str) -> int:
+        """How many samples of the gallery have a template of that model."""
+        stages: list[dict[str, Any]] = [
+            {"$match": {"gallery_id": gallery_id, "samples.contract": contract}},
+            {"$project": {"count": {"$size": {"$filter": {
+                "input": "$samples", "as": "s", "cond": {"$eq": ["$$s.contract", contract]},
+            }}}}},
+            {"$group": {"_id": None, "count": {"$sum": "$count"}}},
+        ]  # fmt: skip
+        rows = await (await cls.get_pymongo_collection().aggregate(stages)).to_list()
+        return int(rows[0]["count"]) if rows else 0
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:

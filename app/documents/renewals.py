@@ -1,12 +1,13 @@
 """Templates of another model, made from the stored photos and kept beside those in use until a gallery moves to them."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pymongo import IndexModel, ReplaceOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored
+from app.documents.identities import Identity
 
 
 class Renewal(Stored):
@@ -26,7 +27,10 @@ class Renewal(Stored):
         """Collection and indexes."""
 
         name = "renewals"
-        indexes: ClassVar[list[IndexModel]] = [IndexModel("gallery_id"), IndexModel("identity_id")]
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("gallery_id", 1), ("identity_id", 1)]),
+            IndexModel("identity_id"),
+        ]
 
     @classmethod
     async def of_samples(cls, sample_ids: Sequence[str], contract: str) -> dict[str, Self]:
@@ -48,6 +52,49 @@ class Renewal(Stored):
     async def lost(cls, gallery_id: str, contract: str) -> list[Self]:
         """Those without a template."""
         return await cls.find({"gallery_id": gallery_id, "contract": contract, "template": None}).to_list()
+
+    @classmethod
+    async def owners_after(cls, gallery_id: str, identity_id: str, limit: int) -> list[str]:
+        """Whose renewals these are, by id, from behind this one on: of at most `limit` renewals."""
+        rows = cls.get_pymongo_collection().find(
+            {"gallery_id": gallery_id, "identity_id": {"$gt": identity_id}}, {"_id": 0, "identity_id": 1}
+        )
+        found = [row["identity_id"] async for row in rows.sort("identity_id").limit(limit)]
+        return sorted(set(found))
+
+    @classmethod
+    async def put_in_place(cls, gallery_id: str, contract: str, identity_ids: Sequence[str]) -> None:
+        """Give these identities' samples the renewed templates. A sample without one has none any more.
+
+        MongoDB does it by itself, each identity in one step, and does nothing where it is done. The identities' versions stay:
+        what officers know of them does not change.
+        """
+        mine = {"$filter": {"input": "$$new.renewals", "as": "r", "cond": {"$eq": ["$$r.id", "$$sample.id"]}}}
+        renewed = {"template": "$$renewal.template", "landmarks": "$$renewal.landmarks", "contract": contract}
+        changed = {"$switch": {
+            "branches": [
+                {"case": {"$eq": ["$$sample.contract", contract]}, "then": "$$sample"},
+                {"case": {"$eq": [{"$type": "$$renewal"}, "missing"]}, "then": "$$sample"},
+                {
+                    "case": {"$eq": [{"$type": "$$renewal.template"}, "null"]},
+                    "then": {"$mergeObjects": ["$$sample", {"template": b""}]},
+                },
+            ],
+            "default": {"$mergeObjects": ["$$sample", renewed]},
+        }}  # fmt: skip
+        one = {"$let": {"vars": {"renewal": {"$first": mine}}, "in": changed}}
+        samples = {"$map": {"input": "$samples", "as": "sample", "in": one}}
+        fields = {"id": "$_id", "template": "$template", "landmarks": "$landmarks"}
+        stages: list[dict[str, Any]] = [
+            {"$match": {"gallery_id": gallery_id, "contract": contract, "identity_id": {"$in": list(identity_ids)}}},
+            {"$group": {"_id": "$identity_id", "renewals": {"$push": fields}}},
+            {"$merge": {
+                "into": Identity.get_collection_name(), "whenMatched": [{"$set": {"samples": samples}}],
+                "whenNotMatched": "discard",
+            }},
+        ]  # fmt: skip
+        cursor = await cls.get_pymongo_collection().aggregate(stages)
+        await cursor.to_list()
 
     @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> None:

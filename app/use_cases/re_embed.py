@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
+import pymongo
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.audit import Action, record
 from app.documents.base import new_id
 from app.documents.cases import Case, Pair
-from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery
+from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
 from app.documents.probes import Probe
 from app.documents.renewals import Renewal
@@ -47,7 +48,10 @@ LEASE_SECONDS: Final = 15
 SETTLE_SECONDS: Final = 5.0
 #: Identities that are read at a time. Each has some photos, which are read and embedded side by side.
 IDENTITIES_AT_ONCE: Final = 16
-REPLACED_AT_ONCE: Final = 200
+REPLACED_AT_ONCE: Final = 2000
+#: Nobody is served meanwhile, so a store under load may take its time.
+BATCH_SECONDS: Final = 60
+PAIRS_AT_ONCE: Final = 200
 #: Passes over the gallery until nothing new is found: enrolments go on meanwhile.
 MOST_PASSES: Final = 100
 
@@ -207,19 +211,21 @@ class _Move:
     async def run(self) -> Moved | None:
         gallery = await self._gallery()
         if gallery.contract == self.card.contract:
-            await Renewal.forget_gallery(gallery.id)
+            await self._forget_renewals(gallery)
             return None
         # What was lost the last time may be there again.
-        await Renewal.forget_gallery(gallery.id, only_lost=True)
+        await self._forget_renewals(gallery, only_lost=True)
+        seen = gallery.seq
+        await self._prepare(gallery, _people(gallery))
+        if gallery.moves_to is None:
+            seen = await self._catch_up(seen)
+            self._require_no_losses(gallery, await self._lost(gallery))
         if gallery.moves_to != self.card.contract:
-            await self._prepare_until_nothing_is_new(gallery)
-            if gallery.moves_to is None:
-                self._require_no_losses(gallery, await self._lost(gallery))
             gallery = await self._close(gallery)
         await self._say("closing", 0, 1)
         await asyncio.sleep(self.settle_seconds)
         # Nothing more can come from here on.
-        await self._prepare_until_nothing_is_new(gallery)
+        await self._catch_up(seen)
         lost = await self._lost(gallery)
         if lost and not self.accepts_losses and not await self._has_begun(gallery):
             await self._change(gallery, gallery.stay)
@@ -228,7 +234,7 @@ class _Move:
         pairs = await self._measure_pairs(gallery)
         moved = Moved(gallery.name, gallery.moved_from, samples, pairs, lost, _by_hand(gallery))
         await self._open(gallery, moved)
-        await Renewal.forget_gallery(gallery.id)
+        await self._forget_renewals(gallery)
         log.info("gallery_re_embedded", gallery=gallery.name, samples=samples, lost=len(lost), pairs=pairs)
         return moved
 
@@ -238,26 +244,32 @@ class _Move:
             raise NotFound
         return gallery
 
-    async def _prepare_until_nothing_is_new(self, gallery: Gallery) -> None:
+    async def _forget_renewals(self, gallery: Gallery, *, only_lost: bool = False) -> None:
+        with pymongo.timeout(BATCH_SECONDS):
+            await Renewal.forget_gallery(gallery.id, only_lost=only_lost)
+
+    async def _catch_up(self, seen: int) -> int:
+        """Read what came since the gallery was at that `seq`, until little is left; how far that reaches."""
         for _ in range(MOST_PASSES):
-            if not await self._prepare(gallery):
-                return
+            gallery = await self._gallery()
+            await self._prepare(gallery, _newcomers(gallery, seen))
+            came, seen = gallery.seq - seen, gallery.seq
+            if came <= IDENTITIES_AT_ONCE:
+                return seen
         raise NotReady("The gallery grows faster than it is read. Try again when fewer people enrol.")
 
-    async def _prepare(self, gallery: Gallery) -> int:
-        """Read the photos of all samples that have no template for the model yet; how many there were."""
-        fresh = done = 0
-        async for people in _people(gallery):
+    async def _prepare(self, gallery: Gallery, everybody: AsyncIterator[list[Identity]]) -> None:
+        """Read the photos of these people's samples that have no template for the model yet."""
+        done = 0
+        async for people in everybody:
             wanted = [(i, s) for i in people for s in i.samples if s.contract != self.card.contract]
             known = await Renewal.of_samples([sample.id for _, sample in wanted], self.card.contract)
             todo = [(identity, sample) for identity, sample in wanted if sample.id not in known]
             head = await self._gallery()  # with the keys of this moment
             read = await _read_all(self.runtime, head, todo)
             await Renewal.keep([self._renewal(head, one) for one in read])
-            fresh += len(todo)
             done += sum(len(identity.samples) for identity in people)
             await self._say("reading photos", done, max(done, gallery.samples))
-        return fresh
 
     def _renewal(self, gallery: Gallery, one: _Read) -> Renewal:
         template = landmarks = None
@@ -272,7 +284,8 @@ class _Move:
         )  # fmt: skip
 
     async def _lost(self, gallery: Gallery) -> list[LostSample]:
-        renewals = await Renewal.lost(gallery.id, self.card.contract)
+        with pymongo.timeout(BATCH_SECONDS):
+            renewals = await Renewal.lost(gallery.id, self.card.contract)
         living = await Identity.living_among([renewal.identity_id for renewal in renewals])
         # Without those that are gone by now, and those that were lost at an earlier move.
         there = {sample.id for identity in living.values() for sample in identity.samples if not sample.is_lost}
@@ -305,43 +318,31 @@ class _Move:
         return False
 
     async def _replace(self, gallery: Gallery) -> int:
-        """Put the new templates in place of the old ones; how many samples have one."""
-        while True:
-            done, left = 0, 0
-            async for people in _people(gallery, REPLACED_AT_ONCE):
-                renewals = await Renewal.of_samples([s.id for i in people for s in i.samples], self.card.contract)
-                renewed = [(i, [self._renewed(s, renewals) for s in i.samples]) for i in people]
-                changed = [(identity, samples) for identity, samples in renewed if samples != identity.samples]
-                await Probe.forget_all([identity.id for identity, _ in changed])
-                # Who was changed meanwhile is met by the next pass.
-                left += len(changed) - await Identity.replace_samples(changed)
-                done += sum(len(identity.samples) for identity in people)
-                await self._say("replacing templates", done, max(done, gallery.samples))
-            if not left:
-                return done
-
-    def _renewed(self, sample: Sample, renewals: dict[str, Renewal]) -> Sample:
-        renewal = renewals.get(sample.id)
-        if renewal is None or sample.contract == self.card.contract:
-            return sample
-        fields: dict[str, object] = {"template": b""}
-        if renewal.template is not None:
-            fields = {"template": renewal.template, "landmarks": renewal.landmarks, "contract": self.card.contract}
-        return sample.model_copy(update=fields)
+        """Put the new templates in place of the old ones; of how many samples."""
+        done, last = 0, ""
+        while owners := await Renewal.owners_after(gallery.id, last, REPLACED_AT_ONCE):
+            last = owners[-1]
+            with pymongo.timeout(BATCH_SECONDS):
+                await Probe.forget_all(owners)
+                await Renewal.put_in_place(gallery.id, self.card.contract, owners)
+            done += len(owners)
+            await self._say("replacing templates", done, max(done, gallery.identities))
+        with pymongo.timeout(BATCH_SECONDS):
+            return await Identity.count_samples(gallery.id, self.card.contract)
 
     async def _measure_pairs(self, gallery: Gallery) -> int:
         """Give recorded pairs, and the open cases about them, the scores of the new model; how many pairs have one."""
         pairs = await Pair.of_gallery(gallery.id)
         scores: dict[tuple[str, str], float] = {}
-        for first in range(0, len(pairs), REPLACED_AT_ONCE):
-            some = pairs[first : first + REPLACED_AT_ONCE]
+        for first in range(0, len(pairs), PAIRS_AT_ONCE):
+            some = pairs[first : first + PAIRS_AT_ONCE]
             people = await Identity.living_among([side for pair in some for side in (pair.low, pair.high)])
             opened = await self.runtime.compute(self._opened, gallery, people)
             for pair in some:
                 own, other = opened.get(pair.low, []), opened.get(pair.high, [])
                 if own and other:
                     scores[pair.low, pair.high] = _best(own, other)
-            await self._say("measuring pairs", min(first + REPLACED_AT_ONCE, len(pairs)), len(pairs))
+            await self._say("measuring pairs", min(first + PAIRS_AT_ONCE, len(pairs)), len(pairs))
         await Pair.measured_anew(scores, self.card.contract)
         threshold = thresholds_for(
             gallery.policy.model_copy(update=dict.fromkeys(THRESHOLDS_BY_HAND)), self.card, gallery.samples
@@ -382,12 +383,20 @@ class _Move:
             await self.tell(stage, done, total)
 
 
-async def _people(gallery: Gallery, at_once: int = IDENTITIES_AT_ONCE) -> AsyncIterator[list[Identity]]:
+async def _people(gallery: Gallery) -> AsyncIterator[list[Identity]]:
     """Everybody in the gallery, some at a time, by rising id: whoever comes later is met too."""
     last = ""
-    while people := await Identity.after(gallery.id, last, at_once):
+    while people := await Identity.after(gallery.id, last, IDENTITIES_AT_ONCE):
         yield people
         last = people[-1].id
+
+
+async def _newcomers(gallery: Gallery, seen: int) -> AsyncIterator[list[Identity]]:
+    """Whoever got a sample after that `seq`, some at a time."""
+    while rows := await GalleryChange.after(gallery.id, seen, gallery.seq, IDENTITIES_AT_ONCE):
+        seen = rows[-1].seq
+        came = {row.identity_id for row in rows if row.kind == "add" and row.identity_id is not None}
+        yield list((await Identity.living_among(sorted(came))).values())
 
 
 async def _read_all(runtime: Runtime, gallery: Gallery, wanted: list[tuple[Identity, Sample]]) -> list[_Read]:
