@@ -36,7 +36,8 @@ def _written_on(pixels: Pixels) -> str:
     middle = _SQUARE // 2
     bits = (pixels[middle::_SQUARE, middle::_SQUARE, 0] > 120).astype(np.uint8)
     data = np.packbits(bits.ravel()).tobytes()
-    return data[1 : 1 + data[0]].decode()
+    text = data[1 : 1 + data[0]]
+    return text.decode() if text.isascii() else ""
 
 
 class SquaresEngine(FakeEngine):
@@ -46,10 +47,11 @@ class SquaresEngine(FakeEngine):
         super().__init__(card)
         self.blind_to: set[str] = set()
 
-    def detect(self, pixels: Pixels) -> list[Face]:
-        """One face, unless nobody is there or the model is blind to them."""
+    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+        """One face, unless nobody is there, the model is blind to them, or the photo is turned or inverted."""
+        del quick
         text = _written_on(pixels)
-        if not text or text.split("|")[0] in self.blind_to:
+        if "|" not in text or text.split("|")[0] in self.blind_to:
             return []
         landmarks = (TEMPLATE + FACE_AT).astype(np.float32)
         return [Face((float(FACE_AT), float(FACE_AT), float(CROP_SIDE), float(CROP_SIDE)), landmarks, 0.99)]
