@@ -11,8 +11,8 @@ from typing import Final, Self
 from app.backups import Tell
 from app.documents.base import as_text, now
 from app.documents.events import AuditEvent
-from app.documents.tree import CLOCK_AHEAD, HEADS, AuditKey, AuditTree, KeptHead, node_hashes
-from app.domain.log_check import Head
+from app.documents.tree import HEADS, AuditKey, AuditTree, KeptHead, node_hashes
+from app.domain.log_check import CLOCK_AHEAD, Head
 from app.domain.merkle import fold, subtrees
 from storage.evidence import EvidenceNotFound, EvidenceStore
 

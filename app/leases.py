@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from typing import Final, Self
 
 import structlog
@@ -15,12 +16,18 @@ from pymongo import ReturnDocument
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
+from app.clock import APART_SECONDS, from_now
 from app.documents.base import now
 from app.documents.leases import Lease, LeaseProgress
 
 log = structlog.get_logger(__name__)
 
 _ALIVE: Final = {"$gt": ["$expires_at", "$$NOW"]}
+#: What nobody holds. A renewal more than a minute from now is of a time when MongoDB's clock was ahead. A living holder renews
+#: within seconds, and one whose lease is taken cannot commit.
+_IS_FREE: Final = {
+    "$or": [{"$lte": ["$expires_at", "$$NOW"]}, {"$gt": ["$updated_at", from_now(timedelta(seconds=APART_SECONDS))]}]
+}
 #: A third of the time: two renewals may be lost before a lease is.
 _RENEWALS: Final = 3
 #: Progress is written at most so often.
@@ -53,7 +60,7 @@ class Held:
         update = _renewed(ttl_seconds, fresh)
         leases = Lease.get_pymongo_collection()
         taken = await leases.find_one_and_update(
-            {"_id": name, "$expr": {"$lte": ["$expires_at", "$$NOW"]}}, update, return_document=ReturnDocument.AFTER
+            {"_id": name, "$expr": _IS_FREE}, update, return_document=ReturnDocument.AFTER
         )
         if taken is None:
             # It is held, or was never acquired: an insertion of the first, which the id of a standing one prevents. One

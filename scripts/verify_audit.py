@@ -128,7 +128,7 @@ class Tree:  # its complete subtrees {size: hash}, the largest first, and the ro
 
 
 def check(lines, keys, heads=(), *, is_partial=False, taken_at=None):  # what does not fit; and how far the export goes
-    found, good, end, size = [], [], None, 0
+    found, good, end, size, ahead, known, fits, bad, last = [], [], None, 0, set(), {}, [0], [], {}
     for name, raw in heads:
         try:
             good.append(head_of(raw, keys))
@@ -143,6 +143,7 @@ def check(lines, keys, heads=(), *, is_partial=False, taken_at=None):  # what do
                 raise ValueError("inserted, doubled, out of order, or behind the end")
             if leaf and (not tree.skip(line["skipped"], seq) or (seq > size and not is_partial)):
                 raise ValueError(f"left out, with all up to {seq - 1}")
+            ahead |= {line["detail"].get("former")} if leaf and b'"the clock was ahead' in raw else set()
         except Exception as fault:
             why = fault if type(fault) is ValueError else "changed"
             return [*found, f"line {number}, event {size}: {why}"], "not read any further"
@@ -160,9 +161,8 @@ def check(lines, keys, heads=(), *, is_partial=False, taken_at=None):  # what do
     most, at = max((h["size"], h["time"]) for h in [own, *good] if h is own or not taken_at or h["time"] <= taken_at)
     found += [f"event {own['size']}: cut off, with all behind it: {most} were signed at {at}"] * (most > own["size"])
     signed = sorted((h["time"], h["size"], h["root_hash"], h["key_id"]) for h in [own, *good])
-    known, fits, bad, last = {}, [0], [], {}
-    for time, size, hash_, key in signed:  # heads of one key are in the order of their times
-        (then, larger), last[key] = last.get(key, (time, size)), (time, size)
+    for time, size, hash_, key in signed:  # in the order of their times, but for those of a key that was dated ahead
+        (then, larger), last[key in ahead and key] = last.get(key in ahead and key, (time, size)), (time, size)
         found += [f"event {size}: set back, from {larger} events at {then} to {size} at {time}"] * (size < larger)
         found += [f"contradiction: two heads over {size} events, {time}"] * (known.setdefault(size, hash_) != hash_)
     for size, time, hash_ in sorted((size, time, hash_) for time, size, hash_, _ in signed if size in tree.roots):

@@ -84,6 +84,8 @@ class Attempts(Value):
 
 #: Every status but `erased`.
 LIVING: list[Status] = ["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"]
+#: A screening is asked for again within seconds.
+PUT_OFF_AT_MOST: Final = timedelta(minutes=5)
 #: Of those whose screening waits, so many are looked at to tell whether one waits for too long.
 FIRST_IN_LINE: Final = 50
 #: Few among many: found by an index of their own, not by looking at everybody.
@@ -300,8 +302,12 @@ class Identity(Stored):
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
-        """Identities whose queued screening should have run by now; not while their status lets none run."""
-        due = {"outbox_at": {"$lte": moment}, "status": {"$in": ["pending", "active"]}}
+        """Identities whose queued screening should have run by now; not while their status lets none run.
+
+        A time that lies further ahead than any screening is put off was written by a clock that was ahead.
+        """
+        times = [{"outbox_at": {"$lte": moment}}, {"outbox_at": {"$gt": moment + PUT_OFF_AT_MOST}}]
+        due = {"$or": times, "status": {"$in": ["pending", "active"]}}
         return await cls.find(due).sort("outbox_at").limit(limit).to_list()
 
     @classmethod

@@ -22,8 +22,6 @@ from app.keys import KeyRing
 #: Where heads and public keys lie in the evidence store.
 HEADS: Final = "heads/"
 KEYS: Final = "keys/"
-#: How the log begins to say that a key was replaced because its heads are dated ahead.
-CLOCK_AHEAD: Final = "the clock was ahead"
 
 _TREE_ID: Final = "tree"
 _HEAD_NAME: Final = re.compile(

@@ -5,6 +5,7 @@ Everything here is also in `scripts/verify_audit.py`, which an auditor can read 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,6 +17,8 @@ from app.domain.merkle import Growth, leaf_hash, subtrees
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
+#: How the log begins to say that a key was replaced because its heads are dated ahead.
+CLOCK_AHEAD: Final = "the clock was ahead"
 #: The one form of a time, so that text order is time order.
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
 _KEY_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -119,7 +122,7 @@ def check_export(
         _check_reach(report, own, trusted, taken_at)
         trusted.append(own)
     report.unplaced = reading.unplaced(report.head)
-    _check_against_each_other(report, trusted)
+    _check_against_each_other(report, trusted, reading.ahead)
     if report.left_out and not is_partial:
         start, stop = report.left_out[0]
         report.find(start, f"{_events(start, stop)} left out of the export")
@@ -133,6 +136,8 @@ class _Reading:
         self._report = report
         self._tree = Growth()
         self._is_ordered = True
+        #: Keys that were replaced because their heads are dated ahead, as far as the export tells.
+        self.ahead: set[str] = set()
         self._fitting = 0
         self._fit = True
         self._waiting: dict[int, list[Head]] = {}
@@ -183,6 +188,9 @@ class _Reading:
             # The tree tells whether it was the event or the hash: it goes on with the latter.
             leaf = bytes.fromhex(stated) if _HASH.fullmatch(stated) else leaf
         self._report.events += 1
+        match line["detail"]:
+            case {"former": str(former), "reason": str(reason)} if reason.startswith(CLOCK_AHEAD):
+                self.ahead.add(former)
         if not self._is_ordered:
             return
         if seq < self._tree.size:
@@ -284,10 +292,10 @@ def _check_reach(report: Report, own: Head, heads: Iterable[Head], taken_at: str
         report.find(own.size, f"{cut} cut off: {largest.size} were signed at {largest.time}")
 
 
-def _check_against_each_other(report: Report, heads: Sequence[Head]) -> None:
+def _check_against_each_other(report: Report, heads: Sequence[Head], ahead: AbstractSet[str]) -> None:
     """Two signed heads prove by themselves that the log was not one: of one size and two roots, or smaller with time.
 
-    The order of times holds among heads of one key: a clock that was ahead ends with a new key, and so does a restore.
+    ahead: keys whose heads are dated ahead, as the log says; they are in an order of their own.
     """
     roots: dict[int, Head] = {}
     ordered = sorted(heads, key=lambda head: (head.time, head.size))
@@ -300,8 +308,9 @@ def _check_against_each_other(report: Report, heads: Sequence[Head]) -> None:
             )
     before: dict[str, Head] = {}
     for head in ordered:
-        former = before.get(head.key_id, head)
-        before[head.key_id] = head
+        order = head.key_id if head.key_id in ahead else ""
+        former = before.get(order, head)
+        before[order] = head
         if head.size < former.size:
             report.find(
                 head.size,

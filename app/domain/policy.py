@@ -143,4 +143,5 @@ def wait_before_attempt(
         return None
     if consecutive < limits.before_wait or last_failure is None:
         return timedelta(0)
-    return max(timedelta(0), last_failure + limits.wait - moment)
+    # Never longer than the wait itself: a clock that was ahead may have dated the failure.
+    return max(timedelta(0), min(limits.wait, last_failure + limits.wait - moment))

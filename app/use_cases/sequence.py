@@ -22,7 +22,8 @@ from app.audit import by_system, rotate_key
 from app.clock import APART_SECONDS
 from app.documents.base import as_text, new_id, now
 from app.documents.events import AuditEvent
-from app.documents.tree import CLOCK_AHEAD, AuditKey, AuditTree, TreeHead, TreeNode
+from app.documents.tree import AuditKey, AuditTree, TreeHead, TreeNode
+from app.domain.log_check import CLOCK_AHEAD
 from app.domain.log_export import canonical
 from app.domain.merkle import leaf_hash
 from app.errors import DependencyUnavailable, NotReady

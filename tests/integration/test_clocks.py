@@ -24,8 +24,10 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.heartbeats import ALIVE_FOR, Heartbeat
 from app.documents.identities import Identity
+from app.documents.leases import Lease
 from app.documents.tree import AuditTree, TreeHead
 from app.domain.callers import Role
+from app.leases import Held
 from app.queue import decode_job, encode_job, redis_settings
 from app.runtime import Runtime, open_runtime
 from app.use_cases import keep_users, tend_log
@@ -136,6 +138,20 @@ async def test_what_is_stored_has_mongodbs_time_whatever_the_hosts_is(
     assert event is not None
     for moment in (ann.created_at, event.time):
         assert abs(moment.timestamp() - true) < 30
+
+
+async def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing(runtime: Runtime) -> None:
+    ahead = now() + timedelta(days=40)
+    held = await Held.acquire("publish:x", "one who died meanwhile", 30)
+    assert held is not None
+    await Lease.get_pymongo_collection().update_one({}, {"$set": {"updated_at": ahead, "expires_at": ahead}})
+    taken = await Held.acquire("publish:x", "another", 30)
+    assert taken is not None
+    assert taken.fence == held.fence + 1
+    assert await Held.acquire("publish:x", "a third", 30) is None
+    ann = await enrolled(runtime, "ann")
+    await Identity.get_pymongo_collection().update_one({"_id": ann.id}, {"$set": {"outbox_at": ahead}})
+    assert [identity.id for identity in await Identity.overdue(now(), 10)] == [ann.id]
 
 
 # ---- sweeps and heartbeats ----
