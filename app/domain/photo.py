@@ -94,7 +94,8 @@ class Photo:
     """A decoded photo.
 
     pixels: RGB, upright, halved `reduction` = 1, 2, 4 or 8 times smaller than the photo. width, height: of the upright
-    photo as it was sent. Faces are found in `pixels`; `in_photo` tells where they lie on the photo itself.
+    photo as it was sent. Faces are found in `pixels`; `in_photo` tells where they lie on the photo itself. quarters: by which it
+    was turned counter-clockwise since.
     """
 
     pixels: Pixels
@@ -102,6 +103,7 @@ class Photo:
     width: int
     height: int
     reduction: int
+    quarters: int = 0
 
     def in_photo(self, face: Face) -> PhotoFace:
         """A face that was found in `pixels`, in pixels of the upright photo as it was sent."""
@@ -115,24 +117,11 @@ class Photo:
         """The photo turned counter-clockwise by so many quarters."""
         pixels = np.ascontiguousarray(np.rot90(self.pixels, quarters))
         width, height = (self.height, self.width) if quarters % 2 else (self.width, self.height)
-        return replace(self, pixels=pixels, width=width, height=height)
+        return replace(self, pixels=pixels, width=width, height=height, quarters=(self.quarters + quarters) % 4)
 
     def inverted(self) -> Self:
         """The photo with light and dark swapped, as a negative shows it."""
         return replace(self, pixels=np.bitwise_not(self.pixels))
-
-
-@dataclass(frozen=True, slots=True)
-class CloseUp:
-    """A part of a photo, less reduced than the whole.
-
-    pixels: RGB, upright, `reduction` times smaller than the photo. left, top: of its corner, in pixels of the photo as sent.
-    """
-
-    pixels: Pixels
-    left: int
-    top: int
-    reduction: int
 
 
 def decode(data: bytes, *, max_pixels: int) -> Photo:
@@ -145,21 +134,20 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
     return _decode(data, max_pixels, _REDUCTIONS[0], lambda photo: photo)
 
 
-def decode_around(data: bytes, box: Box, reduction: int, *, quarters: int = 0, max_pixels: int) -> CloseUp:
-    """The part of the photo within a box, reduced at most so many times.
+def decode_part(data: bytes, whole: Photo, box: Box, reduction: int, *, max_pixels: int) -> Photo:
+    """The part of a photo within a box, as a photo of its own, reduced at most so many times.
 
-    box: x, y, width, height in pixels of the photo as it was sent, upright and then turned counter-clockwise by so many quarters;
-    what lies outside of the photo is left out. Raises what `decode` raises.
+    whole: what `decode` made of the same bytes, turned or not; the part is turned as it is. box: x, y, width, height in pixels of
+    `whole` as sent; what lies outside is left out.
     """
+    x, y, width, height = (round(value) for value in box)
+    left, top = max(0, x), max(0, y)
+    right, bottom = min(whole.width, x + width), min(whole.height, y + height)
 
-    def cut(photo: Photo) -> CloseUp:
-        # Whole pixels of the reduced photo, so that the corner is exact.
-        x, y, width, height = (value / photo.reduction for value in box)
-        left, top = max(0, int(x)), max(0, int(y))
-        part = np.rot90(photo.pixels, quarters)[
-            top : max(top + 1, round(y + height)), left : max(left + 1, round(x + width))
-        ]
-        return CloseUp(part.copy(), left * photo.reduction, top * photo.reduction, photo.reduction)
+    def cut(photo: Photo) -> Photo:
+        k = photo.reduction
+        part = np.rot90(photo.pixels, whole.quarters)[top // k : -(-bottom // k), left // k : -(-right // k)].copy()
+        return Photo(part, photo.format, part.shape[1] * k, part.shape[0] * k, k, whole.quarters)
 
     return _decode(data, max_pixels, reduction, cut)
 

@@ -1,56 +1,46 @@
 """Look again at a small face of a large photo, in pixels that are less reduced.
 
-Large photos are reduced before faces are looked for. That costs a face nothing as long as it keeps what the recogniser's crop
-needs. A smaller one is cut out of the photo less reduced, and found again there, because landmarks that were found in the
-whole photo are coarse. Measured with faces of 80 pixels in photos of 3,600: mean score of second photos 0.625 reduced, 0.638 in
-all the photo's pixels with the coarse landmarks, 0.672 found again, 0.674 in the photo that they come from.
+Large photos are reduced before faces are looked for. That costs a face nothing as long as it keeps the pixels that the
+recogniser needs. A smaller one is cut out of the photo less reduced, and found again there, because landmarks found in the
+whole photo are coarse: docs/adr/0040 has figures.
 """
 
-from app.domain.faces import Box, Face, PhotoFace
-from app.domain.photo import CloseUp, decode_around
-from app.engine.port import FaceEngine
+from dataclasses import dataclass
+
+from app.domain.faces import Box, PhotoFace
+from app.domain.photo import Photo, decode_part
 
 #: Pixels of a face's shorter side from which on the recogniser's crop of 112 pixels enlarges nothing.
 ENOUGH = 80.0
-#: Sides of the face's box that the part shows, around its middle: the liveness models look at four.
-_AROUND = 5.0
-#: A face found again is the same one where their boxes share this much (intersection over union).
-_SAME_PLACE = 0.4
+#: Sides of the face's box that a close-up shows, the face in its middle: the liveness models look at four.
+_AROUND = 4.5
 
 
-def looks_small(face: PhotoFace, reduction: int) -> bool:
-    """Whether the reduction of its photo took pixels from the face that recognition needs."""
-    return reduction > 1 and min(face.box[2:]) < ENOUGH * reduction
+@dataclass(frozen=True, slots=True)
+class CloseUp:
+    """The surroundings of a face, as a photo of their own. box: where the face should lie on it, in pixels as sent."""
+
+    photo: Photo
+    box: Box
+
+    def shows(self, face: PhotoFace) -> bool:
+        """Whether a face that was found on it is the one that it was made for."""
+        (x, y, width, height), (left, top, across, down) = face.box, self.box
+        return left < x + width / 2 < left + across and top < y + height / 2 < top + down
 
 
-def look_closer(
-    engine: FaceEngine, data: bytes, face: PhotoFace, reduction: int, *, quarters: int = 0, max_pixels: int
-) -> tuple[CloseUp, Face]:
-    """The face's surroundings, less reduced than `reduction`, and the face there. Blocking.
+def close_up(data: bytes, photo: Photo, face: PhotoFace, *, max_pixels: int) -> CloseUp | None:
+    """A close-up of a face that suffers from the photo's reduction; else None. Blocking.
 
-    quarters: by which the photo was turned, counter-clockwise, so that the face stands upright.
+    photo: what `decode` made of the bytes, turned or not.
     """
     side = min(face.box[2:])
-    finer = next((k for k in (4, 2) if k < reduction and side >= ENOUGH * k), 1)
+    if photo.reduction == 1 or side >= ENOUGH * photo.reduction:
+        return None
+    reduction = next((k for k in (4, 2) if k < photo.reduction and side >= ENOUGH * k), 1)
     x, y, width, height = face.box
     half = _AROUND / 2 * max(width, height)
-    around = (x + width / 2 - half, y + height / 2 - half, 2 * half, 2 * half)
-    part = decode_around(data, around, finer, quarters=quarters, max_pixels=max_pixels)
-    expected = _in_part(face, part)
-    found = max(engine.detect(part.pixels), key=lambda one: _overlap(one.box, expected.box), default=expected)
-    return part, found if _overlap(found.box, expected.box) >= _SAME_PLACE else expected
-
-
-def _in_part(face: PhotoFace, part: CloseUp) -> Face:
-    x, y, width, height = face.box
-    landmarks = (face.landmarks - (part.left, part.top)).astype(face.landmarks.dtype)
-    return PhotoFace((x - part.left, y - part.top, width, height), landmarks, face.detection_score).in_pixels(
-        part.reduction
-    )
-
-
-def _overlap(one: Box, other: Box) -> float:
-    across = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
-    down = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
-    shared = max(0.0, across) * max(0.0, down)
-    return shared / (one[2] * one[3] + other[2] * other[3] - shared)
+    left, top = max(0.0, x + width / 2 - half), max(0.0, y + height / 2 - half)
+    around = (left, top, x + width / 2 + half - left, y + height / 2 + half - top)
+    part = decode_part(data, photo, around, reduction, max_pixels=max_pixels)
+    return CloseUp(part, (x - left, y - top, width, height))

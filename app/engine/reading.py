@@ -1,6 +1,6 @@
 """From a photo's bytes to the one face that it is about, measured and embedded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,9 +13,10 @@ from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, find_main_face
 from app.domain.thresholds import threshold_at_fmr
+from app.engine.close_up import close_up
 from app.engine.looking import look
 from app.engine.port import FaceEngine
-from app.errors import Advice, LowQuality, NoFace, NotLive
+from app.errors import Advice, LowQuality, NoFace, NotLive, PhotoRefused
 
 Asked = Literal["required", "observe", "off"]
 #: The passive models' mean probability of a live face from which on a photo passes: their own decision boundary.
@@ -26,8 +27,8 @@ LIVE_FROM = 0.5
 class FaceReading:
     """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be told.
 
-    pixels: of the photo turned upright. face: where it lies there. main: the same in pixels of the photo as it was sent,
-    turned upright, and how many faces that shows.
+    pixels: of the photo turned upright, or of the surroundings of a small face less reduced: what was compared. face: where
+    it lies there. main: the same in pixels of the photo as it was sent, turned upright, and how many faces that shows.
     """
 
     pixels: Pixels
@@ -56,7 +57,8 @@ class StoredFace:
 class Subject:
     """The face that a photo is about.
 
-    photo: turned so that the face stands upright, by so many quarters counter-clockwise. vector: embedding and raw length.
+    photo: turned so that the face stands upright, by so many quarters counter-clockwise; or a part of it. face: where it lies in
+    the photo's pixels. main: where it lies on the photo as it was sent. vector: embedding and raw length.
     """
 
     photo: Photo
@@ -72,7 +74,7 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
 
     Raises the photo's Problem: UnsupportedMediaType, TooManyPixels, or a PhotoRefused.
     """
-    seen = subject_of(engine, decode(data, max_pixels=max_pixels), policy)
+    seen = subject_in(engine, data, policy, max_pixels)
     pixels, face, (embedding, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
@@ -83,6 +85,24 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     if advice := why_not_live(liveness, policy.liveness):
         raise NotLive(advice[0].message, errors=advice)
     return FaceReading(pixels, face, seen.main, embedding, quality, liveness)
+
+
+def subject_in(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> Subject:
+    """The face that is meant; of a small face in a large photo its surroundings less reduced. Blocking.
+
+    Raises what `decode` and `subject_of` raise.
+    """
+    seen = subject_of(engine, decode(data, max_pixels=max_pixels), policy)
+    near = close_up(data, seen.photo, seen.main.face, max_pixels=max_pixels)
+    if near is None:
+        return seen
+    try:
+        closer = subject_of(engine, near.photo, policy)
+    except PhotoRefused:
+        # Somebody stands close by, or the face is not found again: the whole photo has answered that already.
+        return seen
+    is_the_same = closer.quarters == 0 and near.shows(closer.main.face)
+    return replace(closer, main=seen.main, quarters=seen.quarters) if is_the_same else seen
 
 
 def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subject:

@@ -12,7 +12,7 @@ from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, prominences
 from app.engine.looking import look
 from app.engine.port import FaceEngine
-from app.engine.reading import LIVE_FROM, subject_of, unfit, why_not_live
+from app.engine.reading import LIVE_FROM, subject_in, unfit, why_not_live
 from app.errors import Advice, NoFace
 from app.runtime import Runtime
 
@@ -90,7 +90,7 @@ def _most_prominent(photo: Photo, faces: list[Face]) -> MainFace:
 
 def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
     """The one face's measures, and all that a gallery with this policy would refuse it for. Blocking."""
-    seen = subject_of(engine, decode(photo, max_pixels=max_pixels), policy)
+    seen = subject_in(engine, photo, policy, max_pixels)
     pixels, face, (_, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
