@@ -2,6 +2,8 @@
 
 import asyncio
 import statistics
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,43 +49,49 @@ def re_embed(
     Processes of the former model serve until the new templates are ready. The gallery is then closed for some seconds. A
     move that was interrupted goes on where it stopped. Ends with 1 when a gallery was not moved.
     """
-    configure_logging("warning")
-    console = Console(stderr=True)
-    try:
-        with stores_of(data_dir) as settings, _bar(console) as bar:
-            failed = asyncio.run(_every(settings, gallery, bar, dry_run=dry_run, accept_losses=accept_losses))
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-        raise typer.Exit(1) from None
-    except (SealBroken, PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-        raise typer.Exit(1) from None
+    with _bar(Console(stderr=True)) as bar:
+        failed = _run(
+            data_dir, lambda runtime: _every(runtime, gallery, bar, dry_run=dry_run, accept_losses=accept_losses)
+        )
     if failed:
         raise typer.Exit(1)
 
 
-async def _every(
-    settings: Settings, name: str | None, bar: Progress, *, dry_run: bool, accept_losses: bool
-) -> list[str]:
+def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[list[str]]]) -> list[str]:
+    """Do the work in a Runtime of its own; ends the command with a message where that cannot be."""
+    configure_logging("warning")
+
+    async def opened(settings: Settings) -> list[str]:
+        async with open_runtime(settings) as runtime:
+            return await work(runtime)
+
+    try:
+        with stores_of(data_dir) as settings:
+            return asyncio.run(opened(settings))
+    except Problem as problem:
+        typer.echo(f"{problem.title}: {problem.detail}", err=True)
+    except (SealBroken, PyMongoError, OSError, ValueError) as error:
+        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
+    raise typer.Exit(1)
+
+
+async def _every(runtime: Runtime, name: str | None, bar: Progress, *, dry_run: bool, accept_losses: bool) -> list[str]:
     """Move (or look at) each gallery; the names of those that were not moved."""
     failed = []
-    async with open_runtime(settings) as runtime:
-        galleries = await moving.chosen(runtime, name)
-        if not galleries:
-            typer.echo(
-                f"Every gallery was made by the running model, {runtime.engine.card.pack}: nothing is to be done."
-            )
-        for gallery in galleries:
-            try:
-                await (_look(runtime, gallery, bar) if dry_run else _move(runtime, gallery, bar, accept_losses))
-            except moving.SamplesLost as problem:
-                failed.append(gallery.name)
-                typer.echo(problem.detail, err=True)
-                _list_lost(problem.lost)
-            except (Problem, PhotoStoreUnavailable) as problem:  # one gallery's trouble is not another's
-                failed.append(gallery.name)
-                detail = problem.detail if isinstance(problem, Problem) else f"{type(problem).__name__}: {problem}"
-                typer.echo(f"{gallery.name}: {detail}", err=True)
+    galleries = await moving.chosen(runtime, name)
+    if not galleries:
+        typer.echo(f"Every gallery was made by the running model, {runtime.engine.card.pack}: nothing is to be done.")
+    for gallery in galleries:
+        try:
+            await (_look(runtime, gallery, bar) if dry_run else _move(runtime, gallery, bar, accept_losses))
+        except moving.SamplesLost as problem:
+            failed.append(gallery.name)
+            typer.echo(problem.detail, err=True)
+            _list_lost(problem.lost)
+        except (Problem, PhotoStoreUnavailable) as problem:  # one gallery's trouble is not another's
+            failed.append(gallery.name)
+            detail = problem.detail if isinstance(problem, Problem) else f"{type(problem).__name__}: {problem}"
+            typer.echo(f"{gallery.name}: {detail}", err=True)
     return failed
 
 

@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from app.api.operations import _index
 from app.audit import by_system
+from app.cli import models
+from app.cli import re_embed as command
 from app.config import Settings
 from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
@@ -19,6 +24,7 @@ from app.documents.identities import Identity
 from app.documents.renewals import Renewal
 from app.errors import ModelMismatch, NotReady
 from app.runtime import Runtime
+from app.use_cases import re_embed as moving
 from app.use_cases.identify import identify
 from app.use_cases.re_embed import Moved, SamplesLost, Stage, Tell, preview, re_embed
 from tests.builders import another_process, by_officer, case_about, default_gallery, erased, known
@@ -252,6 +258,31 @@ async def test_a_preview_measures_and_changes_nothing(old: Runtime, new: Runtime
     assert (seen.samples, seen.read, len(seen.lost), len(seen.strangers)) == (3, 3, 1, 1)
     assert await default_gallery() == before
     assert await Renewal.find_all().count() == 0
+
+
+async def test_the_command_shows_moves_and_lists_what_would_be_lost(
+    old: Runtime, new: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(command, "_run", lambda _, work: asyncio.run_coroutine_threadsafe(work(new), loop).result())
+    monkeypatch.setattr(moving, "re_embed", partial(re_embed, settle_seconds=0))
+
+    async def run(*arguments: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, models.app, ["re-embed", *arguments])
+
+    ann, _ = await person(old, "ann", photos=2), await person(old, "bob")
+    seen = await run("--dry-run")
+    assert (seen.exit_code, "0 of 3 samples would be lost" in seen.output) == (0, True)
+    await old.photos.delete([ann.samples[0].photo_key])
+    refused = await run("--gallery", "default")
+    assert (refused.exit_code, ann.samples[0].id in refused.output) == (1, True)
+    assert "--accept-losses" in refused.output
+    assert (await default_gallery()).contract == OLD.contract
+    moved = await run("--accept-losses")
+    assert (moved.exit_code, "2 samples" in moved.output, "match nobody" in moved.output) == (0, True, True)
+    again = await run()
+    assert (again.exit_code, "nothing is to be done" in again.output) == (0, True)
+    assert (await run("--gallery", "nowhere")).exit_code == 1
 
 
 async def test_ready_names_the_galleries_of_another_model_and_the_command(old: Runtime, new: Runtime) -> None:
