@@ -72,7 +72,7 @@ from app.restoring import admitted, application_name, leaving_for_a_restore
 from app.search import Limits, Search
 from app.share import Share
 from storage.evidence import BucketEvidence, EvidenceStore, EvidenceUnavailable, FolderEvidence
-from storage.generations import GenerationStore
+from storage.generations import GenerationStore, drop_generations_below
 from storage.photos import LocalPhotoStore, MinioPhotoStore, PhotoNotFound, PhotoStore
 
 log = structlog.get_logger(__name__)
@@ -473,6 +473,10 @@ async def open_runtime(
         )  # fmt: skip
         if claims:
             await places.claim()
+        if keep_up and settings.index_copies_of(places.owner.id) != settings.index_cache_path:
+            # Former versions kept the copies of all stores there; some of them hold people who were erased since.
+            former = (settings.index_cache_path, set(places.owner.galleries))
+            await asyncio.to_thread(drop_generations_below, *former)
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
             raise UnsafeProduction(message)

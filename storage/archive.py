@@ -150,6 +150,14 @@ class Archive:
             _sync_folder(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def drop_empty(self, set_id: str) -> bool:
+        """Remove the folder of a set in which nothing was written yet; False: it holds something, and stays."""
+        try:
+            self._set(set_id).rmdir()
+        except OSError:
+            return False
+        return True
+
     def write_state(self, set_id: str, text: str) -> None:
         """Keep how far an unfinished set has come."""
         _write_durably(self._set(set_id) / STATE, text.encode())

@@ -702,6 +702,13 @@ def _remove_generations(gallery: Path) -> bool:
     return not os.path.lexists(gallery)
 
 
+def drop_generations_below(cache: Path, galleries: Collection[str]) -> None:
+    """Delete the copies of these galleries in a cache that is used no more. Whatever else lies there stays."""
+    for gallery_id in galleries:
+        with suppress(OSError):
+            _remove_generations(cache / _checked_gallery(gallery_id))
+
+
 def _remove_tree(folder: Path) -> bool:
     """Delete a folder, or a link in its place, whatever is in it; False when something remains."""
     try:

@@ -16,6 +16,7 @@ from app.audit import by_system, record
 from app.cli.stores import DataDirOption, stores_of
 from app.config import Settings
 from app.documents.events import Detail
+from app.documents.stores import Store
 from app.errors import Problem
 from app.logs import configure_logging
 from app.ownership import PLACES
@@ -69,8 +70,9 @@ def adopt(
         after = await runtime.places.adopt(set(place or PLACES))
         taken = [one.setting for one in after if one.state == "ours" and before[one.setting].state != "ours"]
         if taken:
-            former = sorted({before[name].store or "nobody" for name in taken})
-            detail: Detail = {"places": ", ".join(taken), "from": ", ".join(former)}
+            former = sorted({owner for name in taken if (owner := before[name].store) is not None})
+            await Store.took_over(former)
+            detail: Detail = {"places": ", ".join(taken), "from": ", ".join(former) or None}
             await record(None, by_system("stores.adopt"), subject_kind="none", subject_id=None, detail=detail)
         return after
 

@@ -28,13 +28,14 @@ class Store(Stored):
     """Which store this database is.
 
     store_id: what the marks in its folders and buckets say. collection: MongoDB's own id of this collection, which a copy of
-    the database does not have. copied_from: the store id that a copy came with. galleries: the ids of all galleries that the
-    store has or had.
+    the database does not have. copied_from: the store id that a copy came with. adopted: stores whose places it took over.
+    galleries: the ids of all galleries that the store has or had.
     """
 
     store_id: str
     collection: str
     copied_from: list[str] = Field(default_factory=list)
+    adopted: list[str] = Field(default_factory=list)
     galleries: list[str] = Field(default_factory=list)
     created_at: datetime = Field(default_factory=now)
 
@@ -67,6 +68,18 @@ class Store(Stored):
             if (await cls.get_pymongo_collection().update_one(mine, update)).modified_count:
                 log.warning("store_is_a_copy", store=fields["store_id"], copied_from=known.store_id)
         return await cls.remember(galleries)
+
+    @classmethod
+    async def ids(cls) -> set[str]:
+        """Its id, and those of the stores whose places it took over."""
+        known = await cls.get(STORE)
+        return set() if known is None else {known.store_id, *known.adopted}
+
+    @classmethod
+    async def took_over(cls, stores: Iterable[str]) -> None:
+        """What was these stores' is ours."""
+        update = {"$addToSet": {"adopted": {"$each": sorted(stores)}}}
+        await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
 
     @classmethod
     async def remember(cls, galleries: Iterable[str]) -> Self:

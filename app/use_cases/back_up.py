@@ -39,6 +39,7 @@ from app.backups import (
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.stores import Store
 from app.runtime import DOCUMENTS, Runtime
 from storage.archive import Archive, BackupBroken, BackupMissing, Manifest, Part, PhotoRow
 from storage.photos import PhotoNotFound
@@ -84,6 +85,7 @@ class _Progress(BaseModel):
 
     id: str
     database: str
+    store: str | None = None
     made_at: datetime
     at: tuple[int, int]
     key: bytes
@@ -111,7 +113,8 @@ async def back_up(runtime: Runtime, folder: Path, tell: Tell, *, keep: int | Non
             await run.documents()
         await run.photos()
         made = await run.finish()
-        for old in archive.finished()[:-keep] if keep else []:
+        ours, _ = _sets(runtime, archive, await Store.ids())
+        for old in ours[:-keep] if keep else []:
             await asyncio.to_thread(archive.drop, old)
     log.info("backup_made", id=made.id, documents=made.documents, photos=made.photos)
     return made
@@ -134,7 +137,7 @@ async def _begun(runtime: Runtime, archive: Archive) -> _Progress:
         if progress is not None:
             log.info("backup_goes_on", id=set_id)
             return progress
-        await asyncio.to_thread(archive.drop, set_id)
+        await asyncio.to_thread(_drop_left, archive, set_id, await Store.ids(), runtime.settings.mongodb_database)
     set_id = new_id()
     _, sealed = new_set_key(runtime.keys, set_id)
     # First the event: whoever takes everything out is in the log, in the backup's own log too.
@@ -142,6 +145,7 @@ async def _begun(runtime: Runtime, archive: Archive) -> _Progress:
     moment = (await _asked(runtime, None))["cursor"]["atClusterTime"]
     progress = _Progress(
         id=set_id, database=runtime.settings.mongodb_database, made_at=now(), at=(moment.time, moment.inc), key=sealed,
+        store=runtime.places.owner.id,
     )  # fmt: skip
     archive.begin(set_id)
     archive.write_state(set_id, progress.model_dump_json())
@@ -157,7 +161,53 @@ async def _left(runtime: Runtime, archive: Archive, set_id: str) -> _Progress | 
             await _asked(runtime, Timestamp(*progress.at))
     except (ValidationError, OtherKey, OperationFailure):
         return None
-    return progress if progress.database == runtime.settings.mongodb_database else None
+    is_ours = progress.database == runtime.settings.mongodb_database and progress.store in {
+        None,
+        runtime.places.owner.id,
+    }
+    return progress if is_ours else None
+
+
+def _drop_left(archive: Archive, set_id: str, stores: set[str], database: str) -> None:
+    """Remove a set of ours that nobody can go on with. One of another store stays: that store may be at work."""
+    try:
+        progress = _Progress.model_validate_json(archive.read_state(set_id) or b"")
+    except ValidationError:
+        if not archive.drop_empty(set_id):
+            log.warning("foreign_backup_left_alone", id=set_id, store=None)
+        return
+    if progress.store in stores or (progress.store is None and progress.database == database):
+        archive.drop(set_id)
+    else:
+        log.warning("foreign_backup_left_alone", id=set_id, store=progress.store)
+
+
+def _sets(runtime: Runtime, archive: Archive, stores: set[str]) -> tuple[list[str], list[str]]:
+    """The finished sets of this store, those of a store whose places it took over included; and those of other stores.
+
+    A set whose manifest cannot be read is in neither.
+    """
+    ours: list[str] = []
+    foreign: list[str] = []
+    for set_id in archive.finished():
+        try:
+            manifest = archive.unproved(set_id)
+        except (BackupBroken, BackupMissing):
+            continue
+        (ours if _is_ours(runtime, manifest, stores) else foreign).append(set_id)
+    return ours, foreign
+
+
+def _is_ours(runtime: Runtime, manifest: Manifest, stores: set[str]) -> bool:
+    store = manifest.facts.get("store")
+    if store is not None:
+        return store in stores
+    # Former versions did not name the store.
+    try:
+        open_set_key(runtime.keys, manifest.id, manifest.key)
+    except OtherKey:
+        return False
+    return manifest.facts.get("database") == runtime.settings.mongodb_database
 
 
 async def _asked(runtime: Runtime, at: Timestamp | None) -> Any:  # noqa: ANN401 - a reply of any shape
@@ -227,7 +277,7 @@ class _Run:
             photos=tuple(progress.photos),
             facts={
                 "database": progress.database, "version": version("idem"), "cluster_time": progress.at[0],
-                "missing_photos": progress.missing,
+                "missing_photos": progress.missing, "store": progress.store,
             },
         )  # fmt: skip
         opened = OpenSet(self.archive, manifest, self.key)
@@ -239,13 +289,21 @@ class _Run:
             done += part.size
             self.tell("reading again", done, total)
         await asyncio.to_thread(self.archive.finish, manifest, self.key)
-        for identity_id, gallery_id in (await opened.erased()).items():
-            await asyncio.to_thread(self.archive.drop_photos, f"{gallery_id}/{identity_id}")
+        await self._drop_erased(await opened.erased())
         return Made(
             id=manifest.id, made_at=manifest.made_at, documents=manifest.documents,
             photos=sum(part.documents for part in manifest.photos), copied=progress.copied, missing=progress.missing,
             identities=tuple(progress.identities), bytes=total,
         )  # fmt: skip
+
+    async def _drop_erased(self, erased: dict[str, str]) -> None:
+        """Let go of the photos of whoever is erased, unless sets of another store need them."""
+        _, foreign = _sets(self.runtime, self.archive, await Store.ids())
+        if foreign:
+            log.warning("foreign_backups_left_alone", count=len(foreign), examples=foreign[:5])
+            return
+        for identity_id, gallery_id in erased.items():
+            await asyncio.to_thread(self.archive.drop_photos, f"{gallery_id}/{identity_id}")
 
     async def _count(self, name: str) -> int:
         with pymongo.timeout(READ_SECONDS):

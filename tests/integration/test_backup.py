@@ -308,7 +308,7 @@ async def test_a_set_whose_moment_mongodb_has_forgotten_is_begun_anew(settings: 
         state = json.loads(archive.read_state(old) or b"")
         useless = [
             json.dumps(state | {"at": [state["at"][0] - 100_000, 1]}), json.dumps(state | {"at": [state["at"][0] * 2, 1]}),
-            json.dumps(state | {"database": "another"}), json.dumps(state | {"key": "AAAA"}), "torn",
+            json.dumps(state | {"database": "another"}), json.dumps(state | {"key": "AAAA"}),
         ]  # fmt: skip
         for text in useless:
             archive.begin(old)
@@ -316,6 +316,11 @@ async def test_a_set_whose_moment_mongodb_has_forgotten_is_begun_anew(settings: 
             made = await back_up(runtime, folder, silent)
             assert made.id != old
             assert archive.unfinished() == []
+        for text in (json.dumps(state | {"store": "another"}), "torn"):
+            archive.begin(old)
+            archive.write_state(old, text)
+            assert (await back_up(runtime, folder, silent)).id != old
+            assert archive.unfinished() == [old], "nobody knows whose it is, so it stays"
 
 
 async def test_photos_are_copied_once_and_leave_the_folder_when_their_person_is_erased(

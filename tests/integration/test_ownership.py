@@ -371,6 +371,26 @@ async def test_the_default_place_of_copies_is_each_stores_own(settings: Settings
     assert settings.index_copies_of("one") == settings.index_cache_path, "what an operator names is taken as it is"
 
 
+async def test_copies_that_a_former_version_left_in_the_default_place_go(
+    settings: Settings, published: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    fields = settings.model_dump(exclude={"index_cache_path"}, exclude_unset=True)
+    default = Settings(_env_file=None, **fields)  # type: ignore[call-arg]
+    former = default.index_cache_path
+    assert former.is_relative_to(home)
+    shutil.copytree(settings.index_cache_path, former, ignore=shutil.ignore_patterns(MARK))
+    foreign = former / new_id() / f"{new_id()}-1" / "MANIFEST.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"foreign")
+    async with open_runtime(default, FakeEngine(), keep_up=True) as runtime:
+        gallery = await default_gallery()
+        assert not (former / gallery.id).exists()
+        assert foreign.exists()
+        assert (former / runtime.places.owner.id / MARK).exists()
+
+
 async def test_a_deletion_that_the_ledger_alone_knows_proves_a_photo(runtime: Runtime) -> None:
     """An erased person of a gallery that is no more: the documents have forgotten them."""
     gallery = await default_gallery()
@@ -380,3 +400,25 @@ async def test_a_deletion_that_the_ledger_alone_knows_proves_a_photo(runtime: Ru
     await runtime.photos.put(key, b"x")
     os.utime(runtime.settings.storage_path / key, (DAYS_AGO, DAYS_AGO))
     assert await sweep_photos.sweep_photos(runtime) == 1
+
+
+async def test_backups_of_another_store_in_the_same_folder_are_left_alone(
+    settings: Settings, another: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "backups"
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
+        ann = await active(runtime, "ann")
+        theirs = await back_up.back_up(runtime, folder, lambda *_: None)
+    drill = another.model_copy(update={"foreign_stores": "read"})
+    await restore.restore(
+        lambda: open_runtime(drill, FakeEngine(), restoring=True), erase.erase_again, sequence.close, folder,
+        lambda *_: None,
+    )  # fmt: skip
+    async with open_runtime(drill, FakeEngine()) as runtime:
+        await erased(runtime, await known(ann.id))
+        mine = [(await back_up.back_up(runtime, folder, lambda *_: None, keep=1)).id for _ in range(2)]
+    assert {path.name for path in (folder / "sets").iterdir()} == {theirs.id, mine[-1]}
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        await back_up.verify(runtime, folder, theirs.id, lambda *_: None)
+        assert (folder / "photos" / ann.samples[0].photo_key).exists()
