@@ -37,6 +37,8 @@ PIECES_A_TURN: Final = 16
 FREE_CHUNKS, BYTES_A_CHUNK = 256, 512
 #: After an answer that ends its connection, so much of what is on its way is thrown away.
 LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
+#: Between an answer and the next request where that came before the answer was sent.
+PIPELINE_SECONDS: Final = 0.05
 #: When a caller should try again who found no room for a connection.
 RETRY_SECONDS: Final = 2
 
@@ -158,6 +160,8 @@ class Connection(H11Protocol):
     _header_timer: asyncio.TimerHandle | None = None
     _reading_timer: asyncio.TimerHandle | None = None
     _next_turn: asyncio.Handle | None = None
+    _pause: asyncio.TimerHandle | None = None
+    _is_between = False
     _looked_at = 0
     conn: _Pieces
     flow: _Flow
@@ -214,6 +218,10 @@ class Connection(H11Protocol):
         """Look at the header as bytes before it is parsed; called whenever something came, and after each answer."""
         if self.transport.is_closing():
             return
+        if self._is_between and self.conn.trailing_data[0]:
+            self.flow.pause_reading()
+            self._pause = self.loop.call_later(PIPELINE_SECONDS, self._after_pause)
+            return
         if self.conn.their_state is h11.IDLE:
             fault = fault_of(self.conn.trailing_data[0], self._looked_at)
             if fault is not None:
@@ -231,9 +239,11 @@ class Connection(H11Protocol):
             self._all.work(self)
 
     def on_response_complete(self) -> None:
-        """The answer was sent."""
+        """The answer was sent. A request that came before it waits a little: only floods send two at a time."""
         self._all.rest(self)
+        self._is_between = True
         super().on_response_complete()
+        self._is_between = False
 
     def send_400_response(self, msg: str) -> None:
         """What the parser refuses, as a problem; called while its exception is handled."""
@@ -282,6 +292,12 @@ class Connection(H11Protocol):
         if self._next_turn is None:
             self._next_turn = self.loop.call_soon(self._go_on)
 
+    def _after_pause(self) -> None:
+        self._pause = None
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.handle_events()
+
     def _go_on(self) -> None:
         self._next_turn = None
         self.handle_events()
@@ -295,7 +311,7 @@ class Connection(H11Protocol):
             self._header_timer = self.loop.call_later(self.header_seconds, self.transport.abort)
 
     def _stop_timers(self) -> None:
-        for timer in (self._header_timer, self._reading_timer, self._next_turn):
+        for timer in (self._header_timer, self._reading_timer, self._next_turn, self._pause):
             if timer is not None:
                 timer.cancel()
 
