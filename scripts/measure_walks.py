@@ -3,7 +3,7 @@
 DIR holds a folder per person. A is enrolled by the first photo. An accomplice adds mixes of A and B, from much of A to little,
 and at last B. Then B's other photos are compared as a verification does. Measured for pairs of anybody, and for pairs with the
 accomplice who looks most like A. Also: what share of genuine photos is taken, and how far the score of two different people
-rises from one pair of photos to another. Prints one JSON object. docs/walks.json keeps it, docs/adr/0038 explains it.
+rises from one pair of photos to another. Prints one JSON object. docs/walks.json keeps figures, docs/adr/0038 explains them.
 """
 
 import argparse
