@@ -163,6 +163,13 @@ def tell(name: str, figures: dict[str, object]) -> None:
     sys.stdout.flush()
 
 
+def limit_files(most: int) -> None:
+    """Limit the open files of the stack, as soon as it runs, and so of all its processes; not those of the loads."""
+    while not (started := psutil.Process().children()):
+        time.sleep(0.01)
+    resource.prlimit(started[0].pid, resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
@@ -170,9 +177,8 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path)
     parser.add_argument("--nofile", type=int)
     given = parser.parse_args()
-    # This process opens few files; those that it starts have the limit that is asked for.
     if given.nofile:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (given.nofile, given.nofile))
+        threading.Thread(target=limit_files, args=(given.nofile,), daemon=True).start()
     environment = dict(os.environ)
     if given.checkout:
         environment |= {"PYTHONPATH": str(given.checkout), "PYTHONSAFEPATH": "1"}

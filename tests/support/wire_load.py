@@ -66,6 +66,12 @@ async def connected(load: Load) -> AsyncIterator[tuple[asyncio.StreamReader, asy
             writer.transport.abort()
 
 
+async def drained(writer: asyncio.StreamWriter) -> None:
+    """Wait until more can be sent, or the connection is gone."""
+    with contextlib.suppress(OSError):
+        await writer.drain()
+
+
 async def pieces(load: Load, seen: Counter[str], body: bytes, *lines: str) -> None:
     """Send the same request again and again, whatever is answered."""
     while True:
@@ -74,7 +80,7 @@ async def pieces(load: Load, seen: Counter[str], body: bytes, *lines: str) -> No
             writer.write(load.head(*lines))
             for start in range(0, len(body), 65_536):
                 writer.write(body[start : start + 65_536])
-                await asyncio.wait({asyncio.create_task(writer.drain()), answer}, return_when="FIRST_COMPLETED")
+                await asyncio.wait({asyncio.create_task(drained(writer)), answer}, return_when="FIRST_COMPLETED")
                 if answer.done():
                     break
             seen[(await answer)[9:12].decode() or "closed"] += 1
@@ -138,7 +144,7 @@ async def hold(load: Load, seen: Counter[str]) -> None:
             while sent < most and not answer.done():
                 writer.write(piece)
                 sent += len(piece)
-                await asyncio.wait({asyncio.create_task(writer.drain()), answer}, return_when="FIRST_COMPLETED")
+                await asyncio.wait({asyncio.create_task(drained(writer)), answer}, return_when="FIRST_COMPLETED")
             seen["sent"] += 1
             while load.trickle_seconds and not answer.done():
                 writer.write(b"x")
