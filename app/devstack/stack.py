@@ -368,7 +368,8 @@ class Stack:
         if process.returncode != 0:
             message = f"the accounts could not be made; the log ends:\n{tail_of(log)}"
             raise StackFailed(message)
-        self.created = [str(name) for name in json.loads(answer)]
+        # The last line: where this child is the first to open the store, it logs that before.
+        self.created = [str(name) for name in json.loads(answer.splitlines()[-1])]
 
     def _announce(self) -> ReadyStack:
         """Write the ready-file, and the same beside the data for `idem demo`."""

@@ -21,6 +21,7 @@ from app.config import Settings, random_secret
 from app.devstack.servers import free_port
 from app.documents.base import new_id, now
 from app.documents.events import AuditEvent
+from app.documents.failed_logins import FailedLogins, Waits
 from app.documents.galleries import Gallery
 from app.documents.heartbeats import ALIVE_FOR, Heartbeat
 from app.documents.identities import Identity
@@ -149,6 +150,11 @@ async def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing(runtime: R
     assert taken is not None
     assert taken.fence == held.fence + 1
     assert await Held.acquire("publish:x", "a third", 30) is None
+    for _ in range(2):
+        await FailedLogins.note_failure("ann", Waits(failures=1, first_seconds=30, longest_seconds=900))
+    assert 0 < (await FailedLogins.remembered(["ann"]))["ann"].left_seconds <= 60
+    await FailedLogins.get_pymongo_collection().update_one({}, {"$set": {"wait_until": ahead}})
+    assert (await FailedLogins.remembered(["ann"]))["ann"].left_seconds == 0
     ann = await enrolled(runtime, "ann")
     await Identity.get_pymongo_collection().update_one({"_id": ann.id}, {"$set": {"outbox_at": ahead}})
     assert [identity.id for identity in await Identity.overdue(now(), 10)] == [ann.id]
