@@ -4,6 +4,10 @@ The template and the crop follow InsightFace's `face_align.norm_crop` (python-pa
 similarity of Umeyama (1991), which in two dimensions and without reflection has a closed form over complex numbers.
 """
 
+import threading
+import weakref
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +60,33 @@ def aligned_crop(pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int =
 
     Every photo pixel under the crop counts, with about the same weight. A crop that reads a few pixels of each hundred
     can show another face than the photo does (Xiao et al., "Seeing is Not Believing: Camouflage Attacks on Image Scaling
-    Algorithms", 2019).
+    Algorithms", 2019). The recogniser, quality and fingerprints ask for the same crop one after the other: the last one of each
+    thread is kept, as long as its photo lives. It cannot be written to.
     """
+    last: _LastCrop | None = getattr(_last, "crop", None)
+    if last is not None and last.is_of(pixels, landmarks, side):
+        return last.crop
+    crop = _averaged(pixels, landmarks, side)
+    crop.flags.writeable = False
+    _last.crop = _LastCrop(weakref.ref(pixels), landmarks.copy(), side, crop)
+    return crop
+
+
+@dataclass(frozen=True, slots=True)
+class _LastCrop:
+    photo: "weakref.ref[Pixels]"
+    landmarks: npt.NDArray[np.float32]
+    side: int
+    crop: Pixels
+
+    def is_of(self, pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int) -> bool:
+        return self.photo() is pixels and self.side == side and np.array_equal(self.landmarks, landmarks)
+
+
+_last = threading.local()
+
+
+def _averaged(pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int) -> Pixels:
     matrix = similarity_to_template(landmarks, side)
     step = _photo_pixels_per_crop_pixel(matrix)
     if step <= 1:
