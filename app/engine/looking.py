@@ -33,6 +33,8 @@ _SMALL = 0.2
 _LARGER = 2.0
 #: A detection score that is higher by this much decides alone, whatever the lengths say.
 _FAR_SURER = 0.25
+#: The inverted copy of a negative has a vector that is longer by a third (median).
+_CLEARLY_LONGER = 1.15
 
 
 @dataclass
@@ -104,7 +106,8 @@ def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
     seen = _upright(engine, photo, choose)
     if seen.face is None or seen.is_sure:
         return seen
-    if _stands_better(_look(engine, seen.photo.inverted(), choose, quick=False), seen):
+    inverted = _look(engine, seen.photo.inverted(), choose, quick=False)
+    if _stands_better(inverted, seen) and _shows_a_negative(inverted, seen):
         return replace(seen, main=None, problem=_negative())
     return seen
 
@@ -146,6 +149,12 @@ def _stands_better(turned: Look, first: Look) -> bool:
     if first.score == 0 or first.face is None or turned.face is None or turned.score > first.score + _FAR_SURER:
         return True
     return turned.length > first.length
+
+
+def _shows_a_negative(inverted: Look, seen: Look) -> bool:
+    """Whether more than a detection score says so: light eyes, or a clearly longer vector."""
+    are_eyes_light = seen.signs is not None and seen.signs.are_eyes_light
+    return are_eyes_light or inverted.length > _CLEARLY_LONGER * seen.length
 
 
 def _negative() -> LowQuality:

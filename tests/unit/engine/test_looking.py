@@ -118,6 +118,7 @@ def test_a_photo_whose_inverted_copy_is_the_better_face_is_refused_as_a_negative
         subject_of(engine, photo(), GalleryPolicy())
     assert [advice.code for advice in refused.value.errors] == ["negative"]
     assert position_of(Turning({0: [DOUBTFUL]}, inverted=[Seen(0.5, 24)])) == 0
+    assert position_of(Turning({0: [DOUBTFUL]}, inverted=[Seen(0.95, 16)])) == 0, "a score alone is not enough"
     assert position_of(Turning({0: [SURE]}, inverted=[Seen(0.9, 27)])) == 0, "a sure face is not looked at again"
 
 
