@@ -54,6 +54,16 @@ def _dumps(event: structlog.typing.EventDict) -> str:
     return json.dumps(event, default=repr)
 
 
+_SHARED: Final[list[structlog.typing.Processor]] = [
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.format_exc_info,
+    _cut,
+]
+#: One list for the whole process: loggers that are in use already keep the list that they were made with.
+_PROCESSORS: Final[list[structlog.typing.Processor]] = [*_SHARED, _render]
+
+
 class LogOutput:
     """Standard output as a log: each text is one write, and an error is swallowed.
 
@@ -61,6 +71,8 @@ class LogOutput:
     """
 
     def __init__(self, stream: TextIO) -> None:
+        self._is_stdout = stream is sys.stdout
+        self._stream = stream
         self._lock = threading.Lock()
         self._is_torn = False
         try:
@@ -71,7 +83,7 @@ class LogOutput:
     def write(self, text: str) -> int:
         """Write whole lines at once. Never raises OSError."""
         try:
-            if self._descriptor is None:
+            if self._descriptor is None or (self._is_stdout and sys.stdout is not self._stream):  # redirected meanwhile
                 sys.stdout.write(text)
                 sys.stdout.flush()
             else:
@@ -97,21 +109,15 @@ class LogOutput:
 
 def configure_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
     """Send the product's events, the libraries' warnings and what nobody caught to standard output, a JSON line each."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-        _cut,
-    ]
     output = LogOutput(sys.stdout)
     structlog.configure(
-        processors=[*shared, _render],
+        processors=_PROCESSORS,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(output),  # type: ignore[arg-type] # it writes, and needs no more
         cache_logger_on_first_use=True,
     )
     handler: logging.StreamHandler[Any] = logging.StreamHandler(output)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=_render))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=_SHARED, processor=_render))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(capture=True)
 

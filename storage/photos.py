@@ -277,12 +277,14 @@ class MinioPhotoStore:
     async def delete(self, keys: Iterable[str]) -> int:
         """See PhotoStore. On a bucket with versions nothing of an object remains, delete markers neither."""
         waiting = [_checked_key(key) for key in keys]
-        if waiting:
-            await self._run(lambda: _guarded(self.guard, lambda: None))
         there = 0
         for start in range(0, len(waiting), _THREADS):
             batch = waiting[start : start + _THREADS]
-            there += sum(await asyncio.gather(*(self._run(partial(self._delete, key)) for key in batch)))
+            there += sum(
+                await asyncio.gather(
+                    *(self._run(partial(_guarded, self.guard, partial(self._delete, key))) for key in batch)
+                )
+            )
         return there
 
     def list(self, prefix: str = "") -> AsyncIterator[StoredPhoto]:

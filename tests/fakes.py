@@ -6,6 +6,7 @@ import numpy as np
 
 from app.domain.alignment import CROP_SIDE, TEMPLATE
 from app.domain.faces import Embedding, Face, ModelCard, Pixels, RatePoint
+from app.errors import LowQuality
 
 #: Strangers' cosines spread by 1/16 at this dimension: the thresholds of CARD lie five spreads away, and captures of one
 #: person at 0.8 six.
@@ -41,7 +42,10 @@ def inscription(pixels: Pixels) -> str:
     """The text that `inscribed` put there."""
     flat = np.ascontiguousarray(pixels).reshape(-1)
     length = int(flat[0]) * 256 + int(flat[1])
-    return bytes(flat[2 : 2 + length]).decode()
+    try:
+        return bytes(flat[2 : 2 + length]).decode()
+    except UnicodeDecodeError:  # a turned copy shows other pixels there
+        return ""
 
 
 def embedding_of(people: tuple[str, ...], capture: int) -> Embedding:
@@ -83,7 +87,9 @@ class FakeEngine:
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
         """See embedding_of."""
         del face
-        people, capture = inscription(pixels).split("|")
+        if "|" not in (text := inscription(pixels)):  # an inverted copy
+            raise LowQuality
+        people, capture = text.split("|")
         return embedding_of(tuple(people.split("+")), int(capture)), 20.0
 
     def liveness(self, pixels: Pixels, face: Face) -> float | None:

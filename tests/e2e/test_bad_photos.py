@@ -343,7 +343,9 @@ def test_awkward_real_photos_are_taken_or_refused_as_their_condition_says(servic
         photo = (FACES / row["file"]).read_bytes()
         answer = service.app.post("/v1/identifications", files=[part(photo)], data={"gallery": gallery})
         said = slug_of(answer)
-        is_let_in = said == "" and (row["condition"] in overlooked or row["file"] in TAKEN_FOR_PEOPLE)
+        is_let_in = said == "" and row["condition"] in overlooked
+        # A face that the detector sees in a dog may be too poor to take.
+        is_let_in = is_let_in or (said in {"", "low-quality"} and row["file"] in TAKEN_FOR_PEOPLE)
         if not is_let_in and said not in HARD.get(row["condition"], {said}):
             wrong[row["file"]] = said
     assert wrong == {}

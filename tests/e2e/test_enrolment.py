@@ -385,7 +385,7 @@ def test_the_stored_photo_is_our_own_encoding_and_is_kept_by_nobody(service: Ser
 @pytest.mark.parametrize(
     ("method", "call"),
     [
-        ("GET", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/samples"), ("GET", f"/samples/{NOBODY}/photo"),
+        ("GET", ""), ("PATCH", ""), ("DELETE", "?reason=x"), ("POST", "/samples"), ("GET", f"/samples/{NOBODY}/photo"),
         ("DELETE", f"/samples/{NOBODY}?reason=x"),
         ("POST", "/screen"), ("POST", "/revoke"), ("POST", "/reinstate"), ("POST", "/attempts:reset"), ("GET", "/export"),
     ],

@@ -282,7 +282,8 @@ async def test_an_event_gets_its_number_within_a_second(runtime: Runtime) -> Non
 
 
 async def test_heads_wait_for_an_evidence_store_that_is_away_and_none_is_lost(runtime: Runtime, tmp_path: Path) -> None:
-    blocked = tmp_path / "evidence"
+    blocked = runtime.settings.evidence_path
+    blocked.rename(tmp_path / "aside")
     blocked.write_text("a file where the folder should be")
     heads = []
     for _ in range(3):
@@ -292,6 +293,7 @@ async def test_heads_wait_for_an_evidence_store_that_is_away_and_none_is_lost(ru
         assert await deliver(runtime) == len(heads)
     assert await TreeHead.waiting() == 3
     blocked.unlink()
+    (tmp_path / "aside").rename(blocked)
     assert await deliver(runtime) == 0
     (name,) = await runtime.evidence.names("heads/")
     assert Head.of(json.loads(await runtime.evidence.read(name))) == heads[-1].head, "it proves those before it"

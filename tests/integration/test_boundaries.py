@@ -95,7 +95,7 @@ async def test_h74_a_commit_whose_answer_is_lost_is_done_once(runtime: Runtime, 
 async def test_h74_h76_a_store_that_goes_away_inside_a_transaction_is_asked_again_and_the_caller_sees_one_result(
     runtime: Runtime, watched: _Scripted
 ) -> None:
-    watched.script |= {"update": ["error", "cut"], "insert": ["cut", "error"]}
+    watched.script |= {"update": ["", "error", "cut"], "insert": ["cut", "error"]}
     ann = await enrolled(runtime, "ann")
     assert watched.calls.count("mongo abortTransaction") >= 2
     assert (await default_gallery()).seq == (await known(ann)).enrol_seq == 1
@@ -214,7 +214,7 @@ async def test_readiness_and_figures_tell_the_state_of_the_boundaries(
 ) -> None:
     checks = (await door.get("/ready")).json()["checks"]
     assert {name: check.get("boundary") for name, check in checks.items()} == {
-        "model": None, "mongo": "closed", "queue": "open", "photos": "closed", "index": None,
+        "model": None, "mongo": "closed", "queue": "open", "photos": "closed", "index": None, "clock": None, "worker": None,
     }  # fmt: skip
     for _ in range(runtime.settings.boundary_failures):
         runtime.boundaries.photos._note_failure(PhotoStoreUnavailable("gone"))

@@ -224,10 +224,10 @@ async def test_the_crop_that_is_compared_can_be_seen_and_each_view_is_an_event(
     small, large = (
         Face((0.0, 0.0, side, side), (TEMPLATE * side / CROP_SIDE).astype(np.float32), 0.9) for side in (50.0, 100.0)
     )
-    monkeypatch.setattr(runtime.engine, "detect", lambda _: [small, large])
+    monkeypatch.setattr(runtime.engine, "detect", lambda *_, **__: [small, large])
     again = await view_crop(runtime, viewing, gallery, old, sample.id)
     assert np.array_equal(pixels_of_bytes(again), aligned_crop(photo, large.landmarks))
-    monkeypatch.setattr(runtime.engine, "detect", lambda _: [])
+    monkeypatch.setattr(runtime.engine, "detect", lambda *_, **__: [])
     with pytest.raises(NoFace):
         await view_crop(runtime, viewing, gallery, old, sample.id)
     await runtime.photos.delete([sample.photo_key])
