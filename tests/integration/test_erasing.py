@@ -37,7 +37,7 @@ from tests.builders import (
     settled,
     suspected,
 )
-from tests.fakes import FACE_AT
+from tests.fakes import DIMENSION, FACE_AT
 
 
 def pixels_of_bytes(data: bytes) -> Pixels:
@@ -225,6 +225,7 @@ async def test_the_crop_that_is_compared_can_be_seen_and_each_view_is_an_event(
         Face((0.0, 0.0, side, side), (TEMPLATE * side / CROP_SIDE).astype(np.float32), 0.9) for side in (50.0, 100.0)
     )
     monkeypatch.setattr(runtime.engine, "detect", lambda *_, **__: [small, large])
+    monkeypatch.setattr(runtime.engine, "embed", lambda *_: (np.eye(1, DIMENSION, dtype=np.float32)[0], 25.0))
     again = await view_crop(runtime, viewing, gallery, old, sample.id)
     assert np.array_equal(pixels_of_bytes(again), aligned_crop(photo, large.landmarks))
     monkeypatch.setattr(runtime.engine, "detect", lambda *_, **__: [])
