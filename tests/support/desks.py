@@ -362,6 +362,10 @@ async def broken_log(runtime: Runtime) -> list[str]:
         broken.append(f"the tree of {tree.size} is not that of the {growth.size} events")
     broken += [f"the head of {h.size} is not over these events" for h in heads if roots.get(h.size) != h.root_hash]
     kept = set(await runtime.evidence.names("heads"))
-    return broken + [
-        f"the head of {h.size} is not outside" for h in heads if h.is_delivered and h.evidence[0] not in kept
-    ]
+    outside = [h for h in heads if h.evidence[0] in kept]
+    for head in heads:
+        if head.is_superseded and not any(h.key_id == head.key_id and h.size >= head.size for h in outside):
+            broken.append(f"the head of {head.size} is proved by none outside")
+        if head.is_delivered and not head.is_superseded and head.evidence[0] not in kept:
+            broken.append(f"the head of {head.size} is not outside")
+    return broken
