@@ -90,11 +90,17 @@ class Look:
         return 0.0 if self.vector is None else self.vector[1]
 
     @property
+    def _is_long(self) -> bool:
+        """Whether the vector is as long as that of half the ordinary photos: no negative's is (551 photos)."""
+        usual = self.engine.card.usual_length
+        return usual is not None and self.length >= usual[1]
+
+    @property
     def is_sure(self) -> bool:
         """Whether the face stands upright for sure; of a photo that is refused, whether its surest face does."""
         if self.face is not None:
             is_upright = is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
-            return is_upright and self.signs is not None and not self.signs.are_eyes_light
+            return is_upright and self.signs is not None and (not self.signs.are_eyes_light or self._is_long)
         return any(is_believable(face) and self.engine.is_upright(face, None) for face in self.faces)
 
 

@@ -103,7 +103,10 @@ class OnnxEngine:
         detector, usual = self._ready().detector, self.card.usual_length
         if length is None or usual is None:
             return face.detection_score >= detector.upright_score
-        return face.detection_score >= detector.upright_score_of_long and length >= UPRIGHT_LENGTH * usual[0]
+        is_long = face.detection_score >= detector.upright_score_of_long and length >= UPRIGHT_LENGTH * usual[0]
+        # Both at once, where the score tells something of its own: of 1,419 turned copies and 551 negatives none has them.
+        tells = detector.upright_score > detector.upright_score_of_long
+        return is_long or (tells and face.detection_score >= detector.upright_score and length >= usual[0])
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
         """The face's unit embedding and the raw vector's length; LowQuality when the face has no usable features."""
