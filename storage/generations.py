@@ -292,6 +292,13 @@ class GenerationStore:
         """Ids of the galleries that have a folder on the share."""
         return sorted(filter(_GALLERY.fullmatch, _entries(self._share)))
 
+    def is_removed(self) -> bool:
+        """Whether the share's folder is not there, though the folder that holds it is.
+
+        A share that is not mounted leaves its mount point: an empty folder.
+        """
+        return not self._share.exists() and self._share.parent.is_dir()
+
     def listed(self, gallery_id: str) -> list[GenerationName]:
         """The generations on the share, by rising number; whether they are good is not asked."""
         found = (_generation_name(entry) for entry in _entries(self._share / _checked_gallery(gallery_id)))

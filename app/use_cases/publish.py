@@ -42,6 +42,8 @@ from storage.vectors import Halves, Ids
 log = structlog.get_logger(__name__)
 
 LEASE_SECONDS: Final = 15
+#: By then every host sees the files of a new generation.
+SEEN_EVERYWHERE: Final = timedelta(minutes=2)
 #: A deadline that no publication has met is met by force when this share of the time is left: hosts look every minute.
 WITHDRAWN_SHARE: Final = 0.05
 #: Of a former generation at a time, while its living rows are carried over.
@@ -130,9 +132,30 @@ async def keep_promises(runtime: Runtime) -> None:
     for gone in (on_share & had) - living.keys():
         await share.run(store.drop_gallery, gone)
     runtime.places.note_strangers(await share.run(store.strangers))
+    await _notice_lost_files(runtime, [gallery for gallery in living.values() if gallery.published is not None])
     for gallery in living.values():
         if gallery.id in on_share and await share.run(store.has_others, gallery.id, gallery.files):
             await _put_right(gallery, partial(_sweep, runtime))
+
+
+async def _notice_lost_files(runtime: Runtime, published: list[Gallery]) -> None:
+    """Have generations written anew whose files somebody removed from the share.
+
+    A folder without the store's mark may be a share that is not mounted: it is left alone.
+    """
+    store, share = runtime.search.store, runtime.share
+    is_removed = await share.run(store.is_removed)
+    if not is_removed and (await share.run(runtime.places.guards["index"].look)).state != "ours":
+        return
+    for gallery in published:
+        # A host may see a new file late on a network file system.
+        is_settled = gallery.published is not None and gallery.published.built_at < now() - SEEN_EVERYWHERE
+        if gallery.published is None or not (is_removed or is_settled):
+            continue
+        named = (gallery.epoch, gallery.published.number)
+        is_lost = is_removed or named not in await share.run(store.listed, gallery.id)
+        if is_lost and await gallery.report(named[1], "its files were removed from the folder of the index"):
+            log.error("index_files_lost", gallery=gallery.name, generation=named[1])
 
 
 async def _put_right(gallery: Gallery, work: Callable[[Gallery, Held], Awaitable[None]]) -> None:

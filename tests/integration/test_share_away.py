@@ -21,7 +21,7 @@ from app.documents.base import now
 from app.documents.galleries import Gallery, Generation
 from app.runtime import Runtime, open_runtime
 from app.share import THREADS
-from app.use_cases.publish import keep_promises, publish
+from app.use_cases.publish import SEEN_EVERYWHERE, due, keep_promises, publish
 from storage.generations import GenerationStore, GenerationStoreUnavailable
 from tests.builders import active, another_process, default_gallery, identified
 from tests.fakes import FakeEngine
@@ -228,3 +228,48 @@ async def test_whatever_the_share_does_to_a_publication_the_index_is_right_after
     head = await default_gallery()
     on_share = {path.name for path in hasty.settings.vector_db_path.glob("*/*")}
     assert on_share == {f"{epoch}-{number}" for epoch, number in head.files}
+
+
+async def _removed_and_made_anew(runtime: Runtime, remove: Callable[[], None]) -> bool:
+    """Whether the worker's sweep finds that files were removed, and a publication puts them back."""
+    remove()
+    await keep_promises(runtime)
+    if not await due(runtime):
+        return False
+    await _published(runtime)
+    return await runtime.search.shares(await default_gallery())
+
+
+async def test_a_folder_of_the_index_that_was_removed_is_made_anew(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    await _published(runtime)
+    assert await _removed_and_made_anew(runtime, lambda: shutil.rmtree(runtime.settings.vector_db_path))
+    assert (await identified(runtime, "ann")).candidates
+
+
+async def test_files_that_were_removed_under_the_stores_own_mark_are_made_anew(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    generation = await _published(runtime)
+    gallery = await default_gallery()
+
+    def remove() -> None:
+        shutil.rmtree(runtime.settings.vector_db_path / gallery.id)
+
+    assert not await _removed_and_made_anew(runtime, remove), "a host may see a new file late"
+    earlier = {"$set": {"published.built_at": generation.built_at - 2 * SEEN_EVERYWHERE}}
+    await Gallery.get_pymongo_collection().update_one({"_id": gallery.id}, earlier)
+    assert await _removed_and_made_anew(runtime, lambda: None)
+
+
+async def test_an_empty_folder_without_the_mark_may_be_a_share_that_is_not_mounted(runtime: Runtime) -> None:
+    await active(runtime, "ann")
+    await _published(runtime)
+    folder = runtime.settings.vector_db_path
+
+    def unmount() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+    assert not await _removed_and_made_anew(runtime, unmount)
+    assert list(folder.iterdir()) == []
+    assert (await identified(runtime, "ann")).candidates
