@@ -76,6 +76,7 @@ class FairExecutor:
         finally:
             if not job.answer.done() or job.answer.cancelled():
                 self._forget(job)
+            del job  # it holds an error that holds this frame: both would wait for the collector
         return answer
 
     @property

@@ -61,7 +61,7 @@ from app.domain.photo import NoRoomYet, giving_way
 from app.domain.policy import GalleryPolicy
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
-from app.errors import DependencyUnavailable, ModelMismatch, NotReady, PhotoMissing
+from app.errors import DependencyUnavailable, ModelMismatch, NotReady, PhotoMissing, Problem
 from app.fair_executor import FairExecutor, TooMuchWaits
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
@@ -192,7 +192,12 @@ class Runtime:
 
         def giving() -> T:
             with giving_way():
-                return work(*args, **kwargs)
+                try:
+                    return work(*args, **kwargs)
+                except Problem as problem:
+                    # The frames below hold decoded pixels. The refusal would hold them until it is collected.
+                    problem.__context__ = problem.__cause__ = None
+                    raise problem.with_traceback(None) from None
 
         try:
             return await self._photos.run(caller, giving)
