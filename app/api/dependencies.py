@@ -258,9 +258,8 @@ def _keep_while_running(claim: IdempotencyClaim) -> None:
     async def keep() -> None:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            with suppress(
-                PyMongoError
-            ):  # the lease may run out: then another request does the work, and this one nothing
+            # The lease may run out meanwhile. Then another request does the work, and this one does nothing.
+            with suppress(PyMongoError):
                 if not await claim.renew():
                     return
 

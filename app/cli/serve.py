@@ -106,6 +106,7 @@ class _Child(Process):
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
         super().__init__(config, sockets)
         self.started_at = time.monotonic()
+        self._is_asked = False
 
     @property
     def server(self) -> uvicorn.Server:
@@ -127,8 +128,6 @@ class _Child(Process):
         except OSError as error:
             raise EOFError from error
         return serves
-
-    _is_asked = False
 
 
 class SeveralProcesses(Multiprocess):
