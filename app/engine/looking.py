@@ -64,7 +64,7 @@ class Look:
         try:
             return self.engine.embed(self.photo.pixels, self.face)
         except LowQuality as problem:
-            self.main, self.problem, self.face = None, problem, None
+            self.main, self.problem, self.face = None, problem.with_traceback(None), None
             return None
 
     @cached_property
@@ -145,7 +145,8 @@ def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool, quar
     try:
         return Look(engine, photo, faces, choose(photo, faces), None, quarters)
     except PhotoRefused as problem:
-        return Look(engine, photo, faces, None, problem, quarters)
+        # Without its traceback, whose frames lead back to this look and hold the pixels until the collector comes.
+        return Look(engine, photo, faces, None, problem.with_traceback(None), quarters)
 
 
 def _stands_better(turned: Look, first: Look) -> bool:

@@ -126,7 +126,12 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
     seen = look(engine, photo, choose)
     vector, main, face, marks = seen.vector, seen.main, seen.face, seen.signs
     if vector is None or main is None or face is None or marks is None:
-        raise seen.problem or NoFace
+        problem = seen.problem or NoFace()
+        del seen, vector, main, face, marks
+        try:
+            raise problem
+        finally:
+            del problem  # else the error and this frame hold each other
     return Subject(seen.photo, main, face, vector, marks, seen.quarters)
 
 
