@@ -8,7 +8,20 @@ import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from app.api import audit, auth, clients, dedup, faces, galleries, identities, operations, problems, proposals, users
+from app.api import (
+    audit,
+    auth,
+    clients,
+    dedup,
+    faces,
+    galleries,
+    identities,
+    operations,
+    problems,
+    proposals,
+    samples,
+    users,
+)
 from app.api.connections import raise_open_files
 from app.api.draining import Drain, Draining
 from app.api.edges import Edges
@@ -52,7 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses=problems.problems(Unreadable, TooManyPieces, RequestTimeout, RateLimited, HeadersTooLarge),
     )
     problems.install(app)
-    for door in (auth, users, clients, galleries, identities, proposals, faces, dedup, audit, operations):
+    for door in (auth, users, clients, galleries, identities, samples, proposals, faces, dedup, audit, operations):
         app.include_router(door.router)
     app.include_router(identities.imports)
     app.add_middleware(Draining, drain=drain)

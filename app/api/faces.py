@@ -7,10 +7,10 @@ from pydantic import BaseModel, Field
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
-from app.api.identities import PHOTO_PROBLEMS, NoFields
+from app.api.identities import PHOTO_PROBLEMS
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
-from app.api.uploads import Upload, body_of, uploaded
+from app.api.uploads import NoFields, Upload, body_of, uploaded
 from app.audit import Action
 from app.documents.events import Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery

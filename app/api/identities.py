@@ -19,7 +19,6 @@ from app.documents.events import AuditEvent, Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
 from app.documents.proposals import IdentityProposal
-from app.documents.removals import SampleRemoval
 from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
 from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
 from app.domain.callers import Role
@@ -32,7 +31,6 @@ from app.errors import (
     Conflict,
     DependencyUnavailable,
     DifferentPeople,
-    DifferentPerson,
     ExternalRefTaken,
     FaceCropped,
     FaceTooSmall,
@@ -47,7 +45,6 @@ from app.errors import (
     NotImplementedYet,
     NotLive,
     NotReady,
-    PhotoMissing,
     PreconditionFailed,
     TooLarge,
     TooManyPixels,
@@ -58,8 +55,7 @@ from app.errors import (
     Validation,
 )
 from app.runtime import Runtime
-from app.use_cases import enrol, erase, export_subject, screen, standing, update, view_photo
-from app.use_cases import remove_sample as removing
+from app.use_cases import enrol, erase, export_subject, screen, standing, update
 
 PHOTO_PROBLEMS = (
     NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,
@@ -87,10 +83,6 @@ class Enrolment(Attributes):
     """The fields of an enrolment beside its photos."""
 
     gallery: str = DEFAULT_GALLERY
-
-
-class NoFields(Body):
-    """Nothing beside the photo."""
 
 
 class AttributesPatch(Body):
@@ -175,17 +167,6 @@ class ProposedView(BaseModel):
     proposal_id: str
 
 
-class SampleReceiptView(BaseModel):
-    """A sample that was removed. index_purge_by: until then index files may hold its rotated vector."""
-
-    identity_id: str
-    sample_id: str
-    removed_at: Moment
-    photos: int
-    audit_event_id: str
-    index_purge_by: Moment
-
-
 def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
     """The identity with its attributes opened."""
     attributes = Attributes()
@@ -227,7 +208,7 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
     )
 
 
-async def _found(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
+async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
     action.subject = Subject(kind="identity", id=identity_id)
     identity = await Identity.living(identity_id)
@@ -236,7 +217,8 @@ async def _found(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     return await gallery_of(action, identity.gallery_id), identity
 
 
-def _answer(runtime: Runtime, response: Response, gallery: Gallery, identity: Identity) -> IdentityView:
+def answer_with(runtime: Runtime, response: Response, gallery: Gallery, identity: Identity) -> IdentityView:
+    """The answer about one identity; its `ETag` is its version."""
     response.headers["ETag"] = f'"{identity.version}"'
     return view(runtime, gallery, identity)
 
@@ -273,14 +255,14 @@ async def enrol_identity(
         attributes = Attributes.model_validate(fields.model_dump(exclude={"gallery"}))
         identity = await enrol.enrol(runtime, action, gallery, upload.photos["photo"], attributes)
     else:
-        _, identity = await _found(action, first[0].subject.id or "")
+        _, identity = await found_identity(action, first[0].subject.id or "")
     upload.discard_photos()
     if wait:
         identity = await enrol.await_verdict(identity, wait)
     if wait and identity.status != "pending":
         response.status_code = 201
     response.headers["Location"] = f"/v1/identities/{identity.id}"
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 @router.post("/import", status_code=501, responses=problems(NotImplementedYet))
@@ -361,7 +343,7 @@ async def visible_galleries(runtime: Runtime, action: Action, name: str | None) 
 @router.get("/{identity_id}", responses=problems(NotFound))
 async def get_identity(runtime: CurrentRuntime, response: Response, identity_id: str, action: Reading) -> IdentityView:
     """One identity; its `ETag` is its version."""
-    return _answer(runtime, response, *await _found(action, identity_id))
+    return answer_with(runtime, response, *await found_identity(action, identity_id))
 
 
 PROPOSED = {"model": ProposedView, "description": "Proposed: a second officer must agree"}
@@ -398,7 +380,7 @@ async def update_identity(
 
     In a gallery with `second_review` a change of `external_ref` is proposed: 202.
     """
-    gallery, identity = await _found(action, identity_id)
+    gallery, identity = await found_identity(action, identity_id)
     patch = body.model_dump(mode="json", exclude_unset=True)
     first = await first_answer(runtime, request, action, key, patch)
     if first is None:
@@ -408,7 +390,7 @@ async def update_identity(
         identity = updated
     elif (proposal_id := first_proposed(first)) is not None:
         return proposed(response, proposal_id)
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 def _version(if_match: str | None) -> int | None:
@@ -445,117 +427,13 @@ async def erase_identity(
     """
     first = await first_answer(runtime, request, action, key, None)
     if first is None:
-        gallery, _ = await _found(action, identity_id)
+        gallery, _ = await found_identity(action, identity_id)
         done = await erase.ask(runtime, action, gallery, identity_id, reason)
         return proposed(response, done.id) if isinstance(done, IdentityProposal) else receipt_view(done)
     proposal_id = first_proposed(first)
     if proposal_id is not None:
         return proposed(response, proposal_id)
     return receipt_view(await erase.receipt_of_event(first[0]))
-
-
-@router.post(
-    "/{identity_id}/samples",
-    status_code=202,
-    openapi_extra=body_of(NoFields, "photo"),
-    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound, Conflict, DifferentPerson),
-)
-async def add_sample(
-    runtime: CurrentRuntime,
-    request: Request,
-    response: Response,
-    identity_id: str,
-    action: Annotated[Action, Depends(acting("sample.add", Role.OFFICER))],
-    upload: Annotated[Upload[NoFields], Depends(uploaded(NoFields, "photo"))],
-    key: IdempotencyKey = None,
-) -> IdentityView:
-    """One more photo of an active identity; pending until it is screened."""
-    gallery, identity = await _found(action, identity_id)
-    if await first_answer(runtime, request, action, key, {}, digests=upload.digests) is None:
-        identity = await enrol.add_sample(runtime, action, gallery, identity, upload.photos["photo"][0])
-    response.headers["Location"] = f"/v1/identities/{identity.id}"
-    return _answer(runtime, response, gallery, identity)
-
-
-def _sample_receipt(removal: SampleRemoval) -> SampleReceiptView:
-    return SampleReceiptView(
-        identity_id=removal.identity_id, sample_id=removal.id, removed_at=removal.removed_at, photos=1,
-        audit_event_id=removal.event_id, index_purge_by=removal.index_purge_by,
-    )  # fmt: skip
-
-
-@router.delete("/{identity_id}/samples/{sample_id}", responses=problems(NotFound, Conflict, http_202=PROPOSED))
-async def remove_sample(
-    runtime: CurrentRuntime,
-    request: Request,
-    response: Response,
-    identity_id: str,
-    sample_id: str,
-    action: Annotated[Action, Depends(acting("sample.remove", Role.OFFICER))],
-    reason: Annotated[str, Query(min_length=1, max_length=1000)],
-    key: IdempotencyKey = None,
-) -> SampleReceiptView | ProposedView:
-    """Remove one sample of an active or revoked identity; never the last one that it was enrolled by.
-
-    In a gallery with `second_review` it is proposed: 202.
-    """
-    first = await first_answer(runtime, request, action, key, None)
-    if first is None:
-        gallery, _ = await _found(action, identity_id)
-        done = await removing.ask(runtime, action, gallery, identity_id, sample_id, reason)
-        return proposed(response, done.id) if isinstance(done, IdentityProposal) else _sample_receipt(done)
-    proposal_id = first_proposed(first)
-    if proposal_id is not None:
-        return proposed(response, proposal_id)
-    return _sample_receipt(await removing.removal_of_event(first[0]))
-
-
-@router.get(
-    "/{identity_id}/samples/{sample_id}/photo",
-    response_class=Response,
-    responses=problems(
-        NotFound,
-        PhotoMissing,
-        DependencyUnavailable,
-        http_200={"content": {"image/jpeg": {}}, "description": "The stored photo"},
-    ),
-)
-async def get_photo(
-    runtime: CurrentRuntime,
-    identity_id: str,
-    sample_id: str,
-    action: Annotated[Action, Depends(acting("identity.photo.view", Role.OFFICER))],
-) -> Response:
-    """The stored photo; each view is audited."""
-    gallery, identity = await _found(action, identity_id)
-    photo = await view_photo.view_photo(runtime, action, gallery, identity, sample_id)
-    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{sample_id}.jpg"'}
-    return Response(photo, media_type="image/jpeg", headers=headers)
-
-
-@router.get(
-    "/{identity_id}/samples/{sample_id}/crop",
-    response_class=Response,
-    responses=problems(
-        NotFound,
-        PhotoMissing,
-        NoFace,
-        NotReady,
-        DependencyUnavailable,
-        http_200={"content": {"image/png": {}}, "description": "The face as it is compared"},
-    ),
-)
-async def get_crop(
-    runtime: CurrentRuntime,
-    identity_id: str,
-    sample_id: str,
-    action: Annotated[Action, Depends(acting("identity.photo.view", Role.OFFICER))],
-) -> Response:
-    """The face as the recogniser gets it, 112 pixels a side; each view is audited."""
-    gallery, identity = await _found(action, identity_id)
-    crop = await view_photo.view_crop(runtime, action, gallery, identity, sample_id)
-    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{sample_id}-crop.png"'}
-    return Response(crop, media_type="image/png", headers=headers)
 
 
 @router.post("/{identity_id}/screen", status_code=202, responses=problems(NotFound, Conflict))
@@ -568,10 +446,10 @@ async def screen_identity(
     key: IdempotencyKey = None,
 ) -> IdentityView:
     """Queue the screening again: of a failed identity, or of a sample without a verdict."""
-    gallery, identity = await _found(action, identity_id)
+    gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, {}) is None:
         identity = await screen.screen_again(runtime, action, gallery, identity_id)
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 @router.post("/{identity_id}/revoke", responses=problems(NotFound, Conflict))
@@ -585,10 +463,10 @@ async def revoke_identity(
     key: IdempotencyKey = None,
 ) -> IdentityView:
     """Take an active identity out of service."""
-    gallery, identity = await _found(action, identity_id)
+    gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.revoke(runtime, action, gallery, identity_id, body.reason)
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 @router.post("/{identity_id}/reinstate", responses=problems(NotFound, Conflict, UndecidedCandidates))
@@ -602,10 +480,10 @@ async def reinstate_identity(
     key: IdempotencyKey = None,
 ) -> IdentityView:
     """Bring a revoked identity back."""
-    gallery, identity = await _found(action, identity_id)
+    gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.reinstate(runtime, action, gallery, identity_id, body.reason)
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 @router.post("/{identity_id}/attempts:reset", responses=problems(NotFound))
@@ -618,10 +496,10 @@ async def reset_attempts(
     key: IdempotencyKey = None,
 ) -> IdentityView:
     """Let the identity be verified again after too many non-matches."""
-    gallery, identity = await _found(action, identity_id)
+    gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, None) is None:
         identity = await standing.reset_attempts(runtime, action, gallery, identity_id)
-    return _answer(runtime, response, gallery, identity)
+    return answer_with(runtime, response, gallery, identity)
 
 
 @router.get(
@@ -638,7 +516,7 @@ async def export_identity(
     action: Annotated[Action, Depends(acting("identity.export", Role.OFFICER))],
 ) -> Response:
     """Everything that is kept about the person, for an access request; of others it holds ids only. Each export is audited."""
-    gallery, _ = await _found(action, identity_id)
+    gallery, _ = await found_identity(action, identity_id)
     pieces = await export_subject.export_subject(runtime, action, gallery, identity_id)
     headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{identity_id}.json"'}
     return StreamingResponse(pieces, media_type="application/json", headers=headers)

@@ -19,6 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.bodies import MOST_MARKS, parsed, refuse_encodings
 from app.api.dependencies import CurrentRuntime
+from app.api.shapes import Body
 from app.errors import Advice, TooLarge, UnsupportedMediaType, Validation
 
 #: Room for the fields, part headers and boundaries around the photos.
@@ -34,6 +35,10 @@ SLICE_SECONDS, SMALLEST_SLICE, LARGEST_SLICE = 0.002, 1024, 256 * 1024
 PARSER_SECONDS = 0.5
 
 F = TypeVar("F", bound=BaseModel)
+
+
+class NoFields(Body):
+    """Nothing beside the photo."""
 
 
 class _InMemoryParser(MultiPartParser):
