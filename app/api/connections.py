@@ -4,10 +4,12 @@ An idle connection costs its caller nothing and the process a file. When a limit
 for the longest time is closed, and the new one is served. Nobody is refused while anybody else's connection is idle.
 """
 
+import asyncio
 import resource
 from collections import Counter as Tally
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
 
 import prometheus_client
@@ -17,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 #: Connections of one process, and how many of them one address may have. An address of IPv6 is a network of 64 bits.
 MOST_CONNECTIONS, MOST_OF_AN_ADDRESS = 2048, 512
+#: Requests whose callers left before the answer: so many of an address, or of all callers behind a trusted proxy, go on.
+MOST_ABANDONED, MOST_ABANDONED_BEHIND_A_PROXY = 32, 512
 #: Open files that connections leave to the stores: MongoDB's pool (50), Redis, the S3 server, index files, photos, logs.
 RESERVED_FILES: Final = 256
 #: More open files than this are of no use.
@@ -26,6 +30,11 @@ _FEWEST: Final = 16
 OPEN = prometheus_client.Gauge("idem_connections", "Open connections")
 CLOSED = prometheus_client.Counter(
     "idem_connections_closed_total", "Connections closed because a limit was reached", ["reason"]
+)
+
+
+ABANDONED = prometheus_client.Counter(
+    "idem_abandoned_requests_cancelled_total", "Requests cancelled because too many callers of an address did not wait"
 )
 
 
@@ -46,6 +55,8 @@ class Connections:
     _count: Tally[str | None] = field(default_factory=Tally)
     # By address; the connection that has been idle for the longest time comes first.
     _idle: dict[str | None, OrderedDict[Member, None]] = field(default_factory=dict)
+    # By address, the oldest first.
+    _abandoned: dict[str | None, OrderedDict["asyncio.Task[None]", None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._address_of)
@@ -96,6 +107,26 @@ class Connections:
         if not self._count[address]:
             del self._count[address]
         OPEN.set(len(self))
+
+    def abandon(self, request: "asyncio.Task[None]", address: str | None) -> None:
+        """The caller left before the request was answered. The request goes on, unless its address has too many of this kind.
+
+        The oldest one is cancelled then. Callers who do not wait for answers would otherwise make work without a limit.
+        """
+        mine = self._abandoned.setdefault(address, OrderedDict())
+        mine[request] = None
+        request.add_done_callback(partial(self._end_abandoned, address))
+        if len(mine) > (MOST_ABANDONED_BEHIND_A_PROXY if address is None else MOST_ABANDONED):
+            oldest, _ = mine.popitem(last=False)
+            ABANDONED.inc()
+            oldest.cancel()
+
+    def _end_abandoned(self, address: str | None, request: "asyncio.Task[None]") -> None:
+        mine = self._abandoned.get(address)
+        if mine is not None:
+            mine.pop(request, None)
+            if not mine:
+                del self._abandoned[address]
 
     def _oldest_idle(self, address: str | None) -> Member | None:
         return next(iter(self._idle.get(address, ())), None)

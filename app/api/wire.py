@@ -161,6 +161,7 @@ class Connection(H11Protocol):
     _reading_timer: asyncio.TimerHandle | None = None
     _next_turn: asyncio.Handle | None = None
     _pause: asyncio.TimerHandle | None = None
+    _request: asyncio.Task[None] | None = None
     _is_between = False
     _looked_at = 0
     conn: _Pieces
@@ -176,6 +177,7 @@ class Connection(H11Protocol):
     ) -> None:
         """As uvicorn's own."""
         super().__init__(config, server_state, app_state, _loop)
+        self._served, self.app = self.app, self._unless_refused
         self.conn = _Pieces(h11.SERVER, HEADER_BYTES)
         if server_state not in self._of_servers:
             self._of_servers[server_state] = self.limits()
@@ -198,6 +200,8 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting for anything."""
+        if self._request is not None and self.cycle is not None and not self.cycle.response_complete:
+            self._all.abandon(self._request, self._address())
         self._all.leave(self)
         self._stop_timers()
         self.transport.ended()
@@ -270,9 +274,23 @@ class Connection(H11Protocol):
         """Whose connection this is; None for a proxy that FORWARDED_ALLOW_IPS names, and for a socket without addresses."""
         if self.client is None:
             return None
-        host, app = self.client[0], self.app
+        host, app = self.client[0], self._served
         is_proxy = isinstance(app, ProxyHeadersMiddleware) and host in app.trusted_hosts
         return None if is_proxy else subscriber(host)
+
+    async def _unless_refused(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has them
+        """The application, unless the request was refused, or its caller left, before its task began.
+
+        The parser takes header, body and trailers apart in one go. A flood of refused requests would otherwise leave one task
+        each, and no connection waits for their answers.
+        """
+        if self.cycle is None or self.cycle.disconnected:
+            return
+        self._request = asyncio.current_task()
+        try:
+            await self._served(scope, receive, send)
+        finally:
+            self._request = None
 
     def _is_sending(self) -> bool:
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)

@@ -16,9 +16,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.api import problems
-from app.api.connections import Connections
+from app.api.connections import MOST_ABANDONED, Connections
 from app.api.envelope import SECURITY_HEADERS, Envelope
 from app.api.wire import BYTES_A_CHUNK, FREE_CHUNKS, Connection
 from app.cli.serve import configuration
@@ -378,6 +379,39 @@ async def test_a3_who_streams_in_small_chunks_is_served_as_long_as_they_are_not_
     assert many.json() == {"bytes": 2000 * BYTES_A_CHUNK}
     assert tiny.status_code == 400
     assert tiny.json()["type"].endswith("too-many-pieces")
+
+
+async def test_a3_a_request_whose_trailers_are_refused_never_reaches_the_application(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    call = Envelope.__call__
+
+    async def noted(self: Envelope, scope: Scope, receive: Receive, send: Send) -> None:
+        begun.append(scope["path"])
+        await call(self, scope, receive, send)
+
+    monkeypatch.setattr(Envelope, "__call__", noted)
+    head = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    assert _status(await server.raw(head + b"X: 1\r\n" * 20_000)) == "431"
+    assert begun == []
+    assert _status(await server.raw(head.replace(b"Host", b"Connection: close\r\nHost") + b"\r\n")) == "200"
+    assert begun == ["/echo"]
+
+
+async def test_a3_requests_whose_callers_leave_do_not_pile_up(server: Server) -> None:
+    """Each takes LATE_SECONDS. Those beyond the limit are cancelled, the oldest first."""
+    for _ in range(3 * MOST_ABANDONED):
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /late HTTP/1.1\r\nHost: x\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.002)  # so that the request begins before its caller leaves
+        writer.transport.abort()
+    async with asyncio.timeout(1):
+        while len(server.uvicorn.server_state.tasks) > MOST_ABANDONED:
+            await asyncio.sleep(0.01)
+    async with server.client() as client:
+        assert (await client.get("/who")).status_code == 200
 
 
 async def test_a_header_may_come_byte_by_byte(server: Server) -> None:

@@ -126,6 +126,7 @@ def loads(token: str) -> dict[str, dict[str, object]]:
         "A3 chunks": {"kind": "chunks", "connections": 24},
         "A3 extensions": {"kind": "extensions", "connections": 24},
         "A3 trailers": {"kind": "trailers", "connections": 24},
+        "A3 gone": {"kind": "gone", "connections": 24, "path": "/v1/identities"},
         "A3 header": {"kind": "header", "connections": 24},
         "A3 pipeline": {"kind": "pipeline", "connections": 24},
         "A3 lines": {"kind": "lines", "connections": 24, "size": 2 * MEBIBYTE, "token": token},

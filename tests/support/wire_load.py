@@ -102,6 +102,16 @@ async def trailers(load: Load, seen: Counter[str]) -> None:
     await pieces(load, seen, b"1\r\nx\r\n0\r\n" + b"X: 1\r\n" * CHUNKED, "Transfer-Encoding: chunked")
 
 
+async def gone(load: Load, seen: Counter[str]) -> None:
+    """Whole requests, whose callers leave before the answer."""
+    while True:
+        async with connected(load) as (_, writer):
+            writer.write(load.get())
+            await drained(writer)
+            seen["sent"] += 1
+        await asyncio.sleep(0.001)
+
+
 async def pipeline(load: Load, seen: Counter[str]) -> None:
     """Small requests behind each other on one connection."""
     request = load.get()
@@ -169,7 +179,7 @@ async def idle(load: Load, seen: Counter[str]) -> None:
     await asyncio.Event().wait()
 
 
-KINDS = {one.__name__: one for one in (chunks, extensions, trailers, pipeline, header, lines, hold, idle)}
+KINDS = {one.__name__: one for one in (chunks, extensions, trailers, gone, pipeline, header, lines, hold, idle)}
 
 
 async def run(kind: str, load: Load) -> Counter[str]:

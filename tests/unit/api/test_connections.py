@@ -1,5 +1,6 @@
 """Connections: within the limits, the longest idle one makes room, and a busy one never does."""
 
+import asyncio
 from dataclasses import dataclass
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api.connections import (
+    MOST_ABANDONED,
     MOST_CONNECTIONS,
     MOST_OF_AN_ADDRESS,
     RESERVED_FILES,
@@ -46,6 +48,26 @@ def test_who_has_the_most_connections_makes_room_and_a_proxy_last() -> None:
     assert all_.admit(other, "b")
     assert all_.admit(Line("c"), "c")
     assert [line.name for line in (*crowd, *proxy, other) if line.is_closed] == ["a0"]
+
+
+async def test_of_requests_that_callers_left_the_oldest_of_the_address_is_cancelled() -> None:
+    all_, never = Connections(), asyncio.Event()
+    mine = [asyncio.create_task(_waits(never)) for _ in range(MOST_ABANDONED + 2)]
+    others = [asyncio.create_task(_waits(never)) for _ in range(MOST_ABANDONED)]
+    for address, requests in (("a", mine), ("b", others)):
+        for request in requests:
+            all_.abandon(request, address)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert [request.cancelled() for request in mine] == [True] * 2 + [False] * MOST_ABANDONED
+    assert not any(request.cancelled() for request in others)
+    never.set()
+    await asyncio.gather(*mine, *others, return_exceptions=True)
+    assert all_._abandoned == {}, "nothing is kept of those that ended"
+
+
+async def _waits(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def test_where_everybody_works_a_newcomer_is_refused() -> None:
