@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Annotated, Final, TypeVar, cast
 
 import typer
-from pymongo.errors import PyMongoError
 
+from app.cli._common import explained, in_runtime
 from app.cli.stores import DataDirOption, settings_of
 from app.documents.base import as_text
 from app.documents.galleries import DEFAULT_GALLERY
 from app.documents.tree import AuditKey, TreeHead
 from app.domain.log_check import Head, Report, check_export
 from app.domain.log_export import Form, Json
-from app.errors import Problem
 from app.logs import configure_logging
-from app.runtime import Runtime, open_runtime
+from app.runtime import Runtime
 from app.use_cases.trace_reference import Named, trace_reference
 from storage.evidence import EvidenceUnavailable
 
@@ -190,15 +189,5 @@ def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> T:
     """Do the work in a Runtime of its own; ends the command with a message where that cannot be."""
     settings = settings_of(data_dir)
     configure_logging("warning")
-
-    async def opened() -> T:
-        async with open_runtime(settings) as runtime:
-            return await work(runtime)
-
-    try:
-        return asyncio.run(opened())
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-    except (EvidenceUnavailable, PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-    raise typer.Exit(1)
+    with explained(EvidenceUnavailable):
+        return asyncio.run(in_runtime(settings, work))

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated, TypeVar, cast
 
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from app.backups import OtherKey, Tell
+from app.cli._common import explained
 from app.cli.settings import read_settings
 from app.cli.stores import DataDirOption, stores_of
 from app.config import Settings
-from app.errors import Problem
 from app.logs import configure_logging
 from app.runtime import Runtime, open_runtime
 from app.use_cases import back_up, sequence
@@ -175,18 +174,14 @@ def _run(data_dir: Path | None, work: Callable[[Settings, Tell], Awaitable[T]], 
             return await work(settings, tell)
 
     try:
-        with stores_of(data_dir) as settings:
+        with explained(), stores_of(data_dir) as settings:
             return asyncio.run(watched(settings))
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on where this one stopped.", err=True)
         raise typer.Exit(130) from None
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
     except (
         BackupBroken, BackupBusy, BackupMissing, OtherKey, back_up.MomentGone,
         restoring.EvidenceAway, restoring.NotEmpty, restoring.RestoreBusy, restoring.StillServing,
     ) as refused:  # fmt: skip
         typer.echo(f"{refused}.", err=True)
-    except (PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
     raise typer.Exit(1)

@@ -6,13 +6,12 @@ import json
 from typing import Annotated
 
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 
+from app.cli._common import explained
 from app.cli.backup import progress
 from app.cli.stores import DataDirOption, stores_of
 from app.config import Settings
-from app.errors import Problem
 from app.logs import configure_logging
 from app.runtime import open_runtime
 from app.use_cases import check as checking
@@ -28,15 +27,8 @@ def check(
 ) -> None:
     """Compare MongoDB, the photos and the index while the service runs. Exit status 1: something does not fit."""
     configure_logging("error")
-    try:
-        with stores_of(data_dir) as settings:
-            found = asyncio.run(_check(settings, repair=repair, photos=photos, console=Console(stderr=as_json)))
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-        raise typer.Exit(2) from None
-    except (PyMongoError, PhotoStoreUnavailable, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-        raise typer.Exit(2) from None
+    with explained(PhotoStoreUnavailable, status=2), stores_of(data_dir) as settings:
+        found = asyncio.run(_check(settings, repair=repair, photos=photos, console=Console(stderr=as_json)))
     if as_json:
         findings = [dataclasses.asdict(finding) for finding in found.findings]
         page = {"looked_at": found.looked_at, "counts": found.counts, "standing": found.standing, "findings": findings}

@@ -6,16 +6,16 @@ from typing import Annotated
 
 import faiss
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from app.audit import by_system
+from app.cli._common import explained
 from app.cli.stores import DataDirOption, settings_of
 from app.config import Settings
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.scans import Scan
-from app.errors import NotFound, Problem
+from app.errors import NotFound
 from app.logs import configure_logging
 from app.runtime import open_runtime
 from app.use_cases import scan as scanning
@@ -47,16 +47,11 @@ def scan(
     faiss.omp_set_num_threads(1)
     console = Console(stderr=as_json)
     try:
-        page = asyncio.run(_scan(settings, gallery, threshold, console))
+        with explained():
+            page = asyncio.run(_scan(settings, gallery, threshold, console))
     except KeyboardInterrupt:
         console.print("Paused. The same command goes on where this one stopped.")
         raise typer.Exit(INTERRUPTED) from None
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-        raise typer.Exit(1) from None
-    except (PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(page))
     else:

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from app.audit import by_system, rotate_key
+from app.cli._common import explained, in_runtime
 from app.cli.index import rebuild
 from app.cli.stores import DataDirOption, settings_of
-from app.config import Settings
 from app.documents.galleries import Gallery
 from app.documents.tree import AuditKey
-from app.errors import Problem
 from app.keys import SealBroken
 from app.logs import configure_logging
-from app.runtime import Runtime, open_runtime
+from app.runtime import Runtime
 from app.use_cases import rotate_keys
 from app.use_cases.rotate_signing_key import rotate_signing_key
 
@@ -175,15 +173,5 @@ def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> T:
     """Do the work in a Runtime of its own; ends the command with a message where that cannot be."""
     settings = settings_of(data_dir)
     configure_logging("warning")
-
-    async def opened(known: Settings) -> T:
-        async with open_runtime(known) as runtime:
-            return await work(runtime)
-
-    try:
-        return asyncio.run(opened(settings))
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-    except (SealBroken, PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-    raise typer.Exit(1)
+    with explained(SealBroken):
+        return asyncio.run(in_runtime(settings, work))

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.table import Table
 
 from app.audit import by_system, record
+from app.cli._common import explained
 from app.cli.stores import DataDirOption, stores_of
 from app.config import Settings
 from app.documents.events import Detail
 from app.documents.stores import Store
-from app.errors import Problem
 from app.logs import configure_logging
 from app.ownership import PLACES
 from app.runtime import Runtime, open_runtime
@@ -108,11 +107,5 @@ def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> tupl
         async with open_runtime(settings, claims=False) as runtime:
             return runtime.places.owner.id, await work(runtime)
 
-    try:
-        with stores_of(data_dir) as settings:
-            return asyncio.run(opened(settings))
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-    except (PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-    raise typer.Exit(2)
+    with explained(status=2), stores_of(data_dir) as settings:
+        return asyncio.run(opened(settings))

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from app.audit import by_system
+from app.cli._common import explained, in_runtime
 from app.cli.stores import DataDirOption, stores_of
-from app.config import Settings
 from app.documents.galleries import Gallery
 from app.errors import Problem
 from app.keys import SealBroken
 from app.logs import configure_logging
-from app.runtime import Runtime, open_runtime
+from app.runtime import Runtime
 from app.use_cases import re_embed as moving
 from storage.photos import PhotoStoreUnavailable
 
@@ -60,19 +59,8 @@ def re_embed(
 def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[list[str]]]) -> list[str]:
     """Do the work in a Runtime of its own; ends the command with a message where that cannot be."""
     configure_logging("warning")
-
-    async def opened(settings: Settings) -> list[str]:
-        async with open_runtime(settings) as runtime:
-            return await work(runtime)
-
-    try:
-        with stores_of(data_dir) as settings:
-            return asyncio.run(opened(settings))
-    except Problem as problem:
-        typer.echo(f"{problem.title}: {problem.detail}", err=True)
-    except (SealBroken, PyMongoError, OSError, ValueError) as error:
-        typer.echo(f"{type(error).__name__}: {error!s:.500}", err=True)
-    raise typer.Exit(1)
+    with explained(SealBroken), stores_of(data_dir) as settings:
+        return asyncio.run(in_runtime(settings, work))
 
 
 async def _every(runtime: Runtime, name: str | None, bar: Progress, *, dry_run: bool, accept_losses: bool) -> list[str]:
