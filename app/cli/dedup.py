@@ -15,7 +15,6 @@ from app.cli.stores import DataDirOption, settings_of
 from app.config import Settings
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.scans import Scan
-from app.errors import NotFound
 from app.logs import configure_logging
 from app.runtime import open_runtime
 from app.use_cases import scan as scanning
@@ -73,9 +72,7 @@ async def _scan(
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         async with open_runtime(settings) as runtime:
-            gallery = await Gallery.named(name)
-            if gallery is None:
-                raise NotFound(f"There is no gallery {name!r}.")
+            gallery = await Gallery.require(name)
             task = bar.add_task(gallery.name, total=None, rate="opening")
             ended = await scanning.carry_out(
                 runtime, by_system("dedup.scan"), gallery, threshold, lambda known: _show(bar, task, known)

@@ -140,6 +140,14 @@ class Gallery(Stored):
         return await cls.find_one({"name": name})
 
     @classmethod
+    async def require(cls, name: str) -> Self:
+        """The gallery of that name. Raises NotFound."""
+        gallery = await cls.named(name)
+        if gallery is None:
+            raise NotFound(f"There is no gallery {name!r}.")
+        return gallery
+
+    @classmethod
     async def names_by_id(cls, ids: Sequence[str]) -> dict[str, str]:
         """Names for answers, by id."""
         rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"name": 1})

@@ -13,7 +13,6 @@ from app.documents.galleries import Gallery, Generation
 from app.documents.leases import Lease, LeaseProgress
 from app.documents.sealed import gallery_key
 from app.domain.policy import thresholds_for
-from app.errors import NotFound
 from app.runtime import Runtime
 from app.vectors import Turning, changes_of
 from storage import calibration, rows
@@ -63,10 +62,7 @@ async def chosen(runtime: Runtime, name: str | None) -> list[Gallery]:
     """The gallery of that name, or all of the running model. Raises NotFound."""
     if name is None:
         return await Gallery.find({"contract": runtime.engine.card.contract}).sort("name").to_list()
-    gallery = await Gallery.named(name)
-    if gallery is None:
-        raise NotFound(f"There is no gallery {name!r}.")
-    return [gallery]
+    return [await Gallery.require(name)]
 
 
 async def heads(galleries: list[Gallery] | None = None) -> list[IndexState]:

@@ -131,10 +131,7 @@ async def chosen(runtime: Runtime, name: str | None) -> list[Gallery]:
     """The gallery of that name, or all that were not made by the running model. Raises NotFound."""
     if name is None:
         return await Gallery.of_another_model(runtime.engine.card.contract)
-    gallery = await Gallery.named(name)
-    if gallery is None:
-        raise NotFound(f"There is no gallery {name!r}.")
-    return [gallery]
+    return [await Gallery.require(name)]
 
 
 async def preview(runtime: Runtime, gallery: Gallery, limit: int, tell: Tell | None = None) -> Preview:

@@ -88,10 +88,7 @@ async def chosen(name: str | None) -> list[Gallery]:
     """The gallery of that name, or all. Raises NotFound."""
     if name is None:
         return await Gallery.find_all().sort("name").to_list()
-    gallery = await Gallery.named(name)
-    if gallery is None:
-        raise NotFound(f"There is no gallery {name!r}.")
-    return [gallery]
+    return [await Gallery.require(name)]
 
 
 async def rewrap(runtime: Runtime, action: Action, tell: Tell | None = None) -> int:

@@ -8,7 +8,6 @@ from app.documents.galleries import Gallery
 from app.documents.sealed import gallery_key
 from app.domain.attributes import canonical_ref
 from app.domain.log_export import personal_hash
-from app.errors import NotFound
 from app.runtime import Runtime
 
 #: What gives somebody a reference, proposes it, takes it away, or claims to be the one who has it.
@@ -27,9 +26,7 @@ async def trace_reference(runtime: Runtime, gallery_name: str, reference: str) -
 
     Events of erased people are not among them: their salts are gone.
     """
-    gallery = await Gallery.named(gallery_name)
-    if gallery is None:
-        raise NotFound(f"There is no gallery {gallery_name!r}.")
+    gallery = await Gallery.require(gallery_name)
     hashed = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(reference)).hex()
     events = AuditEvent.find({"gallery": gallery_name, "action": {"$in": ACTIONS}, "personal": {"$ne": None}})
     async for event in events.sort("+time", "+_id"):
