@@ -27,6 +27,8 @@ from minio.error import MinioException, S3Error
 from minio.retention import Retention
 from urllib3.exceptions import HTTPError
 
+from storage.ownership import ensure_bucket
+
 #: One to eight segments; none begins with a dot, so `..` cannot be named.
 _SEGMENT: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _NAME: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
@@ -348,12 +350,7 @@ class BucketEvidence:
         """Make the bucket where it is missing; whether it locks its objects. Asked once a process."""
         if self._is_locked is not None:
             return self._is_locked
-        if not self._client.bucket_exists(self._bucket):
-            try:
-                self._client.make_bucket(self._bucket, object_lock=True)
-            except S3Error as problem:
-                if problem.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                    raise
+        ensure_bucket(self._client, self._bucket, object_lock=True)
         try:
             self._client.get_object_lock_config(self._bucket)
         except S3Error as problem:

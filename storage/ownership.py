@@ -310,6 +310,17 @@ class FolderPlace:
             os.close(descriptor)
 
 
+def ensure_bucket(client: Minio, name: str, *, object_lock: bool = False) -> None:
+    """Make the bucket where it is missing; another process may make it at the same moment."""
+    if client.bucket_exists(name):
+        return
+    try:
+        client.make_bucket(name, object_lock=object_lock)
+    except S3Error as problem:
+        if problem.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+            raise
+
+
 class BucketPlace:
     """A bucket of an S3 server. The mark is an object in it."""
 
@@ -334,17 +345,7 @@ class BucketPlace:
 
     def make(self) -> None:
         """See Place."""
-
-        def made() -> None:
-            if self._client.bucket_exists(self._bucket):
-                return
-            try:
-                self._client.make_bucket(self._bucket)
-            except S3Error as problem:
-                if problem.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                    raise
-
-        _called(made)
+        _called(lambda: ensure_bucket(self._client, self._bucket))
 
     def mark(self) -> Mark | None:
         """See Place."""

@@ -31,7 +31,7 @@ from urllib3 import BaseHTTPResponse
 from urllib3.connectionpool import ConnectionPool
 from urllib3.exceptions import HTTPError, MaxRetryError, ProtocolError
 
-from storage.ownership import BucketPlace, Guard, NotOurs
+from storage.ownership import BucketPlace, Guard, NotOurs, ensure_bucket
 
 #: One to eight segments; none begins with a dot, so neither `..` nor a store's own folders can be named.
 _SEGMENT: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -298,7 +298,7 @@ class MinioPhotoStore:
         def checked() -> None:
             if self.guard is not None:
                 self.guard.forget()
-            _guarded(self.guard, self._ensure_bucket)
+            _guarded(self.guard, lambda: ensure_bucket(self._client, self._bucket))
 
         await self._run(checked)
 
@@ -320,7 +320,7 @@ class MinioPhotoStore:
         except S3Error as problem:
             if problem.code != "NoSuchBucket":
                 raise
-            self._ensure_bucket()
+            ensure_bucket(self._client, self._bucket)
             self._put_object(key, data)
 
     def _put_object(self, key: str, data: bytes) -> None:
@@ -372,15 +372,6 @@ class MinioPhotoStore:
             if problem.code == "NoSuchBucket":
                 return None
             raise
-
-    def _ensure_bucket(self) -> None:
-        if self._client.bucket_exists(self._bucket):
-            return
-        try:
-            self._client.make_bucket(self._bucket)
-        except S3Error as problem:
-            if problem.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                raise
 
 
 class _OnlyAfterADroppedConnection(urllib3.Retry):
