@@ -6,38 +6,20 @@ from itertools import pairwise
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
-from app.api import auth, dedup, identities
-from app.api.envelope import Envelope
-from app.api.problems import install
-from app.audit import by_system
+from app.api import dedup, identities
 from app.documents.identities import Identity
-from app.domain.callers import Role
 from app.runtime import Runtime
-from app.use_cases.keep_users import UserFields, create_user
 from tests.builders import erased, known, settled
+from tests.support.callers import app_on, http_of, token_of
 
-PASSWORD = "correct horse battery"
 LOOK_ALIKES = 13
 
 
 @pytest.fixture
 async def officer(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[httpx.AsyncClient]:
-    await runtime.access.load_keys()
-    app = FastAPI()
-    app.state.runtime = runtime
-    for part in (auth, dedup):
-        app.include_router(part.router)
-    install(app)
-    app.add_middleware(Envelope, body_limit=runtime.settings.max_json_bytes)
-    fields = UserFields("olga", (Role.OFFICER,), None)
-    await create_user(runtime, by_system("user.create"), fields, PASSWORD)
-    transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://idem.test") as http:
-        form = {"grant_type": "password", "username": "olga", "password": PASSWORD}
-        token = (await http.post("/v1/auth/token", data=form)).json()["access_token"]
-        http.headers["Authorization"] = f"Bearer {token}"
+    app = app_on(runtime)
+    async with http_of(app, await token_of(runtime, app, "olga", "officer", None)) as http:
         yield http
 
 

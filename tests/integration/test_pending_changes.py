@@ -8,19 +8,16 @@ from typing import Any
 import httpx
 import pytest
 
-from app.audit import by_system
 from app.documents.accounts import User
 from app.documents.base import now
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.domain.callers import Role
 from app.runtime import Runtime
 from app.use_cases import galleries
 from app.use_cases.erase import erase_expired
-from app.use_cases.keep_clients import ClientFields, create_client
 from tests.builders import active, default_gallery, known
-from tests.support.callers import app_on, http_of, token_of
+from tests.support.callers import app_on, http_of, machine_token_of, token_of
 from workers import jobs
 
 PATH = "/v1/galleries/default"
@@ -42,18 +39,12 @@ class Callers:
 async def callers(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Callers]:
     """An admin, an officer, an officer of another gallery, somebody with both roles, and an application that is an officer."""
     app = app_on(runtime)
-    client, secret = await create_client(
-        runtime, by_system("client.create"), ClientFields("machine", (Role.OFFICER,), None)
-    )
-    form = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret}
-    async with http_of(app, None) as anonymous:
-        machine = str((await anonymous.post("/v1/auth/token", data=form)).json()["access_token"])
     tokens = [
         await token_of(runtime, app, "ada", "admin", None),
         await token_of(runtime, app, "olga", "officer", None),
         await token_of(runtime, app, "sven", "officer", ("elsewhere",)),
         await token_of(runtime, app, "bo", "admin", None),
-        machine,
+        await machine_token_of(runtime, app, "machine", "officer", None),
     ]
     await User.find_one(User.username == "bo").update({"$set": {"roles": ["admin", "officer"]}})
     opened = Callers(*(http_of(app, token) for token in tokens))

@@ -8,19 +8,16 @@ from typing import Any
 import httpx
 import pytest
 
-from app.audit import by_system
 from app.documents.budgets import Erasures
 from app.documents.events import AuditEvent, Personal
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal
-from app.domain.callers import Role
 from app.domain.log_export import personal_hash
 from app.runtime import Runtime
-from app.use_cases.keep_clients import ClientFields, create_client
 from app.use_cases.trace_reference import trace_reference
 from tests.builders import active, default_gallery, enrolled, known, portrait, screened, with_sample
-from tests.support.callers import app_on, http_of, token_of
+from tests.support.callers import app_on, http_of, machine_token_of, token_of
 
 Page = dict[str, Any]
 
@@ -40,17 +37,11 @@ async def desk(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Desk]:
     """The desk of a gallery that asks for two officers."""
     await _second_review(needed=True)
     app = app_on(runtime)
-    client, secret = await create_client(
-        runtime, by_system("client.create"), ClientFields("machine", (Role.OFFICER,), None)
-    )
-    form = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret}
-    async with http_of(app, None) as anonymous:
-        machine = str((await anonymous.post("/v1/auth/token", data=form)).json()["access_token"])
     tokens = [
         await token_of(runtime, app, "one", "officer", None),
         await token_of(runtime, app, "two", "officer", None),
         await token_of(runtime, app, "stranger", "officer", ("elsewhere",)),
-        machine,
+        await machine_token_of(runtime, app, "machine", "officer", None),
     ]
     opened = Desk(*(http_of(app, token) for token in tokens))
     yield opened

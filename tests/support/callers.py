@@ -37,11 +37,20 @@ def http_of(app: FastAPI, token: str | None) -> httpx.AsyncClient:
 async def token_of(runtime: Runtime, app: FastAPI, name: str, role: str, galleries: tuple[str, ...] | None) -> str:
     """The access token of a new caller with this role."""
     if role == "relying_app":
-        fields = ClientFields(name, (Role(role),), galleries)
-        client, secret = await create_client(runtime, by_system("client.create"), fields)
-        form = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret}
-    else:
-        await create_user(runtime, by_system("user.create"), UserFields(name, (Role(role),), galleries), NEW_PASSWORD)
-        form = {"grant_type": "password", "username": name, "password": NEW_PASSWORD}
+        return await machine_token_of(runtime, app, name, role, galleries)
+    await create_user(runtime, by_system("user.create"), UserFields(name, (Role(role),), galleries), NEW_PASSWORD)
+    return await _granted(app, {"grant_type": "password", "username": name, "password": NEW_PASSWORD})
+
+
+async def machine_token_of(
+    runtime: Runtime, app: FastAPI, name: str, role: str, galleries: tuple[str, ...] | None
+) -> str:
+    """The access token of a new application with this role."""
+    fields = ClientFields(name, (Role(role),), galleries)
+    client, secret = await create_client(runtime, by_system("client.create"), fields)
+    return await _granted(app, {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret})
+
+
+async def _granted(app: FastAPI, form: dict[str, str]) -> str:
     async with http_of(app, None) as http:
         return str((await http.post("/v1/auth/token", data=form)).json()["access_token"])
