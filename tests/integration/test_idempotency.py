@@ -83,6 +83,13 @@ async def _let_the_lease_run_out() -> None:
     await IdempotencyClaim.get_pymongo_collection().update_many({}, gone)
 
 
+async def _until_it_would_be_over() -> None:
+    """Wait for as long as the lease lasts that the key has at the moment."""
+    claim = await IdempotencyClaim.find_one()
+    assert claim is not None
+    await asyncio.sleep((claim.lease_until - now()).total_seconds() + 0.01)
+
+
 async def _in_progress() -> None:
     """As it is while the first request runs."""
     running = {"$set": {"state": "running", "event_id": None}}
@@ -158,23 +165,36 @@ async def test_h69_a_request_whose_process_died_is_completed_once(door: Door) ->
     assert again.json()["id"] == next(a for a in answers if a.status_code == 202).json()["id"]
 
 
-async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It held the key for longer than the lease, and somebody else completed the request meanwhile."""
-    reading, going_on = asyncio.Event(), asyncio.Event()
+@dataclass(frozen=True, slots=True)
+class SlowReading:
+    """The first photo that is read takes until `may_go_on`."""
+
+    begun: asyncio.Event
+    may_go_on: asyncio.Event
+
+
+@pytest.fixture
+def slow_reading(monkeypatch: pytest.MonkeyPatch) -> SlowReading:
+    made = SlowReading(asyncio.Event(), asyncio.Event())
     compute = Runtime.compute_long
 
     async def slow(runtime: Runtime, caller: str, work: object, /, *args: object, **kwargs: object) -> object:
-        if work is read_face and not reading.is_set():
-            reading.set()
-            await going_on.wait()
+        if work is read_face and not made.begun.is_set():
+            made.begun.set()
+            await made.may_go_on.wait()
         return await compute(runtime, caller, work, *args, **kwargs)
 
     monkeypatch.setattr(Runtime, "compute_long", slow)
+    return made
+
+
+async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, slow_reading: SlowReading) -> None:
+    """It held the key for longer than the lease, and somebody else completed the request meanwhile."""
     first = asyncio.create_task(door.enrol("key-1", "ann"))
-    await reading.wait()
+    await slow_reading.begun.wait()
     await _let_the_lease_run_out()
     second = await door.enrol("key-1", "ann")
-    going_on.set()
+    slow_reading.may_go_on.set()
     answer = await first
     assert second.status_code == 202
     assert (answer.status_code, _slug(answer)) == (409, "idempotency-in-progress")
@@ -182,29 +202,20 @@ async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, m
 
 
 async def test_r6_a_key_is_held_for_as_long_as_its_request_runs_and_free_soon_after_its_owner_died(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    door: Door, slow_reading: SlowReading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "CLAIM_LEASE", timedelta(seconds=0.6))
+    # It is renewed ten times while it lasts, so that a busy machine may be late.
+    monkeypatch.setattr(claims, "CLAIM_LEASE", timedelta(seconds=1.5))
     monkeypatch.setattr(dependencies, "RENEW_SECONDS", 0.15)
-    reading, going_on = asyncio.Event(), asyncio.Event()
-    compute = Runtime.compute_long
-
-    async def slow(runtime: Runtime, caller: str, work: object, /, *args: object, **kwargs: object) -> object:
-        if work is read_face and not reading.is_set():
-            reading.set()
-            await going_on.wait()
-        return await compute(runtime, caller, work, *args, **kwargs)
-
-    monkeypatch.setattr(Runtime, "compute_long", slow)
     first = asyncio.create_task(door.enrol("key-1", "ann"))
-    await reading.wait()
-    await asyncio.sleep(1.5)
+    await slow_reading.begun.wait()
+    await _until_it_would_be_over()
     meanwhile = await door.enrol("key-1", "ann")
     assert (meanwhile.status_code, _slug(meanwhile)) == (409, "idempotency-in-progress")
     first.cancel()  # as if its process had died: nobody renews any more
     await asyncio.gather(first, return_exceptions=True)
     await _in_progress()
-    await asyncio.sleep(0.7)
+    await _until_it_would_be_over()
     again = await door.enrol("key-1", "ann")
     assert again.status_code == 202
     assert await Identity.count() == 1

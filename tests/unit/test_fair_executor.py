@@ -3,11 +3,14 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from app.fair_executor import FairExecutor, TooMuchWaits
+
+#: Far longer than anything takes here.
+WITHIN_SECONDS = 10.0
 
 
 class _Crowded(Exception):
@@ -21,56 +24,69 @@ async def one_thread() -> AsyncIterator[FairExecutor]:
     executor.shutdown()
 
 
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WITHIN_SECONDS):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+class Work:
+    """Jobs that note their caller on the thread, in the order in which they run. One of them waits until it may go on."""
+
+    def __init__(self, executor: FairExecutor) -> None:
+        self.executor = executor
+        self.ran: list[str] = []
+        self.may_go_on = threading.Event()
+
+    def queue(self, caller: str, count: int, seconds: float) -> "list[asyncio.Task[None]]":
+        """So many jobs of a caller, each of which takes so long."""
+        return [asyncio.create_task(self.executor.run(caller, lambda: self._do(caller, seconds))) for _ in range(count)]
+
+    def queue_stop(self, caller: str) -> "asyncio.Task[None]":
+        """A job that lasts until `may_go_on`."""
+        return asyncio.create_task(self.executor.run(caller, lambda: self._stop(caller)))
+
+    def _do(self, caller: str, seconds: float) -> None:
+        self.ran.append(caller)
+        time.sleep(seconds)
+
+    def _stop(self, caller: str) -> None:
+        self.ran.append(caller)
+        self.may_go_on.wait(WITHIN_SECONDS)
+
+
 async def test_a_caller_with_a_hundred_jobs_holds_up_another_ones_job_by_one(one_thread: FairExecutor) -> None:
-    done: list[str] = []
-
-    async def job(caller: str, seconds: float) -> None:
-        await one_thread.run(caller, lambda: time.sleep(seconds))
-        done.append(caller)
-
-    flood = [asyncio.create_task(job("flood", 0.005)) for _ in range(100)]
-    await asyncio.sleep(0.05)
-    before = len(done)
-    await job("other", 0.001)
-    assert done.index("other") - before <= 2
-    await asyncio.gather(*flood)
+    work = Work(one_thread)
+    flood = [*work.queue("flood", 20, 0.001), work.queue_stop("flood"), *work.queue("flood", 79, 0.001)]
+    await _until(lambda: len(work.ran) == 21)
+    other = work.queue("other", 1, 0)
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+    await asyncio.gather(*flood, *other)
+    assert work.ran.index("other") == 21, "the next one after the job that was running"
 
 
 async def test_a_costly_job_counts_for_what_it_cost(one_thread: FairExecutor) -> None:
-    """Ten photos of 25 megapixels against a hundred small ones: the small ones come first, after one large one."""
-    done: list[str] = []
+    """Photos of 25 megapixels against many small ones: the small ones come first, after one large one.
 
-    async def job(caller: str, seconds: float) -> None:
-        await one_thread.run(caller, lambda: time.sleep(seconds))
-        done.append(caller)
-
-    costly = [asyncio.create_task(job("costly", 0.1)) for _ in range(4)]
-    cheap = [asyncio.create_task(job("cheap", 0.001)) for _ in range(30)]
-    await asyncio.gather(*costly, *cheap)
-    assert done.count("cheap") == 30
-    assert done[:31].count("costly") <= 2, done
+    A small one may take 13 ms here before a third large one comes first.
+    """
+    work = Work(one_thread)
+    await asyncio.gather(*work.queue("costly", 4, 0.2), *work.queue("cheap", 30, 0.001))
+    assert work.ran.count("cheap") == 30
+    assert work.ran[:31].count("costly") <= 2, work.ran
 
 
 async def test_nobody_saves_up_time_by_staying_idle(one_thread: FairExecutor) -> None:
-    async def job(caller: str) -> None:
-        await one_thread.run(caller, lambda: time.sleep(0.002))
-
-    busy = [asyncio.create_task(job("busy")) for _ in range(60)]
-    await asyncio.sleep(0.06)
-    done: list[str] = []
-
-    async def late() -> None:
-        await job("late")
-        done.append("late")
-
-    async def early(task: "asyncio.Task[None]") -> None:
-        await task
-        done.append("busy")
-
-    left = [task for task in busy if not task.done()]
-    await asyncio.gather(*(late() for _ in range(10)), *(early(task) for task in left))
-    first = done[:10]
-    assert 3 <= first.count("late") <= 7, "they take turns"
+    """Whoever comes late has used nothing; with the 200 ms of the other it could go first ten times and more."""
+    work = Work(one_thread)
+    busy = [*work.queue("busy", 20, 0.01), work.queue_stop("busy"), *work.queue("busy", 20, 0.01)]
+    await _until(lambda: len(work.ran) == 21)
+    late = work.queue("late", 10, 0.01)
+    await asyncio.sleep(0)
+    work.may_go_on.set()
+    await asyncio.gather(*busy, *late)
+    assert 2 <= work.ran[21:31].count("late") <= 8, "they take turns"
 
 
 async def test_when_the_lines_are_full_the_longest_one_gives_way() -> None:
@@ -120,24 +136,25 @@ async def test_errors_are_the_callers_and_the_thread_serves_on(one_thread: FairE
 
 async def test_work_that_would_wait_gives_its_thread_to_others_and_starts_again() -> None:
     executor, lock, seen = FairExecutor(2, 100, crowded=_Crowded), threading.Lock(), []
-    gate = threading.Event()
+    gate, tried = threading.Event(), list[str]()
 
     def large(name: str) -> str:
+        tried.append(name)
         if not lock.acquire(blocking=False):
             raise _Crowded
         try:
             seen.append(name)
-            gate.wait(5)
+            gate.wait(WITHIN_SECONDS)
         finally:
             lock.release()
         return name
 
     try:
         first = asyncio.create_task(executor.run("a", lambda: large("first")))
-        await asyncio.sleep(0.02)
+        await _until(lambda: seen == ["first"])
         second = asyncio.create_task(executor.run("a", lambda: large("second")))
-        await asyncio.sleep(0.02)
-        assert await asyncio.wait_for(executor.run("b", lambda: "small"), 1) == "small"
+        await _until(lambda: "second" in tried)
+        assert await asyncio.wait_for(executor.run("b", lambda: "small"), WITHIN_SECONDS / 2) == "small"
         assert seen == ["first"]
         gate.set()
         assert await asyncio.gather(first, second) == ["first", "second"]
