@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.devstack.servers import free_port
@@ -16,6 +17,8 @@ from tests.support import services
 CONFIGURATION = 78
 #: The promise is ten seconds on an idle machine; the tests' machine is busy.
 ENDS_WITHIN_SECONDS = 60.0
+#: How long it waits for MongoDB where nobody ends it, and what a busy machine may need to end it: far less.
+WAITS_SECONDS, HEEDS_SIGTERM_WITHIN_SECONDS = 60, 15.0
 REASONS = ("MONGODB_URI: ", "REDIS_URL: ", "The face model cannot be used: ")
 MISSING_PACK = {"FACE_MODEL": "buffalo_l"}
 
@@ -57,6 +60,16 @@ def _end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+def _wait_for_connection(process: subprocess.Popen[str], port: int) -> None:
+    """Return when the process has a connection to that port."""
+    until = time.monotonic() + ENDS_WITHIN_SECONDS
+    seen = psutil.Process(process.pid)
+    while not any(one.raddr and one.raddr.port == port for one in seen.net_connections("tcp")):
+        assert process.poll() is None, _end_of(process)
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("command", "others"),
     [
@@ -86,13 +99,12 @@ def test_i3_a_process_that_waits_for_its_stores_ends_at_once_on_sigterm(
     environment = _environment(tmp_path, WORKERS=workers, MONGODB_URI=mongo_server.url)
     mongo_server.process.freeze()
     try:
-        process = _idem("serve", environment=environment)
-        time.sleep(4)
-        assert process.poll() is None
+        process = _idem("serve", "--wait", str(WAITS_SECONDS), environment=environment)
+        _wait_for_connection(process, mongo_server.port)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         status, said = _end_of(process)
-        assert time.monotonic() - began < 5, said
+        assert time.monotonic() - began < HEEDS_SIGTERM_WITHIN_SECONDS, said
         assert status in {0, -signal.SIGTERM}, said
     finally:
         mongo_server.process.thaw()
