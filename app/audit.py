@@ -56,9 +56,9 @@ def by_system(name: str) -> Action:
 
 
 class UnderSalt(str):
-    """A text that an event holds as a keyed hash only, under the event's own salt.
+    """A text that an event stores only as a keyed hash, under the event's own salt.
 
-    Without the salt nobody can test a guess. Erasure and retention delete the salt.
+    A guess cannot be tested without the salt. Erasure and retention delete the salt.
     """
 
     __slots__ = ()
@@ -93,7 +93,7 @@ def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | No
         gallery=gallery,
         request_id=hashed.get("request_id", action.request_id),
         detail=told,
-        # Without the salt nobody could compare a hash of the detail with anything.
+        # A hash in the detail can be compared only with the salt.
         personal=personal if hashed or told != detail else None,
     )
     canonical(event.leaf(0))

@@ -21,10 +21,10 @@ from storage.archive import KEY_BYTES, Archive, BackupBroken, BackupMissing, Man
 log = structlog.get_logger(__name__)
 
 #: Collections that a backup leaves out, and that a restore empties: sessions must not come back to life, and an idempotency
-#: key must not point at what was set back. Templates for a move to another model are made anew from the photos.
+#: key must not point at what was set back. Templates for a move to another model are made again from the photos.
 EMPTIED: Final = frozenset({"logins", "refresh_tokens", "idempotency_claims", "challenges", "renewals"})
 #: Collections that a backup leaves out, and that a restore leaves as they are: turns, and what passes by itself within a day and
-#: only makes the service stricter until then. Which store this is, and what proves that its photos are its own, is never copied.
+#: only makes the service stricter until then. The store's id and the proofs that photos are its own are never copied.
 UNTOUCHED: Final = frozenset(
     {
         "leases",

@@ -112,7 +112,7 @@ class Boundary:
             async with limit:
                 answer = await self._carry_out(work, operation)
         except NotOurs:
-            raise  # it is there, and refuses
+            raise  # the store answers, and refuses
         except self._counted as error:
             self._note_failure(error)
             raise

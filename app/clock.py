@@ -1,9 +1,9 @@
-"""The time that the platform goes by: MongoDB's, as this process knows it. See docs/adr/0036.
+"""The platform's time: MongoDB's, as this process knows it. See docs/adr/0036.
 
-    host's clock    anybody may set it: it stamps nothing, and decides nothing but whether this host is to be trusted
-    steady seconds  nobody can set them: they carry MongoDB's time on between two measurements, and while MongoDB is away
+    host's clock    can be set by anyone: its difference from MongoDB's decides whether this host is trusted
+    steady seconds  cannot be set: they continue MongoDB's time between two measurements, and during an outage
 
-What cannot be undone (an erasure) asks MongoDB's `$$NOW` in its own statement as well.
+A statement that cannot be undone (an erasure) also uses MongoDB's `$$NOW`.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from pymongo.errors import PyMongoError
 
 log = structlog.get_logger(__name__)
 
-#: A host whose clock differs from MongoDB's by more erases nobody and signs no checkpoints.
+#: A host erases nobody and signs no checkpoints while its clock differs from MongoDB's by more than this.
 APART_SECONDS: Final = 60.0
-#: Between two measurements. Quartz drifts by less than a millisecond meanwhile; a new primary may have another clock.
+#: Time between two measurements. Quartz drifts by less than a millisecond in it. A new primary may have another clock.
 PERIOD_SECONDS: Final = 5.0
 MEASURED_WITHIN_SECONDS: Final = 2.0
 #: MongoDB cuts its time to milliseconds.
@@ -38,13 +38,13 @@ OFFSET = Gauge(
 
 
 def steady_seconds() -> float:
-    """Seconds since some moment, by a clock that nobody can set. Where the system can tell, time asleep counts as well."""
+    """Seconds since a fixed moment, by a clock that cannot be set. Where the system supports it, sleep counts as well."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 def host_seconds() -> float:
-    """Seconds since 1970, as this host believes."""
+    """Seconds since 1970, by this host's clock."""
     return time.time()
 
 
@@ -60,7 +60,7 @@ class Clock:
         self._was_in_agreement = True
 
     def time(self) -> float:
-        """The present in seconds since 1970: for tokens, codes, and whatever else is no document."""
+        """The present in seconds since 1970."""
         return self._wall() if self._base is None else self._base + self._steady()
 
     def now(self) -> datetime:
@@ -85,15 +85,15 @@ class Clock:
 
     @property
     def difference(self) -> str | None:
-        """What an operator should know, in words; None while host and MongoDB agree."""
+        """A sentence for the operator; None while host and MongoDB agree."""
         offset = self.offset_seconds
         return f"The host's clock is {in_words(offset)} MongoDB's." if abs(offset) > APART_SECONDS else None
 
     def learn(self, asked: float, answered: float, server: datetime) -> None:
-        """Take MongoDB's time into account. asked, answered: steady seconds around the question.
+        """Use one answer of MongoDB. asked, answered: steady seconds before and after the question.
 
-        The answer bounds the truth from both sides; what was believed is moved as little as it must be. So a slow answer
-        spoils nothing that a quick one taught.
+        The answer gives a lower and an upper bound. The estimate moves only as far as the bounds require. So a slow answer, with
+        its wide bounds, does not spoil a precise estimate.
         """
         told = server.timestamp()
         least, most = told - answered, told + _RESOLUTION_SECONDS - asked
@@ -102,22 +102,22 @@ class Clock:
         OFFSET.set(self.offset_seconds)
 
     async def measure(self, mongo: AsyncMongoClient[dict[str, Any]]) -> None:
-        """Ask the primary for its time. Raises PyMongoError when it is away: what was learned before goes on."""
+        """Ask the primary for its time. Raises PyMongoError when it does not answer: the last estimate stays in use."""
         asked = self._steady()
         with pymongo.timeout(MEASURED_WITHIN_SECONDS):
-            # Commands do not take the client's own options over: without these the answer would be read as local time.
+            # Commands do not use the client's own codec options. Without these the answer would be read as local time.
             hello: Mapping[str, Any] = await mongo.admin.command("hello", codec_options=_AWARE)
         self.learn(asked, self._steady(), hello["localTime"])
 
     @asynccontextmanager
     async def kept_right(self, mongo: AsyncMongoClient[dict[str, Any]]) -> AsyncIterator[None]:
-        """While the body runs: measure again and again, and log when host and MongoDB begin or cease to agree."""
+        """While the body runs: measure every PERIOD_SECONDS, and log when host and MongoDB start or stop agreeing."""
         stopping = asyncio.Event()
         task = asyncio.create_task(self._keep_right(mongo, stopping))
         try:
             yield
         finally:
-            # Asked, not cancelled: the driver may turn a cancellation into an error of the connection.
+            # The task is asked to end, not cancelled: the driver may turn a cancellation into an error of the connection.
             stopping.set()
             await asyncio.gather(task, return_exceptions=True)
 
@@ -144,10 +144,10 @@ class Clock:
 
 
 def in_words(seconds: float) -> str:
-    """An offset in words, to be followed by whose clock it is compared with: "3 days, 0:00:01 behind"."""
+    """An offset as text, to be followed by the name of the other clock: "3 days, 0:00:01 behind"."""
     return f"{timedelta(seconds=round(abs(seconds)))} {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def from_now(span: timedelta) -> Mapping[str, Any]:
-    """A moment so far from MongoDB's present, for use in an aggregation expression; a negative span: before it."""
+    """MongoDB's present plus a span, which may be negative, as an aggregation expression."""
     return {"$add": ["$$NOW", int(span.total_seconds() * 1000)]}

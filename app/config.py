@@ -24,7 +24,7 @@ _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?")
 
 
 class PlaceRefused(Exception):
-    """A folder or bucket that the settings name belongs to another store, or may do so."""
+    """A folder or bucket of the settings belongs to another store, or may belong to one."""
 
 
 class UnsafeProduction(ValueError):
@@ -72,7 +72,7 @@ def _begins(text: str, schemes: tuple[str, ...]) -> str:
 
 
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
-#: Requests of one kind that are counted together: logins, what looks at faces, erasures, other changes, other reads.
+#: Kinds of requests that are counted together: logins, face requests, erasures, other changes, other reads.
 RateClass = Literal["login", "face", "erase", "write", "read"]
 Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}/(second|minute|hour)$")]
 #: Per caller, or per address where there is none yet. In development nobody should meet them but a test that means to.
@@ -223,7 +223,7 @@ class Settings(BaseSettings):
         }
 
     def index_copies_of(self, store_id: str) -> Path:
-        """Where this host keeps the copies of a store. The default place has a folder for each store."""
+        """The folder of this host's index copies for a store. Below the default path, each store has its own folder."""
         is_default = "index_cache_path" not in self.model_fields_set
         return self.index_cache_path / store_id if is_default else self.index_cache_path
 

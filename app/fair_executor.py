@@ -1,8 +1,8 @@
-"""Threads for long work, shared fairly: whoever used them least is served next.
+"""Threads for long work, shared fairly: the caller who used them least is served next.
 
-Each caller has a line of its own. A caller's account is the time that its work took on a thread, so a photo of 25 megapixels
-costs what it costs, and one with a thousand faces too. The caller with the smallest account goes next. This is fair queueing by
-measured cost, as the Completely Fair Scheduler of Linux shares a processor (Molnar, 2007).
+Each caller has a line of its own. A caller's account is the time that its work took on a thread. So a photo of 25 megapixels,
+or one with a thousand faces, counts with its real cost. The caller with the smallest account goes next. This is fair queueing
+by measured cost, as the Completely Fair Scheduler of Linux shares a processor (Molnar, 2007).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 WAITING = Gauge("idem_compute_waiting", "Photos that wait for a thread")
 REFUSED = Counter("idem_compute_refused", "Photos that were refused because too many waited")
-#: An account counts from the smallest one of those who wait or run, so that nobody saves up time by staying idle.
+#: An account starts at the smallest one of the callers who wait or run, so that idle time earns nothing.
 _NOTHING: Final = 0.0
 #: Accounts of callers who are gone are dropped beyond this number.
 _MOST_ACCOUNTS: Final = 1000
@@ -50,7 +50,7 @@ class FairExecutor:
         initializer: Callable[[], None] | None = None,
         crowded: type[Exception] | None = None,
     ) -> None:
-        """most_waiting: jobs of all callers. crowded: what work raises that would wait for other work; it is started again."""
+        """most_waiting: jobs of all callers. crowded: raised by work that would wait for other work; such work starts again."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="photos", initializer=initializer)
         self._free = threads
         self._most_waiting = most_waiting
@@ -62,8 +62,8 @@ class FairExecutor:
     async def run(self, caller: str, work: Callable[[], T]) -> T:
         """Do the work on a thread when it is this caller's turn; returns or raises what it does.
 
-        Raises TooMuchWaits when the lines are full and this caller's is as long as any. Where another caller's is longer, the
-        newest job of that one gives way and its caller gets TooMuchWaits.
+        Raises TooMuchWaits when the lines are full and no other caller's line is longer. If one is longer, its newest job is
+        dropped, and that job's caller gets TooMuchWaits.
         """
         self._make_room(caller)
         job = _Job(caller, work, asyncio.get_running_loop().create_future())
@@ -76,7 +76,7 @@ class FairExecutor:
         finally:
             if not job.answer.done() or job.answer.cancelled():
                 self._forget(job)
-            del job  # it holds an error that holds this frame: both would wait for the collector
+            del job  # its error refers to this frame: both would stay until garbage collection
         return answer
 
     @property
@@ -85,7 +85,7 @@ class FairExecutor:
         return sum(map(len, self._lines.values()))
 
     def shutdown(self) -> None:
-        """End the threads when they are done with what they do."""
+        """End the threads after the work that they have begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _make_room(self, caller: str) -> None:
@@ -101,12 +101,12 @@ class FairExecutor:
             newest.answer.set_exception(TooMuchWaits())
 
     def _join(self, caller: str) -> None:
-        """Whoever comes starts with the smallest account of those who are there."""
+        """A caller who comes starts with at least the smallest account of the callers who are there."""
         if caller in self._lines or caller in self._running:
             return
         present = [self._used[name] for name in {*self._lines, *self._running} if name in self._used]
         self._used[caller] = max(self._used.get(caller, _NOTHING), min(present, default=_NOTHING))
-        if not present:  # nobody is owed anything
+        if not present:  # no other caller is there
             self._used = {caller: _NOTHING}
         elif len(self._used) > _MOST_ACCOUNTS:
             self._used = {name: self._used[name] for name in {caller, *self._lines, *self._running}}
@@ -116,7 +116,7 @@ class FairExecutor:
             ready = [name for name, line in self._lines.items() if not line[0].is_crowded]
             if not ready:
                 return
-            # Work that runs counts as if it had ended: else one caller would get all free threads at once.
+            # Among equal accounts, the caller with fewer running jobs goes first: else one caller would get all free threads.
             caller = min(ready, key=lambda name: (self._used[name], self._running.get(name, 0)))
             job = self._pop(caller)
             self._free -= 1
@@ -137,7 +137,7 @@ class FairExecutor:
         error = None if done.cancelled() else done.exception()
         is_alone = not self._running
         if self._crowded is not None and isinstance(error, self._crowded) and not job.answer.done():
-            # The work that it would have waited for may have ended meanwhile: with nothing running there is none.
+            # The work that it would have waited for may have ended since. If nothing runs, there is none.
             job.is_crowded = not is_alone
             self._lines.setdefault(job.caller, deque()).appendleft(job)
         elif not job.answer.done():
@@ -169,5 +169,5 @@ class FairExecutor:
 def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[..., None], *arguments: object) -> None:
     try:
         loop.call_soon_threadsafe(work, *arguments)
-    except RuntimeError:  # the loop ended first: nobody waits any more
+    except RuntimeError:  # the loop has ended: no caller waits
         return

@@ -26,8 +26,8 @@ CLOCKS_APART: Final = timedelta(hours=1)
 class HeadsOutside:
     """What the names of the heads outside tell, whatever lies under them.
 
-    last: of each day, and of each key that was dated ahead, the last one over no more events than were asked about. misfits:
-    what contradicts the log already.
+    last: for each day, and for each key that was dated ahead, the last head over at most the events that were asked about.
+    misfits: what contradicts the log already.
     """
 
     last: list[KeptHead] = field(default_factory=list)
@@ -38,7 +38,7 @@ async def heads_outside(evidence: EvidenceStore, size: int, tell: Tell) -> Heads
     """Look at the names of all heads outside, day by day: each has the size of the log then. size: of the log to be compared."""
     found, strays = HeadsOutside(), list[str]()
     restores, days = await _Restores.known(), await _days(evidence, strays)
-    # Heads are in the order of their times, but for those of a clock that was ahead: they are in an order of their own.
+    # Heads are in the order of their times. Only heads of a clock that was ahead have an order of their own, for each key.
     ahead, before = await _dated_ahead(), dict[str, KeptHead]()
     largest: KeptHead | None = None
     for done, day in enumerate(days, start=1):
@@ -90,7 +90,7 @@ async def misfits_outside(evidence: EvidenceStore, tree: AuditTree) -> list[str]
     # The log tells itself when its last head was signed.
     until = None if tree.signed_at is None else KeptHead.names_at(as_text(tree.signed_at))
     nearby = [day for day in days if until is None or day <= until]
-    # Heads of a clock that was ahead lie on days to come, and the newest of all on another.
+    # Heads of a clock that was ahead are in folders of future days. The newest head of all is in another folder.
     today = KeptHead.names_at(as_text(now() + CLOCKS_APART))
     tops = list(dict.fromkeys([*days[:1], *[day for day in days if day <= today][:1]]))
     newest: KeptHead | None = None

@@ -1,7 +1,7 @@
-"""What must lie in the evidence store, compared with what does: public keys, tree heads, lines of the ledger of erasures.
+"""Compare the evidence store with what it must contain: public keys, tree heads, lines of the ledger of erasures.
 
-The store outlives the database, so its own loss must be noticed while the database can still make it whole. Without the ledger
-a restored backup brings erased people back.
+The evidence store must survive a loss of the database. So its own loss must be noticed while the database can still complete
+it. Without the ledger, a restored backup brings erased people back.
 """
 
 from collections.abc import AsyncIterator
@@ -19,14 +19,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Something that should lie in the evidence store and does not. data: its bytes, the same as before."""
+    """An object that is missing from the evidence store. data: its bytes, the same as before."""
 
     name: str
     data: bytes
 
 
 async def lost(evidence: EvidenceStore, keys: KeyRing) -> AsyncIterator[Lost]:
-    """Everything that is missing. Raises EvidenceUnavailable when the store cannot be asked."""
+    """Everything that is missing. Raises EvidenceUnavailable when the store does not answer."""
     there = set(await evidence.names(KEYS))
     async for key in AuditKey.find({"is_delivered": True}):
         name, data = key.evidence
@@ -48,7 +48,7 @@ async def lost(evidence: EvidenceStore, keys: KeyRing) -> AsyncIterator[Lost]:
 async def lacks_something(evidence: EvidenceStore) -> bool:
     """Whether one of a few names is missing. Raises EvidenceUnavailable.
 
-    Public keys are written once, so they tell that the whole store was lost, however much was added to it since.
+    Public keys are written once. So they show a loss of the whole store, even if other objects were added since.
     """
     names = [key.evidence[0] async for key in AuditKey.find({"is_delivered": True})]
     if (head := await TreeHead.newest_outside()) is not None:
@@ -65,12 +65,12 @@ async def write_again(evidence: EvidenceStore, one: Lost) -> None:
     """Put it back. Raises EvidenceUnavailable."""
     try:
         await evidence.append(one.name, one.data)
-    except EvidenceExists:  # it was there after all, and is another one: an auditor must see it
+    except EvidenceExists:  # an object with other bytes is there: an auditor must see it
         log.critical("evidence_contradicted", name=one.name)
 
 
 async def _is_missing(evidence: EvidenceStore, name: str) -> bool:
-    """Asked by name: a listing may be older than the document."""
+    """Whether the object is missing. Reads it by name: a listing may be older than the document."""
     try:
         await evidence.read(name)
     except EvidenceNotFound:

@@ -23,8 +23,8 @@ from app.documents.leases import Lease, LeaseProgress
 log = structlog.get_logger(__name__)
 
 _ALIVE: Final = {"$gt": ["$expires_at", "$$NOW"]}
-#: What nobody holds. A renewal more than a minute from now is of a time when MongoDB's clock was ahead. A living holder renews
-#: within seconds, and one whose lease is taken cannot commit.
+#: A lease that has run out. A renewal dated more than a minute ahead was written while MongoDB's clock was ahead: its lease is
+#: free as well. A living holder renews within seconds, and a holder whose lease is taken cannot commit.
 _IS_FREE: Final = {
     "$or": [{"$lte": ["$expires_at", "$$NOW"]}, {"$gt": ["$updated_at", from_now(timedelta(seconds=APART_SECONDS))]}]
 }

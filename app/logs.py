@@ -65,9 +65,9 @@ _PROCESSORS: Final[list[structlog.typing.Processor]] = [*_SHARED, _render]
 
 
 class LogOutput:
-    """Standard output as a log: each text is one write, and an error is swallowed.
+    """Standard output as a log: each text is one write, and errors are ignored.
 
-    The full disk, the closed pipe and the closed stream lose lines. They must not turn an answer into an error.
+    A full disk, a closed pipe or a closed stream loses lines. It must not turn an answer into an error.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -83,7 +83,7 @@ class LogOutput:
     def write(self, text: str) -> int:
         """Write whole lines at once. Never raises OSError."""
         try:
-            if self._descriptor is None or (self._is_stdout and sys.stdout is not self._stream):  # redirected meanwhile
+            if self._descriptor is None or (self._is_stdout and sys.stdout is not self._stream):  # redirected since
                 sys.stdout.write(text)
                 sys.stdout.flush()
             else:
@@ -93,11 +93,11 @@ class LogOutput:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Nothing is buffered here."""
 
     def _write(self, descriptor: int, data: bytes) -> None:
         with self._lock:
-            if self._is_torn:  # the disk filled up in the middle of a line: the next one begins on its own
+            if self._is_torn:  # the last line was cut off: start a new one
                 data = b"\n" + data
             written = 0
             try:
@@ -108,7 +108,7 @@ class LogOutput:
 
 
 def configure_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
-    """Send the product's events, the libraries' warnings and what nobody caught to standard output, a JSON line each."""
+    """Send the product's events, and the libraries' warnings and errors, to standard output, one JSON line each."""
     output = LogOutput(sys.stdout)
     structlog.configure(
         processors=_PROCESSORS,
@@ -123,13 +123,13 @@ def configure_logging(level: Literal["debug", "info", "warning", "error"]) -> No
 
 
 def configure_service_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
-    """As `configure_logging`, for a process whose every line is JSON: errors that nobody caught too."""
+    """As `configure_logging`. An uncaught error becomes a JSON line as well."""
     configure_logging(level)
     sys.excepthook = _log_uncaught
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A process that ends by an error says so in one line."""
+    """Log the error that ends the process, in one line."""
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

@@ -1,4 +1,4 @@
-"""Photos that no document names: those of this store, which a sweep deletes, and those of nobody knows whom, which stay."""
+"""Photos that no document names. A sweep deletes those of this store. Those of an unknown owner stay."""
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -31,9 +31,9 @@ FOREIGN = Gauge(
 
 
 async def old_keys(photos: PhotoStore, *, age: timedelta, size: int = KEYS_AT_ONCE) -> AsyncIterator[list[str]]:
-    """The keys of what has lain in the photo store for longer than `age`, some at a time.
+    """The keys of objects in the photo store that are older than `age`, some at a time.
 
-    This host's clock and MongoDB's must both say so: a wrong clock makes nothing old.
+    They must be old by this host's clock and by MongoDB's, so that one wrong clock makes nothing old.
     """
     oldest = min(now(), datetime.now(UTC)) - age
 
@@ -56,7 +56,7 @@ async def sorted_by_owner(keys: Sequence[str], galleries: set[str]) -> SortedKey
     """Which of the keys are orphans of this store, and which are not its own. galleries: see `known_galleries`."""
     owners = [owner.identity_id for key in keys if (owner := photo_of(key)) is not None]
     had = await EnrolmentBegun.galleries_of(owners) | await Deletion.galleries_of(owners)
-    # The documents last: what an enrolment commits meanwhile is named by them.
+    # The documents are read last, so that they name what an enrolment has committed by then.
     known = await Identity.photo_keys_of(owners)
     had |= {identity_id: gallery_id for identity_id, (gallery_id, _) in known.items()}
     named = {key for _, keys_of in known.values() for key in keys_of}

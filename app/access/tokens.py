@@ -67,7 +67,7 @@ def claims_of(token: str, public: Ed25519PublicKey, issuer: str, present: float)
             algorithms=[ALGORITHM],
             issuer=issuer,
             audience=ACCESS_AUDIENCE,
-            # Its times are checked below: the package would ask the host's clock.
+            # The times are checked below, because the package would use the host's clock.
             options={
                 "require": ["iss", "aud", "sub", "iat", "exp", "jti"],
                 "strict_aud": True,
@@ -102,7 +102,7 @@ def _checked(claims: Mapping[str, object], present: float) -> TokenClaims:
         or not 0 < expires_at - issued_at <= LONGEST_LIFE_SECONDS
         or expires_at <= present
         or issued_at > present + LEEWAY_SECONDS
-        # Ours have none.
+        # Our own tokens have no `nbf`.
         or not (not_before is None or (type(not_before) is int and not_before <= present + LEEWAY_SECONDS))
     ):
         raise refusal()

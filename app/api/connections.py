@@ -1,7 +1,9 @@
 """The connections of one process: how many there may be, how many one address may have, and which one makes room.
 
-An idle connection costs its caller nothing and the process a file. When a limit is reached, the connection that has been idle
-for the longest time is closed, and the new one is served. Nobody is refused while anybody else's connection is idle.
+An idle connection costs its caller nothing, and the process one open file. When a limit is reached, the process closes an idle
+connection and serves the new one. If the limit of an address is reached, that address loses the connection that has been idle
+longest. If the process is full, the address with the most connections loses one. Where no idle connection can be closed, the
+new one is refused.
 """
 
 import asyncio
@@ -17,11 +19,11 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-#: Connections of one process, and how many of them one address may have. An address of IPv6 is a network of 64 bits.
+#: Connections of one process, and of one address in it. An IPv6 address counts as its network of 64 bits.
 MOST_CONNECTIONS, MOST_OF_AN_ADDRESS = 2048, 512
-#: Requests whose callers left before the answer: so many of an address, or of all callers behind a trusted proxy, go on.
+#: Requests that go on although their callers left: of one address, and of all callers behind a trusted proxy.
 MOST_ABANDONED, MOST_ABANDONED_BEHIND_A_PROXY = 32, 512
-#: Open files that connections leave to the stores: MongoDB's pool (50), Redis, the S3 server, index files, photos, logs.
+#: Open files reserved for the stores: MongoDB's pool (50), Redis, the S3 server, index files, photos, logs.
 RESERVED_FILES: Final = 256
 #: More open files than this are of no use.
 _USEFUL_FILES: Final = 65_536
@@ -47,7 +49,7 @@ class Member(Protocol):
 
 @dataclass(slots=True)
 class Connections:
-    """Who is connected, by address. An address of None has no limit of its own: it is a proxy, which many callers share."""
+    """Open connections, by address. Address None stands for proxies, which many callers share: it has no limit of its own."""
 
     most: int = MOST_CONNECTIONS
     most_of_an_address: int = MOST_OF_AN_ADDRESS
@@ -62,7 +64,7 @@ class Connections:
         return len(self._address_of)
 
     def admit(self, member: Member, address: str | None) -> bool:
-        """Take the connection in, idle, and close another one where a limit asks for it. False: there is no room."""
+        """Add the connection as idle. Closes another one if a limit is reached. Returns False when there is no room."""
         victim: Member | None = None
         is_full = len(self) >= self.most
         if address is not None and self._count[address] >= self.most_of_an_address:
@@ -71,7 +73,7 @@ class Connections:
                 CLOSED.labels("address-full").inc()
                 return False
         elif is_full:
-            # Whoever has the most connections gives one up; proxies only where nobody else can.
+            # The address with the most connections loses one; a proxy only if no other address has an idle one.
             largest = max(self._idle, key=lambda one: (one is not None, self._count[one]), default=None)
             victim = self._oldest_idle(largest)
             if victim is None:
@@ -88,17 +90,17 @@ class Connections:
         return True
 
     def work(self, member: Member) -> None:
-        """A request came: the connection is not idle."""
+        """Mark the connection as busy: a request came."""
         if member in self._address_of:
             self._forget_idle(member, self._address_of[member])
 
     def rest(self, member: Member) -> None:
-        """The request was answered: the connection is idle from now on."""
+        """Mark the connection as idle: the request was answered."""
         if member in self._address_of:
             self._idle.setdefault(self._address_of[member], OrderedDict())[member] = None
 
     def leave(self, member: Member) -> None:
-        """The connection ended. May be called again."""
+        """Remove a connection that has ended. May be called again."""
         if member not in self._address_of:
             return
         address = self._address_of.pop(member)
@@ -145,13 +147,13 @@ def backlog(files: int) -> int:
 
 
 def connections_within(files: int) -> Connections:
-    """The limits that so many open files allow."""
+    """The limits for a process that may have so many open files."""
     most = max(_FEWEST, min(MOST_CONNECTIONS, files - RESERVED_FILES - backlog(files)))
     return Connections(most, max(_FEWEST, min(MOST_OF_AN_ADDRESS, most * 3 // 4)))
 
 
 def raise_open_files() -> int:
-    """Raise this process's soft limit of open files as far as the hard one allows. Returns the limit; logs one that is low."""
+    """Raise this process's soft limit of open files up to the hard limit. Returns the limit; logs a warning if it is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _USEFUL_FILES if hard == resource.RLIM_INFINITY else min(hard, _USEFUL_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

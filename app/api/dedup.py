@@ -95,8 +95,9 @@ class ProposalView(BaseModel):
 class CaseView(BaseModel):
     """A newcomer (or a later sample) and everybody whom it looks like; the newcomer is null when it was erased.
 
-    candidates: the first ones in a list, one page of them in a case; candidate_count: all. candidates_next_cursor: send it as
-    `cursor` to `GET /v1/dedup/cases/{id}`. proposals and proposed_by: of galleries where two officers must agree.
+    candidates: in a list the first ones, in a single case one page. candidate_count: how many there are in all.
+    candidates_next_cursor: send it as `cursor` to `GET /v1/dedup/cases/{id}`. proposals and proposed_by: only in galleries where
+    two officers must agree.
     """
 
     id: str
@@ -239,7 +240,7 @@ async def list_cases(
     state: Literal["open", "decided"] | None = None,
     gallery: str | None = None,
 ) -> Response:
-    """Cases, the oldest first: it waits the longest. Each with its first candidates and how many there are."""
+    """Cases, the oldest first. Each has its first candidates and the number of all its candidates."""
     galleries = await visible_galleries(runtime, action, gallery)
     filters: dict[str, Any] = {"gallery_id": {"$in": list(galleries)}}
     if state is not None:
@@ -248,7 +249,7 @@ async def list_cases(
     people = await _people_of(items)
 
     def written() -> bytes:
-        # Here and not by FastAPI, which would do it on the event loop: a page may hold two thousand people.
+        # Written here, in a thread: FastAPI would do it on the event loop, and a page may contain two thousand people.
         cases = [case.model_dump_json() for case in _opened(runtime, galleries, items, people)]
         return f'{{"items":[{",".join(cases)}],"next_cursor":{json.dumps(cursor)}}}'.encode()
 

@@ -39,7 +39,7 @@ _bearer = OAuth2PasswordBearer(tokenUrl="/v1/auth/token", auto_error=False)
 IDEMPOTENCY_KEY_MAXIMUM = 255
 #: What looks at faces without being called so.
 FACE_ACTIONS = frozenset({"identity.enrol", "identity.import", "sample.add"})
-#: What takes somebody, or a part of them, out of the store for good. An agreement may do so.
+#: Actions that delete a person or a sample for good. An agreement may carry out such an action.
 ERASING_ACTIONS = frozenset({"identity.erase", "sample.remove", "proposal.agree"})
 
 
@@ -258,7 +258,7 @@ def _keep_while_running(claim: IdempotencyClaim) -> None:
     async def keep() -> None:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            # The lease may run out meanwhile. Then another request does the work, and this one does nothing.
+            # The lease may run out during an outage. Another request then does the work, and this one changes nothing.
             with suppress(PyMongoError):
                 if not await claim.renew():
                     return

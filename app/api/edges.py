@@ -1,6 +1,6 @@
-"""The edges of a process's life, as its server sees them: a start that fails, and an answer that the end cuts off.
+"""The start and the end of a process, as its server sees them: a start that fails, and an answer that the end cuts off.
 
-The outermost ASGI layer. The server would print a traceback for the first, and answer 500 for the second.
+The outermost ASGI layer. Without it, the server would print a traceback for the first, and answer 500 for the second.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class Edges:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or carry the process through its life."""
+        """Handle the events of the process's life, or answer one request."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] == "http":
@@ -58,8 +58,8 @@ class Edges:
         try:
             await self._app(scope, receive, noted)
         except asyncio.CancelledError:
-            # The server cancels what is left when its grace is over. Nothing is half done: a transaction that was not
-            # committed is none, and the idempotency key tells a caller who asks again.
+            # The server cancels open requests when its grace period ends. Nothing is half done: MongoDB drops a transaction that
+            # was not committed. The caller can ask again with the same idempotency key.
             if has_begun:
                 raise
             await _say_stopping(scope, send)

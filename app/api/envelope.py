@@ -32,10 +32,10 @@ HEADER_BYTES, MOST_HEADERS = 32 * 1024, 100
 SLOWEST_BYTES_A_SECOND = 2 * 1024
 #: No body takes longer than this to come in, however steadily it does.
 LONGEST_BODY_SECONDS = 300.0
-#: A body that is no larger takes no room: a connection's own buffers hold as much. One that does not say how long it is takes
-#: room step by step.
+#: A body up to SMALL_BODY takes no room: the buffers of a connection are as large. A body of unknown length takes room in steps
+#: of ROOM_STEP.
 SMALL_BODY, ROOM_STEP = 64 * 1024, 2**20
-#: What a refused request still sends is taken in when it says that it is no more than this; else its connection ends.
+#: The rest of a refused body is read if its declared size is at most this. Otherwise the connection ends.
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
 #: Pages that bring scripts and styles of their own; everything else is data.
 PAGES = ("/", "/docs", "/redoc", "/docs/oauth2-redirect")
@@ -57,7 +57,7 @@ CROSS_ORIGIN_METHODS = "DELETE, GET, PATCH, POST"
 CROSS_ORIGIN_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, X-Request-ID"
 EXPOSED_HEADERS = "ETag, Location, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
 PREFLIGHT_SECONDS = 600
-#: Where nobody gives another: as BODIES_MEMORY_MIB.
+#: The default, the same as of BODIES_MEMORY_MIB.
 DEFAULT_ROOM = 160 * 2**20
 
 REQUESTS = Counter("idem_requests_total", "Answers, by route and status", ["method", "route", "status"])
@@ -84,7 +84,7 @@ class _Body:
     is_ambiguous: bool = False
     has_stopped: bool = False
     _place: Place | None = None
-    # Only while we wait for the sender: what our own work takes is not held against them.
+    # Time spent waiting for the sender. Time that our own work takes does not count.
     _waited: float = 0
     _waited_for_progress: float = 0
     _progress: int = 0
@@ -120,7 +120,7 @@ class _Body:
         return limit
 
     async def _find_room(self) -> None:
-        # A body that says how long it is takes its room at once: then it is not stopped half-way.
+        # A body with a declared length takes all its room at once, so it is not stopped half-way.
         needed = self.declared or -(-self.read // ROOM_STEP) * ROOM_STEP
         if needed <= SMALL_BODY:
             return
@@ -130,7 +130,7 @@ class _Body:
         try:
             await self._place.hold(needed)
         except NoRoom:
-            self.scope["state"]["action"] = None  # no event for each: they are what a log would be filled with
+            self.scope["state"]["action"] = None  # no event for each refusal: a flood would fill the log
             raise
 
     async def _received(self) -> Message:
@@ -166,13 +166,13 @@ class _Body:
             return
 
     def leave(self) -> None:
-        """Nothing of the body is held any more."""
+        """Give the room of the body back."""
         if self._place is not None:
             self._place.leave()
 
 
 def _caller(scope: Scope) -> str:
-    """Who brings the body: the caller where the route has let one in, else the address."""
+    """Who sends the body: the caller, if the route has admitted one, else the address."""
     admitted: Action | None = scope["state"].get("admitted")
     if admitted is not None and admitted.caller is not None:
         return admitted.caller.id
@@ -194,7 +194,7 @@ class Envelope:
     ) -> None:
         """body_limit: bytes of a body; a route that takes photos raises `request.state.body_limit` before it reads.
 
-        body_seconds: without progress, after which a body is given up. room: for the bytes of bodies.
+        body_seconds: how long a body may make no progress. room: for the bytes of bodies.
         allowed_origins: whose pages may read answers.
         """
         self._app = app

@@ -72,7 +72,7 @@ class VerificationView(BaseModel):
 
     flags: `near-copy` of an earlier selfie for the identity, `probe-equals-reference` where the selfie is an enrolment photo,
     `other-faces` where it shows more faces than the one that was compared. box: of that face, x, y, width, height in pixels
-    of the upright photo. Both are null where a repetition gets what an older version answered.
+    of the upright photo. faces_found and box are null when a repeated request gets the answer of an older version.
     """
 
     match: bool

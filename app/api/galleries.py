@@ -82,7 +82,10 @@ class IndexView(BaseModel):
 
 
 class PendingView(BaseModel):
-    """A policy change that waits until `from` and for an officer. people: how many it will erase then; agreed_by: a user's id."""
+    """A pending policy change. It needs an officer's agreement and takes effect at `from` or later.
+
+    people: how many it will erase then. agreed_by: a user's id.
+    """
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -210,7 +213,7 @@ async def update_gallery(
     action: Annotated[Action, Depends(acting("gallery.update", Role.ADMIN))],
     key: IdempotencyKey = None,
 ) -> GalleryView:
-    """Change the policy; it holds for the next request on every process.
+    """Change the policy. Every process applies it from its next request on.
 
     A new or shorter `retention_days`, and the end of `second_review`, become `pending`.
     """
@@ -232,7 +235,7 @@ async def agree_to_change(
 ) -> GalleryView:
     """Agree to the pending policy change, as another user than the one who asked for it.
 
-    With a body, only while the pending change is the one that the body names.
+    With a body, the pending change must be the one that the body names.
     """
     gallery = await visible_gallery(runtime, action, name)
     action.subject = Subject(kind="gallery", id=gallery.id)
@@ -251,7 +254,7 @@ async def cancel_change(
     action: Annotated[Action, Depends(acting("gallery.pending.cancel", Role.OFFICER, Role.ADMIN))],
     key: IdempotencyKey = None,
 ) -> GalleryView:
-    """Take the pending policy change back; the policy in force stays."""
+    """Cancel the pending policy change. The policy in force stays."""
     gallery = await visible_gallery(runtime, action, name)
     action.subject = Subject(kind="gallery", id=gallery.id)
     if await first_answer(runtime, request, action, key, None) is None:

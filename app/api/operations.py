@@ -37,9 +37,9 @@ from storage.photos import PhotoStoreUnavailable
 router = APIRouter(tags=["operations"])
 
 CHECK_SECONDS = 1.0
-#: Galleries that a check names, of those in trouble.
+#: A check names at most so many galleries.
 NAMED_AT_MOST = 5
-#: What is due waits for a second or two; a sweep finds what was lost within fifteen.
+#: Due work starts within a second or two. A sweep finds lost work within fifteen.
 OVERDUE_SECONDS = 30.0
 NOTHING_IS_ERASED = "Nobody is erased and no checkpoint is signed there until the clocks agree."
 FAILED_SCREENINGS = Gauge(
@@ -154,7 +154,7 @@ async def _clock(runtime: Runtime) -> Seen:
 
 
 async def _worker(runtime: Runtime) -> Seen:
-    """Whether a worker lives, and since when what is due waits."""
+    """Whether a worker is alive, and for how long due work has waited."""
     with pymongo.timeout(CHECK_SECONDS):
         alive = len(await Heartbeat.alive())
         waiting = {
@@ -191,7 +191,7 @@ async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime)
     dependencies=[Depends(Strangers("read"))],
 )
 async def ready(runtime: CurrentRuntime, response: Response) -> Readiness:
-    """Ready: model, MongoDB and index serve. Queue, photos or workers away, or clocks that differ: degraded, and still 200."""
+    """200 when model, MongoDB and index serve. Still 200, but degraded: queue, photos or workers fail, or clocks differ."""
     looks = {
         "model": _model, "mongo": _mongo, "queue": _queue, "photos": _photos, "index": _index, "worker": _worker, "clock": _clock,
     }  # fmt: skip

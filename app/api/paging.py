@@ -96,7 +96,7 @@ async def page_of_parts(
     request: Request,
     keys: KeyRing,
 ) -> tuple[list[T], str | None]:
-    """`page_of` by creation, the oldest first, of parts of the documents: only what `part` names is read."""
+    """As `page_of`, by creation time, the oldest first. Reads only the fields of `part`."""
     query = _query_of(kind, filters, page, request, keys, by="created_at", order="oldest")
     return _cut(await query.project(part).to_list(), page, request, keys, "created_at")
 

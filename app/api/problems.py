@@ -142,7 +142,10 @@ def as_problem(error: Exception) -> Problem:  # noqa: C901, PLR0911, PLR0912 - o
         case HTTPException(status_code=408) | ClientDisconnect():
             return RequestTimeout()
         case NoRoom(status_code=429):
-            return RateLimited("Too many bytes of yours are being worked on; please try again.", retry_after_seconds=2)
+            return RateLimited(
+                "Your requests use too much memory at the moment. Wait for their answers, then try again.",
+                retry_after_seconds=2,
+            )
         case NoRoom():
             return NotReady("Too many photos are being worked on; please try again.", retry_after_seconds=2)
         case HTTPException(status_code=431):

@@ -1,8 +1,8 @@
-"""Room for request bodies: how many bytes of them one process holds, of all callers together and of each.
+"""Room for request bodies: a limit on their bytes in memory, for one process and for each caller.
 
-A photo is held from its first byte until its request is answered, wherever the request waits meanwhile. So the sum is counted,
-not the requests. A body that finds no room is not read: its bytes stay with the sender. It waits a few seconds for its turn,
-and is refused then.
+A photo stays in memory from its first byte until its request is answered or needs it no longer. So bytes are counted, not
+requests. A body that finds no room is not read: its bytes stay with the sender. It waits for a few seconds, and is refused
+after that.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from typing import Final
 from prometheus_client import Counter, Gauge
 from starlette.exceptions import HTTPException
 
-#: How long a body waits for room, and how many bodies of one caller may wait. Each has at most some 300 kB in buffers.
+#: How long a body waits for room, and how many bodies of one caller may wait. Each of them uses at most some 300 kB of buffers.
 WAIT_SECONDS, MOST_WAITING = 5.0, 64
-#: A caller's part of the room.
+#: One caller may use the room divided by this.
 CALLERS_PART: Final = 2
 
 HELD = Gauge("idem_body_bytes", "Bytes of request bodies that are held or expected")
@@ -24,17 +24,17 @@ REFUSED = Counter("idem_bodies_refused_total", "Bodies that found no room", ["re
 
 
 class NoRoom(HTTPException):
-    """The body found no room in time: 429 where its caller holds too much, 503 where the process does."""
+    """The body found no room in time. 429: its caller uses too much. 503: the process uses too much."""
 
 
 @dataclass(slots=True)
 class Room:
-    """The bytes that one process may hold."""
+    """The bytes of bodies that one process may have in memory."""
 
     most: int
     seconds: float = WAIT_SECONDS
     _taken: Tally[str] = field(default_factory=Tally)
-    # By caller, in the order in which they are served: a caller who was served goes to the end.
+    # By caller. The first caller is served next, and goes to the end then.
     _waiting: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = field(default_factory=OrderedDict)
 
     @property
@@ -45,7 +45,7 @@ class Room:
     async def take(self, caller: str, size: int) -> None:
         """Take so many bytes, as soon as they are free. Raises NoRoom.
 
-        A body that is larger than all the room is let in when nothing else is there.
+        A body that is larger than the whole room is admitted when no other body is there.
         """
         if caller not in self._waiting and self._fits(caller, size):
             self._take(caller, size)
@@ -68,7 +68,7 @@ class Room:
             raise
 
     def give_back(self, caller: str, size: int) -> None:
-        """The bytes are held no longer; whoever waits for them is served, one of each caller in turn."""
+        """Free the bytes, and admit waiting bodies, one of each caller in turn."""
         self._taken[caller] -= size
         if self._taken[caller] <= 0:
             del self._taken[caller]
@@ -80,7 +80,7 @@ class Room:
             pass
 
     def _serve_one(self, caller: str) -> bool:
-        """Give the caller's first body its turn. False: there is no room for it."""
+        """Admit the caller's first waiting body. Returns False when there is no room for it."""
         line = self._waiting[caller]
         if not self._fits(caller, line[0][0]):
             return False
@@ -100,7 +100,7 @@ class Room:
             line.remove((size, turn))
             if not line:
                 del self._waiting[caller]
-            self._serve()  # it may have been the one that held the others up
+            self._serve()  # it may have blocked the bodies behind it
 
     def _take(self, caller: str, size: int) -> None:
         self._taken[caller] += size
@@ -119,21 +119,21 @@ class Room:
 
 @dataclass(slots=True)
 class Place:
-    """What one request has taken."""
+    """The room that one request has taken."""
 
     room: Room
     caller: str
     bytes_: int = 0
 
     async def hold(self, size: int) -> None:
-        """Have so many bytes in all. Raises NoRoom."""
+        """Take room until the request has `size` bytes in all. Raises NoRoom."""
         more = size - self.bytes_
         if more > 0:
             await self.room.take(self.caller, more)
             self.bytes_ += more
 
     def leave(self) -> None:
-        """Hold nothing any more. May be called again."""
+        """Give all of it back. May be called again."""
         if self.bytes_:
             held, self.bytes_ = self.bytes_, 0
             self.room.give_back(self.caller, held)

@@ -27,8 +27,8 @@ FIELDS_BYTES = 64 * 1024
 MAXIMUM_FIELDS = 32
 #: Of a text in JSON, as it is spelt: a longer one is a photo's. Metadata, all of it escaped, has a little less.
 LONGEST_TEXT = 32 * 1024
-#: How much of a body the parser of forms is given at a time: as much as it takes in about so many seconds, so that the event loop
-#: can turn to others in between. A photo goes through it at gigabytes a second, one-byte lines at a megabyte.
+#: The parser of forms gets a body in slices. One slice takes about so many seconds, so that the event loop can serve others in
+#: between. The parser takes photos at gigabytes a second, and one-byte lines at a megabyte a second.
 SLICE_SECONDS, SMALLEST_SLICE, LARGEST_SLICE = 0.002, 1024, 256 * 1024
 #: What the parser of forms may work on one body; five photos take it a tenth. It walks through padding behind a boundary, and
 #: through what only begins like one, at a millionth of a second a byte.
@@ -56,7 +56,7 @@ class Upload(Generic[F]):
     _release: Callable[[], None]
 
     def discard_photos(self) -> None:
-        """Nothing more is done with the photos; the room that they took is free."""
+        """Drop the photos, and free the room that they took."""
         self.photos.clear()
         self._release()
 
@@ -76,7 +76,7 @@ def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, C
             fields, photos = await _multipart(request, names, len(names) * most, limit)
         elif kind == "application/json":
             request.state.body_limit = len(names) * most * (limit * 4 // 3 + 4) + FIELDS_BYTES
-            # Off the event loop: this may be five photos of ten megabytes in base64. `request.body()` would keep it for good.
+            # Decoded in a thread: it may be five photos of ten megabytes in base64. `request.body()` would keep the bytes.
             spelt = [b"".join([piece async for piece in request.stream()])]
             fields, photos = await runtime.compute(_from_json, spelt, names, most, limit)
         else:
@@ -171,7 +171,7 @@ async def _multipart(
                     message = "No photo is taken under this name."
                     raise Validation(message, errors=(Advice(name, "unknown-part", message),))
                 photos.setdefault(name, []).append(await value.read())
-                await value.close()  # else all photos are there twice
+                await value.close()  # else every photo is in memory twice
             elif name in names:
                 message = "A photo is sent as a file part, with a file name."
                 raise Validation(message, errors=(Advice(name, "photo-missing", message),))
@@ -186,7 +186,7 @@ async def _multipart(
 
 
 async def _in_bounded_time(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The body as it comes, in slices, while the parser gets by with PARSER_SECONDS. Raises MultiPartException."""
+    """The body as it comes, in slices. Raises MultiPartException when the parser needs more than PARSER_SECONDS."""
     taken, size = 0.0, 16 * SMALLEST_SLICE
     async for piece in pieces:
         start = 0
@@ -209,7 +209,7 @@ async def _in_bounded_time(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes
 def _from_json(
     spelt: list[bytes], names: tuple[str, ...], most: int, limit: int
 ) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
-    """spelt: the body alone, which is taken out of the list, so that it is not there twice."""
+    """spelt: a list with the body, which is taken out of it. So the body is not in memory twice."""
     rest, long_texts = _long_texts_apart(spelt.pop())
     if len(rest) > FIELDS_BYTES + len(names) * most * LONGEST_TEXT:
         raise TooLarge(f"Beside its photos a body may have {FIELDS_BYTES} bytes at most.")

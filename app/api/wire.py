@@ -1,8 +1,8 @@
-"""One connection of the HTTP server: what bytes may cost before there is a request, with or without nginx.
+"""One connection of the HTTP server: limits on what its bytes may cost, with or without nginx.
 
-uvicorn reads a header without a time limit. Its parser (h11) accepts line ends and folded lines that other readers read
-differently. It takes a chunked body apart in one go, however many pieces it has, before anybody asked for it. An answer that
-comes before the body's end is lost to a caller who still sends. This module mends all four, and limits connections.
+uvicorn reads a header without a time limit. Its parser (h11) accepts line ends and folded lines that other parsers read
+differently. It parses all pieces of a chunked body at once, before the application asks for them. A caller who still sends
+does not receive an answer that comes before the end of the body. This module corrects all four, and limits connections.
 """
 
 import asyncio
@@ -30,16 +30,16 @@ from app.errors import HeadersTooLarge, NotReady, Problem, TooManyPieces, Unread
 
 #: A header comes within so long, and who reads an answer goes on reading within so long.
 HEADER_SECONDS, READING_SECONDS = 10.0, 10.0
-#: Pieces of a body that one connection takes apart before the event loop turns to the others; each costs some 25 microseconds.
+#: A connection parses at most so many pieces of a body before the event loop serves others. Each costs some 25 microseconds.
 PIECES_A_TURN: Final = 16
-#: Chunks that a body may have whatever their size, and the bytes that each further one must bring on average. Clients that
+#: A body may have FREE_CHUNKS chunks of any size. Each further chunk must bring BYTES_A_CHUNK bytes on average. Clients that
 #: stream send 4 to 64 KiB a chunk.
 FREE_CHUNKS, BYTES_A_CHUNK = 256, 512
-#: After an answer that ends its connection, so much of what is on its way is thrown away.
+#: After an answer that ends its connection, so many bytes are read and discarded, for so long.
 LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
-#: Between an answer and the next request where that came before the answer was sent.
+#: Pause between an answer and the next request, if that request came before the answer was sent.
 PIPELINE_SECONDS: Final = 0.05
-#: When a caller should try again who found no room for a connection.
+#: When a caller without a connection should try again.
 RETRY_SECONDS: Final = 2
 
 UNREADABLE = Counter("idem_unreadable_requests", "Connections that brought no request that can be read", ["problem"])
@@ -47,16 +47,16 @@ UNREADABLE = Counter("idem_unreadable_requests", "Connections that brought no re
 _END: Final = b"\r\n\r\n"
 #: A line feed alone, a carriage return alone, a line that goes on in the next: two readers may read two requests.
 _AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\r(?![\n]|\Z)|\r\n[ \t]")
-#: As many bytes may end in the middle of what _AMBIGUOUS finds.
+#: A match of _AMBIGUOUS may begin so many bytes before the end of the bytes searched so far.
 _OVERLAP: Final = 3
 
 
 class _TooManyChunks(h11.RemoteProtocolError):
-    """A body in pieces that are too small."""
+    """A body has too many small chunks."""
 
 
 class _Pieces(h11.Connection):
-    """h11's reader, which rests after PIECES_A_TURN pieces and refuses a body of too many small chunks."""
+    """h11's parser. It rests after PIECES_A_TURN pieces, and refuses a body with too many small chunks."""
 
     pieces_left = PIECES_A_TURN
     _chunks = 0
@@ -64,11 +64,11 @@ class _Pieces(h11.Connection):
 
     @property
     def is_resting(self) -> bool:
-        """Whether there may be more to read in what has come already."""
+        """Whether it rests: the bytes that have come may contain more pieces."""
         return self.pieces_left <= 0
 
     def next_event(self) -> Any:  # noqa: ANN401 - as h11's own
-        """See h11. While resting, as if nothing more had come."""
+        """See h11. While it rests, it answers as if nothing more had come."""
         if self.is_resting:
             return h11.NEED_DATA
         event = super().next_event()
@@ -85,16 +85,16 @@ class _Pieces(h11.Connection):
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control; nothing is read while there is still something to take apart."""
+    """uvicorn's flow control. It reads nothing from the network while there are bytes to parse."""
 
     def __init__(self, transport: asyncio.Transport, go_on: Callable[[], None]) -> None:
-        """go_on: take more apart, soon."""
+        """go_on: schedules the parsing of more pieces."""
         super().__init__(transport)
         self._go_on = go_on
         self.is_behind = False
 
     def resume_reading(self) -> None:
-        """Somebody asks for more of the body: of what has come already, if there is any."""
+        """The application asks for more of the body. Bytes that have come already are parsed first."""
         if self.is_behind:
             self._go_on()
         else:
@@ -102,9 +102,9 @@ class _Flow(FlowControl):
 
 
 class _Lingering:
-    """A transport that is closed gently: a caller who still sends gets the answer and not a reset.
+    """A transport that closes late: a caller who still sends gets the answer, and not a reset.
 
-    After `close` nothing is written. What comes in is thrown away, unread, until the caller stops: a moment at most.
+    After `close` nothing is written. Incoming bytes are discarded until the caller stops, for LINGER_SECONDS at most.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class _Lingering:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether nothing is written any more."""
+        """Whether writing has ended."""
         return self._is_lingering or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close it, as soon as the caller stops sending."""
+        """Close the connection as soon as the caller stops sending."""
         if self.is_closing() or not self._is_sending() or not self._transport.can_write_eof():
             self._transport.close()
             return
@@ -140,13 +140,13 @@ class _Lingering:
         self._timer = self._loop.call_later(LINGER_SECONDS, self._transport.close)
 
     def throw_away(self, size: int) -> None:
-        """So many bytes came in meanwhile."""
+        """Count bytes that came after `close`. Too many of them end the connection."""
         self._left -= size
         if self._left < 0:
             self._transport.close()
 
     def ended(self) -> None:
-        """The connection is gone."""
+        """Stop the timer: the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -189,7 +189,7 @@ class Connection(H11Protocol):
         return connections_within(open_files())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        """Take the connection in where there is room for it."""
+        """Accept the connection if there is room for it."""
         super().connection_made(transport)
         self.transport = _Lingering(transport, self.loop, self._is_sending)
         self.flow = _Flow(self.transport, self._take_a_turn)
@@ -199,7 +199,7 @@ class Connection(H11Protocol):
         self._header_timer = self.loop.call_later(self.header_seconds, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting for anything."""
+        """Stop all timers, and free the place of the connection."""
         if self._request is not None and self.cycle is not None and not self.cycle.response_complete:
             self._all.abandon(self._request, self._address())
         self._all.leave(self)
@@ -208,11 +208,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def make_room(self) -> None:
-        """Close the idle connection for the sake of another one; see Connections."""
+        """Close this idle connection to make room for another one; see Connections."""
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
+        """Parse the bytes that came; after `close`, discard them."""
         if self.transport.is_closing():
             self.transport.throw_away(len(data))
             return
@@ -243,7 +243,7 @@ class Connection(H11Protocol):
             self._all.work(self)
 
     def on_response_complete(self) -> None:
-        """The answer was sent. A request that came before it waits a little: only floods send two at a time."""
+        """The answer was sent. A request that came before it waits for PIPELINE_SECONDS: only floods send two at a time."""
         self._all.rest(self)
         self._is_between = True
         super().on_response_complete()
@@ -271,7 +271,7 @@ class Connection(H11Protocol):
             self._reading_timer.cancel()
 
     def _address(self) -> str | None:
-        """Whose connection this is; None for a proxy that FORWARDED_ALLOW_IPS names, and for a socket without addresses."""
+        """The caller's address. None for a proxy that FORWARDED_ALLOW_IPS names, and for a socket without addresses."""
         if self.client is None:
             return None
         host, app = self.client[0], self._served
@@ -296,7 +296,7 @@ class Connection(H11Protocol):
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _rest_or_read(self) -> None:
-        """Where there is more to take apart, read nothing until somebody has asked for it."""
+        """While there are bytes to parse, read no more until the application asks for them."""
         if self.conn.is_resting:
             self.flow.pause_reading()
             self.flow.is_behind = True
@@ -338,7 +338,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # Whoever works on the request learns that its caller is gone.
+            # The application learns that its caller is gone.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -351,10 +351,10 @@ class Connection(H11Protocol):
 
 
 def fault_of(received: bytes, looked_at: int = 0) -> type[Problem] | None:
-    """What is wrong with the header at the beginning of these bytes, as far as it came; None where nothing is.
+    """What is wrong with the header at the beginning of these bytes, as far as it has come; None if nothing is.
 
-    looked_at: how many of the bytes were found to be right before. A header that comes byte by byte costs no more than one that
-    comes at once.
+    looked_at: how many of the bytes were checked before. So a header that comes byte by byte costs no more than one that comes at
+    once.
     """
     end = received.find(_END, max(0, looked_at - _OVERLAP))
     header = received if end < 0 else received[:end]

@@ -107,7 +107,7 @@ def reference(
     gallery: Annotated[str, typer.Option(help="Its gallery.")] = DEFAULT_GALLERY,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Which events name this reference, a JSON line each. The log itself holds references as keyed hashes only.
+    """List the events that name this reference, one JSON line each. The log itself stores only keyed hashes of references.
 
     `as` is `given` for an enrolment or a claim, `old` or `new` for a change.
     """

@@ -124,22 +124,22 @@ def restore(
     )
     if not as_json:
         typer.echo(
-            "Accounts are those of the backup now. Where `idem up` runs on this store, start it again: it makes the accounts of "
-            "its credentials.json anew."
+            "Accounts are those of the backup now. If `idem up` runs on this store, restart it: it creates the accounts of its "
+            "credentials.json again."
         )
         _warn(restoring.Restored(**done))  # type: ignore[arg-type] # its own fields
 
 
 def _warn(done: restoring.Restored) -> None:
-    """Tell what the restore could not make good."""
+    """Print what the restore could not put right."""
     if done.evidence is not None:
         typer.echo(f"Nothing is written to the evidence store: {done.evidence}.", err=True)
     for misfit in done.log:
         typer.echo(f"The log: {misfit}.", err=True)
     for name in done.unreadable:
         typer.echo(
-            f"The ledger of erasures: {name} is torn, or was not written by this store, and was not obeyed; find out whether "
-            "that person asked to be erased.",
+            f"The ledger of erasures: {name} is damaged, or another store wrote it. It was ignored: find out whether that person "
+            "asked to be erased.",
             err=True,
         )
 

@@ -29,7 +29,7 @@ STATES: Final[dict[State, str]] = {
     "ours": "this store's",
     "foreign": "ANOTHER STORE'S: nothing is written or deleted there",
     "free": "free: the next start marks it",
-    "unmarked": "NOT MARKED, and it holds what this database does not know",
+    "unmarked": "NOT MARKED, and it contains what this database does not know",
     "absent": "not there yet",
     "away": "it does not answer",
 }
@@ -57,9 +57,9 @@ def adopt(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Make this database's store the owner of its places, whoever owns them now. Nothing in them is deleted.
+    """Make this database's store the owner of its places, even if another store owns them. Nothing in them is deleted.
 
-    Only for places whose former store is gone for good. A store that still runs is refused there from then on.
+    Use it only when the former store is gone for good. If it still runs, it is refused there from now on.
     """
     if unknown := sorted(set(place or ()) - set(PLACES)):
         raise typer.BadParameter(f"{unknown[0]} is no place; choose from {', '.join(PLACES)}", param_hint="--place")
@@ -100,7 +100,7 @@ def _show(store: str, standings: list[Standing], *, as_json: bool) -> None:
 
 
 def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[T]]) -> tuple[str, T]:
-    """Do the work in a Runtime that asks no place for its owner; the store's id, and what came of it."""
+    """Do the work in a Runtime that claims no place. Returns the store's id, and the result."""
     configure_logging("error")
 
     async def opened(settings: Settings) -> tuple[str, T]:

@@ -45,8 +45,8 @@ def re_embed(
 ) -> None:
     """Read all stored photos with the running model, and move the galleries to it.
 
-    Processes of the former model serve until the new templates are ready. The gallery is then closed for some seconds. A
-    move that was interrupted goes on where it stopped. Ends with 1 when a gallery was not moved.
+    Processes of the former model serve until the new templates are ready. The gallery is then closed for some seconds. An
+    interrupted move goes on where it stopped. Exit status 1: a gallery was not moved.
     """
     with _bar(Console(stderr=True)) as bar:
         failed = _run(
@@ -57,14 +57,14 @@ def re_embed(
 
 
 def _run(data_dir: Path | None, work: Callable[[Runtime], Awaitable[list[str]]]) -> list[str]:
-    """Do the work in a Runtime of its own; ends the command with a message where that cannot be."""
+    """Do the work in a Runtime of its own. Ends the command with a message when that fails."""
     configure_logging("warning")
     with explained(SealBroken), stores_of(data_dir) as settings:
         return asyncio.run(in_runtime(settings, work))
 
 
 async def _every(runtime: Runtime, name: str | None, bar: Progress, *, dry_run: bool, accept_losses: bool) -> list[str]:
-    """Move (or look at) each gallery; the names of those that were not moved."""
+    """Move each gallery, or preview the move. Returns the names of those that were not moved."""
     failed = []
     galleries = await moving.chosen(runtime, name)
     if not galleries:
@@ -88,7 +88,7 @@ async def _move(runtime: Runtime, gallery: Gallery, bar: Progress, accept_losses
     action = by_system("gallery.re_embed")
     moved = await moving.re_embed(runtime, action, gallery.id, accept_losses=accept_losses, tell=tell)
     if moved is None:
-        typer.echo(f"{gallery.name}: the running model made it already.")
+        typer.echo(f"{gallery.name}: it uses the running model already.")
         return
     typer.echo(
         f"{moved.gallery}: {moved.samples} samples and {moved.pairs} recorded pairs are those of "

@@ -29,11 +29,11 @@ log = structlog.get_logger(__name__)
 KEEP_ALIVE_SECONDS = 75
 #: A worker process that is busy with faces answers its supervisor late; that is no reason to kill it.
 SILENCE_SECONDS = 60
-#: How often the parent looks up from waiting for a child: a signal or a child's death must not wait.
+#: The parent waits for a child at most so long at a time. So it notices a signal, or the death of another child, soon.
 LOOK_SECONDS = 0.2
-#: Pauses before a child that died is started again; the last one repeats. A child that lived longer than the last starts at once.
+#: Pauses before a child that died is started again; the last one repeats. A child that lived longer than that starts at once.
 PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
-#: From the end of the grace to the kill of a child that does not end.
+#: From the end of the grace period to the kill of a child that still runs.
 KILL_SECONDS = 3
 
 
@@ -89,10 +89,10 @@ def configuration(
 
 
 class OneProcess(uvicorn.Server):
-    """A server that can be told to end while it starts: there is nothing to finish yet."""
+    """A server that ends at once on a signal during its start: there is nothing to finish yet."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End at once before the first answer; later as the server does."""
+        """End at once during the start; afterwards as uvicorn does."""
         if not self.started:
             log.info("stopped_while_starting", signal=signal.Signals(sig).name)
             sys.stdout.flush()
@@ -116,7 +116,7 @@ class _Child(Process):
         return self._server
 
     def answers_within(self, seconds: float) -> bool | None:
-        """Whether it serves; None where it gave no answer within the time. Raises EOFError when it is gone."""
+        """Whether it serves; None when no answer came in time. Raises EOFError when the child is gone."""
         try:
             if not self._is_asked:
                 self.parent_conn.send(b"ping")
@@ -133,9 +133,9 @@ class _Child(Process):
 class SeveralProcesses(Multiprocess):
     """The parent of several API processes.
 
-    It differs from uvicorn's own in what it does about trouble. It heeds a signal and a child's death at once, while it waits for
-    an answer too. It ends with `has_failed` where no child ever came to serve; a child that cannot start again later, because
-    MongoDB is away, is tried again while the others go on.
+    It differs from uvicorn's own in how it handles faults. It handles a signal and a child's death at once, also while it waits
+    for an answer. It ends with `has_failed` when a child cannot start and none has ever served. Once a child has served, it
+    starts dead children again and again, for example during an outage of MongoDB.
     """
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
@@ -158,7 +158,7 @@ class SeveralProcesses(Multiprocess):
             process.kill()
             process.join()
             if process.exitcode == STARTUP_FAILURE and not self._has_served:
-                # It told why in its own line. Each further try would end like this one.
+                # The child has logged the reason. Each further try would end in the same way.
                 self.has_failed = True
                 self.should_exit.set()
                 return
@@ -197,5 +197,5 @@ class SeveralProcesses(Multiprocess):
                 self._has_served = self._has_served or serves
                 return True
             if self.signal_queue:
-                return True  # looked at again after the signal was heeded
+                return True  # checked again after the signal is handled
         return False

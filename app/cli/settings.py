@@ -23,7 +23,7 @@ def read_settings() -> Settings:
 
 
 def require_engine(settings: Settings) -> None:
-    """Ends the command where the model is missing, before any child finds out by itself."""
+    """End the command if the model is missing, before any child starts."""
     try:
         open_engine(settings, device=settings.face_device).engine.close()
     except ModelUnavailable as problem:

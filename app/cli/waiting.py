@@ -9,7 +9,7 @@ from pymongo.errors import PyMongoError
 
 from app.starting import UNUSABLE_CONFIGURATION
 
-#: Without `--wait`: long enough for a primary that is there, short enough for an operator who looks on.
+#: Without `--wait`: long enough for a primary that runs, short enough for an operator who waits.
 PROMPT_SECONDS = 3
 
 WaitOption = Annotated[
@@ -18,7 +18,7 @@ WaitOption = Annotated[
 
 
 def wait_for_mongo(uri: str, *, seconds: int) -> None:
-    """Return once the primary answers; 0 seconds: at once or hardly later. Ends the command when it does not come in time."""
+    """Return once the primary answers. seconds: 0 means PROMPT_SECONDS. Ends the command if there is no answer in time."""
     if not uri:
         typer.echo("MONGODB_URI is missing: name a replica set, or let `idem up` start one", err=True)
         raise typer.Exit(UNUSABLE_CONFIGURATION)
@@ -29,5 +29,5 @@ def wait_for_mongo(uri: str, *, seconds: int) -> None:
         with closing(pymongo.MongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=milliseconds)) as client:
             client.admin.command("ping")
     except PyMongoError as problem:
-        typer.echo(f"MONGODB_URI: MongoDB did not come within {seconds} s: {type(problem).__name__}", err=True)
+        typer.echo(f"MONGODB_URI: MongoDB did not answer within {seconds} s: {type(problem).__name__}", err=True)
         raise typer.Exit(UNUSABLE_CONFIGURATION) from problem

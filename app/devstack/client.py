@@ -215,7 +215,7 @@ class Service:
     async def verified_claims(self, assertion: str, *, audience: str) -> Claims:
         """An assertion's claims, its signature checked with the service's published keys. Raises jwt.PyJWTError.
 
-        It was made this moment, so its times are not compared with this host's clock, which may be wrong.
+        The assertion was made just now. So its times are not compared with this host's clock, which may be wrong.
         """
         published = jwt.PyJWKSet.from_json((await self.call("GET", "/.well-known/jwks.json", expected=(200,))).decode())
         key = published[str(jwt.get_unverified_header(assertion).get("kid"))]

@@ -74,7 +74,7 @@ class Watched:
         on_start: Callable[["Watched"], None],
         on_death: Callable[["Watched", str], None],
     ) -> None:
-        """on_start, on_death: must not raise; what they raise would end the watching."""
+        """on_start, on_death: must not raise. An error would end the supervision."""
         self.name = name
         self.command = command
         self.log = log
@@ -132,7 +132,7 @@ class Watched:
         self._on_start(self)
 
     def _open_log(self) -> IO[bytes]:
-        """The log for appending; the null device where the disk or the folder does not allow it, so that the child runs."""
+        """Open the log for appending. Opens the null device on an error of the disk, so that the child still runs."""
         try:
             set_aside_large(self.log)
             return self.log.open("ab")
@@ -153,7 +153,7 @@ class Watched:
             await self._spawn_again()
 
     async def _spawn_again(self) -> None:
-        """Start the child after its pause, and try until it runs: no error of the system ends the watching."""
+        """Start the child after its pause. Tries until it runs: no error of the system ends the supervision."""
         while True:
             await asyncio.sleep(PAUSES_SECONDS[min(self._quick_deaths, len(PAUSES_SECONDS) - 1)])
             try:

@@ -79,7 +79,7 @@ class StackFailed(RuntimeError):
 
 
 class Misconfigured(StackFailed):
-    """A child refuses a folder or bucket of the settings; the message is its own."""
+    """A child refuses a folder or bucket of the settings; the message is the child's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class Stack:
             self._pids.children[child.name] = traces
             try:
                 self._pids.save(self._data_dir / "pids.json")
-            except OSError as error:  # the kernel ends the children all the same when this process dies
+            except OSError as error:  # the kernel still ends the children when this process dies
                 self.messages.put_nowait(f"pids.json cannot be written: {error.strerror or error}")
 
     def _tell(self, child: Watched, how: str) -> None:
@@ -317,7 +317,7 @@ class Stack:
             write_privately(self._data_dir / MODEL_NAME, running)
 
     def _may_begin(self, seen: Readiness, began: float) -> bool:
-        """Whether a worker lives as well, or has been waited for long enough."""
+        """Whether a worker is alive, or the wait for one was long enough."""
         return seen.checks["worker"].status == "ok" or time.monotonic() - began > WORKER_LIMIT_SECONDS
 
     async def _accounts(self, environment: dict[str, str]) -> None:
@@ -368,7 +368,7 @@ class Stack:
         if process.returncode != 0:
             message = f"the accounts could not be made; the log ends:\n{tail_of(log)}"
             raise StackFailed(message)
-        # The last line: where this child is the first to open the store, it logs that before.
+        # Only the last line: the first child that opens the store logs that before.
         self.created = [str(name) for name in json.loads(answer.splitlines()[-1])]
 
     def _announce(self) -> ReadyStack:

@@ -17,7 +17,7 @@ def new_id() -> str:
 
 
 def go_by(clock: Clock) -> None:
-    """Go by this clock from now on; `open_runtime` calls it where it binds the documents to their database."""
+    """Use this clock from now on. `open_runtime` calls this when it binds the documents to their database."""
     _Present.clock = clock
 
 
@@ -32,7 +32,7 @@ def as_text(moment: datetime) -> str:
 
 
 class _Present:
-    """As documents are bound to one database in a process, they are bound to its clock."""
+    """The clock of the database that the documents of this process are bound to."""
 
     clock: ClassVar[Clock] = Clock()
 

@@ -52,7 +52,7 @@ class FaceBudget(Stored):
 
 
 class _CallerHour(Stored):
-    """How often something happened for one caller in one hour; the id is a keyed hash of the two under LABEL."""
+    """How often something happened for one caller in one hour. The id is a keyed hash of caller and hour, under LABEL."""
 
     LABEL: ClassVar[str]
 
@@ -68,7 +68,7 @@ class _CallerHour(Stored):
     async def add(cls, keys: KeyRing, caller_id: str) -> int:
         """One more; how many there are now.
 
-        Not in the action's transaction: all of a caller's actions would conflict there.
+        Outside the action's transaction: there all actions of one caller would conflict.
         """
         began, over = this_hour()
         id_ = keys.keyed_hash(cls.LABEL, f"{caller_id}|{began.isoformat()}".encode()).hex()

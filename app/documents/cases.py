@@ -85,7 +85,7 @@ class Case(CaseFields, Stored):
 
     @classmethod
     async def measured_anew(cls, gallery_id: str, scores: Mapping[tuple[str, str], float], threshold: float) -> None:
-        """Give the candidates of the gallery's open cases the scores of another model, by the ordered ids of each pair."""
+        """Set the scores of another model on candidates of the gallery's open cases. scores: by the ordered ids of each pair."""
         async for case in cls.find({"gallery_id": gallery_id, "state": "open"}):
             writes = []
             for candidate in case.candidates:
@@ -157,8 +157,8 @@ class CasePage(CaseFields):
 class Pair(Stored):
     """Two identities that look alike, under their ordered ids, with the best score seen and what a person decided.
 
-    contract: of the model that gave the score; None in pairs from before it was kept. decided_score, decided_contract: what
-    the decision was made on; None: as `score` and `contract` say. proposed_by: the other officer, where two had to agree.
+    contract: of the model that gave the score; None in older pairs. decided_score, decided_contract: score and model that the
+    decision is based on; None: the same as `score` and `contract`. proposed_by: the other officer, where two had to agree.
     """
 
     gallery_id: str
@@ -185,10 +185,10 @@ class Pair(Stored):
         return self.high if self.low == identity_id else self.low
 
     def decision_on(self, score: float, contract: str | None, margin: float) -> Decision | None:
-        """The decision, if it covers this score; None: a person is to be asked (again).
+        """The decision, if it covers this score. None: a person must decide (again).
 
-        That two are distinct was said about the photos of that time. It covers scores up to the one it was made on plus the
-        margin, of the same model. That two are the same person covers every score.
+        The decision `distinct` is about the photos of its time. It covers scores of the same model up to the score that it was
+        made on plus the margin. The decision `duplicate` covers every score.
         """
         if self.decision != "distinct":
             return self.decision
@@ -213,9 +213,9 @@ class Pair(Stored):
 
     @classmethod
     async def measured_anew(cls, scores: Mapping[tuple[str, str], float], contract: str) -> None:
-        """Give these pairs, by their ordered ids, the scores of another model for the same photos.
+        """Set the scores of another model for the same photos. scores: by the ordered ids of each pair.
 
-        A decision covers as much as before: the score that it was made on moves by as much as the pair's score.
+        A decision covers as much as before: the score that it was made on moves with the pair's score.
         """
         kept, by = {"$ifNull": ["$decided_score", "$score"]}, {"$ifNull": ["$decided_contract", "$contract"]}
         moves = {"$and": [
@@ -238,7 +238,7 @@ class Pair(Stored):
     async def record(
         cls, gallery_id: str, contract: str, identity_id: str, candidates: list[Candidate], session: AsyncClientSession
     ) -> None:
-        """Keep the pairs, with scores of this model; one that is known keeps its decision and its best score."""
+        """Store the pairs with scores of this model. A known pair keeps its decision and its best score."""
         writes = []
         for candidate in candidates:
             low, high = sorted((identity_id, candidate.identity_id))
@@ -246,7 +246,7 @@ class Pair(Stored):
             # Scores of different models cannot be compared: the newer one counts.
             is_same = {"$eq": [{"$ifNull": ["$contract", contract]}, contract]}
             best = {"$cond": [is_same, {"$max": ["$score", candidate.score]}, candidate.score]}
-            # A decision from before its score was kept was made on the score of that time, at most.
+            # An older decision has no score of its own. It was made on the pair's score of that time, at most.
             made_on = {"$cond": [{"$eq": ["$decision", "distinct"]}, {"$ifNull": ["$decided_score", "$score"]}, None]}
             fields = {name: {"$ifNull": [f"${name}", value]} for name, value in first.items()}
             update = {"$set": {**fields, "score": best, "contract": contract, "decided_score": made_on}}
@@ -266,9 +266,9 @@ class Pair(Stored):
         score: float,
         proposed_by: str | None = None,
     ) -> None:
-        """Keep what a person said about a recorded pair, on this score; or two, the first of whom proposed it."""
+        """Store a decision on a recorded pair, made on this score. proposed_by: the first officer, where two had to agree."""
         low, high = sorted((one, other))
-        # Two cases may ask about one pair: the higher score was looked at as well.
+        # Two cases may ask about one pair. The decision then covers the higher of their scores.
         is_repeated = {"$and": [
             {"$eq": ["$decision", decision]},
             {"$eq": [{"$ifNull": ["$decided_contract", None]}, {"$ifNull": ["$contract", None]}]},
@@ -288,7 +288,7 @@ class Pair(Stored):
 
 
 async def look_alikes(identity_id: str, margin: float, session: AsyncClientSession) -> list[LookAlike]:
-    """The other side of every recorded pair, as it stands in this transaction, with the decision that covers its score.
+    """The other side of every recorded pair, as this transaction sees it, with the decision that covers its score.
 
     margin: see `domain.policy.margin_of`.
     Each one that is not erased is also written to, so that two transactions that make two look-alikes active conflict.

@@ -10,7 +10,7 @@ from pymongo.errors import DuplicateKeyError
 
 from app.documents.base import Stored, new_id, now
 
-#: A claim whose process died is free after this time. A living one renews it.
+#: A claim whose process died is free after this time. A running process renews its claim.
 CLAIM_LEASE = timedelta(seconds=5)
 RENEW_SECONDS = 1.5
 
@@ -67,7 +67,7 @@ class IdempotencyClaim(Stored):
         return ours, True
 
     async def renew(self) -> bool:
-        """Hold the key for another lease; False when there is nothing to hold: it is settled, given back or lost."""
+        """Keep the key for another lease. False when the claim is settled, given back or lost."""
         mine = {"_id": self.id, "owner": self.owner, "state": "running"}
         renewed = {"$set": {"lease_until": now() + CLAIM_LEASE}}
         return bool((await self.get_pymongo_collection().update_one(mine, renewed)).matched_count)

@@ -94,18 +94,18 @@ class Deletion(Stored):
 
     @classmethod
     async def outside(cls) -> AsyncIterator[Self]:
-        """All whose line should be in the evidence store."""
+        """All deletions whose line should be in the evidence store."""
         async for one in cls.find({"unsettled_since": None}):
             yield one
 
     @classmethod
     async def newest_outside(cls) -> Self | None:
-        """One of the latest whose line should be there."""
+        """The deletion of the person enrolled last, among those whose line should be in the evidence store."""
         return await cls.find({"unsettled_since": None}).sort("-_id").first_or_none()
 
     @classmethod
     async def galleries_of(cls, ids: Sequence[str]) -> dict[str, str]:
-        """The galleries of those of the identities that the ledger knows."""
+        """The galleries of these identities, as far as the ledger has them."""
         rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"gallery_id": 1})
         return {row["_id"]: row["gallery_id"] async for row in rows}
 

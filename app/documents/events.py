@@ -97,7 +97,7 @@ class AuditEvent(Stored):
 
     @classmethod
     async def longest_unnumbered(cls) -> datetime | None:
-        """Since when the first event waits for its number; None when none does."""
+        """The time of the first event without a number; None when every event has one."""
         first = await cls.unnumbered(1)
         return first[0].time if first else None
 

@@ -22,7 +22,7 @@ KNOWN_SECONDS = 30 * 24 * 3600
 _DOUBLINGS = 20
 
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-#: No wait is longer (see LOGIN_WAIT_MAXIMUM_SECONDS). One that seems to be began while MongoDB's clock was ahead, and is over.
+#: No wait is longer (see LOGIN_WAIT_MAXIMUM_SECONDS). A longer one was written while MongoDB's clock was ahead: it is over.
 LONGEST_WAIT_SECONDS = 86_400
 _UNTIL = {"$subtract": [{"$ifNull": ["$wait_until", _LONG_AGO]}, "$$NOW"]}
 _LEFT = {"$cond": [{"$gt": [_UNTIL, LONGEST_WAIT_SECONDS * 1000]}, 0, _UNTIL]}

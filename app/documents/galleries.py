@@ -19,7 +19,7 @@ from app.keys import WrappedKeys
 
 DEFAULT_GALLERY = "default"
 OWNERS_AT_ONCE = 5000
-#: What stands before the two contracts of a gallery that is just being moved from one to the other.
+#: Beginning of `contract` while a gallery moves; the former and the new contract follow.
 _MOVING = "moving|"
 #: Fields of the policy that are scores of one model.
 THRESHOLDS_BY_HAND = ("verify_threshold", "identify_threshold", "dedup_threshold")
@@ -79,7 +79,7 @@ class Gallery(Stored):
     what is not erased, `removed` the vectors ever taken out, kept by the same transactions. `published` is the newest
     generation of the index, `previous` the one before it, as long as its files may stay; `fault` what is wrong with the newest.
     `purge_by`: when index files that hold an erased person's vectors must be gone. `wrapped_keys`: what opens its people's data
-    keys, and what it looks up by. `policy` is in force; `pending` is the change of it that waits.
+    keys, and what it looks up by. `policy` is in force; `pending` is a change of it that waits.
     `retention_held_until`: retention erases nobody before this time.
     """
 
@@ -155,34 +155,34 @@ class Gallery(Stored):
 
     @classmethod
     async def of_another_model(cls, contract: str) -> list[Self]:
-        """The galleries whose templates were made under another contract, or are just being moved; by name."""
+        """The galleries whose templates were made under another contract, or that are being moved; by name."""
         return await cls.find({"contract": {"$ne": contract}}).sort("name").to_list()
 
     @property
     def moves_to(self) -> str | None:
-        """The contract that the gallery is just being moved to; None when it serves."""
+        """The contract that the gallery is being moved to; None outside a move."""
         return self.contract.rpartition("|")[2] if self.contract.startswith(_MOVING) else None
 
     @property
     def moved_from(self) -> str:
-        """The contract of the gallery's templates, or the one that it is just being moved from."""
+        """The contract of the gallery's templates; during a move, the former one."""
         return self.contract.split("|")[1] if self.contract.startswith(_MOVING) else self.contract
 
     async def start_to_move(self, contract: str, session: AsyncClientSession) -> bool:
-        """Close the gallery for everybody who runs a model; False when it is another gallery by now.
+        """Close the gallery for a move. False when its contract or epoch has changed since it was read.
 
-        `contract` then names no model. So every process, of whatever version, refuses to enrol, screen and search.
+        `contract` then names no model. So processes of every version refuse to enrol, screen and search.
         """
         return await self._bind(f"{_MOVING}{self.moved_from}|{contract}", {}, session)
 
     async def stay(self, session: AsyncClientSession) -> bool:
-        """Open a gallery again that was closed, and of which nothing was moved yet."""
+        """Open a closed gallery again, as long as nothing of it was moved."""
         return await self._bind(self.moved_from, {}, session)
 
     async def end_to_move(self, card: ModelCard, session: AsyncClientSession) -> bool:
-        """Bind the gallery to the model, under a new epoch: every process reads its vectors anew.
+        """Bind the gallery to the model under a new epoch, so that every process loads its vectors again.
 
-        Thresholds that were set by hand go: they were scores of another model.
+        Thresholds that were set by hand are reset: they were scores of the former model.
         """
         fields: dict[str, object] = {
             "pack": card.pack, "dimension": card.dimension, "licence": card.licence, "epoch": new_id(),
@@ -258,7 +258,7 @@ class Gallery(Stored):
     async def set_policy(
         self, session: AsyncClientSession, policy: GalleryPolicy, pending: PendingChange | None
     ) -> bool:
-        """Put a policy in force, and have this change wait. False when somebody else changed either at the same moment."""
+        """Put a policy in force, and store the change that waits. False when another request changed either at the same time."""
         result = await self.get_pymongo_collection().update_one(
             {"_id": self.id, "policy_version": self.policy_version},
             {
@@ -348,7 +348,7 @@ class GalleryChange(Document):
         seq: int,
         session: AsyncClientSession,
     ) -> None:
-        """Blank the rows that brought these samples (id, seq) in, and add rows, from `seq` on, that take their vectors out."""
+        """Blank the rows that added these samples (id, seq). Add rows, from `seq` on, that remove their vectors."""
         if not samples:
             return
         added = {"gallery_id": gallery_id, "kind": "add", "seq": {"$in": [own for _, own in samples]}}

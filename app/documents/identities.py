@@ -47,7 +47,7 @@ class Sample(Value):
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has no template: the gallery moved to another model, which found no face on the stored photo."""
+        """Whether it has no template: the gallery moved to another model, and the stored photo gave none."""
         return not self.template
 
 
@@ -84,9 +84,9 @@ class Attempts(Value):
 
 #: Every status but `erased`.
 LIVING: list[Status] = ["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed"]
-#: A screening is asked for again within seconds.
+#: No screening is put off for longer.
 PUT_OFF_AT_MOST: Final = timedelta(minutes=5)
-#: Of those whose screening waits, so many are looked at to tell whether one waits for too long.
+#: So many waiting identities are read to find the oldest due screening.
 FIRST_IN_LINE: Final = 50
 #: Few among many: found by an index of their own, not by looking at everybody.
 _WITH_SEVERAL_SAMPLES = {"samples.1.seq": {"$exists": True}}
@@ -156,14 +156,14 @@ class Identity(Stored):
 
     @property
     def enrolment_samples(self) -> list[Sample]:
-        """The samples that the identity was enrolled by, as far as they are still there. Its first screening names them."""
+        """The samples that the identity was enrolled by, as far as they still exist. Its first screening names them."""
         if not self.screenings:
             return self.samples
         return [sample for sample in self.samples if sample.id in self.screenings[0].sample_ids]
 
     @property
     def anchors(self) -> list[Sample]:
-        """Of the samples that the identity was enrolled by, those with a template: all that comes later is compared with them."""
+        """The samples of the enrolment that have a template. All later photos are compared with them."""
         return [sample for sample in self.enrolment_samples if not sample.is_lost]
 
     def screening(self, job_id: str) -> Screening | None:
@@ -267,7 +267,7 @@ class Identity(Stored):
 
     @classmethod
     async def is_older(cls, identity_id: str, span: timedelta, session: AsyncClientSession) -> bool:
-        """Whether the enrolment is further back than that by MongoDB's clock, which is asked in this statement."""
+        """Whether the enrolment is older than the span, by MongoDB's clock at the moment of this statement."""
         is_over = {"$expr": {"$lt": ["$created_at", from_now(-span)]}}
         found = await cls.get_pymongo_collection().find_one(
             {"_id": identity_id, **is_over}, {"_id": 1}, session=session
@@ -276,14 +276,14 @@ class Identity(Stored):
 
     @classmethod
     async def count_kept_since_before(cls, gallery_id: str, moment: datetime) -> int:
-        """How many were enrolled before that moment."""
+        """How many people were enrolled before that moment and are not erased."""
         return await cls.find(
             {"gallery_id": gallery_id, "status": {"$in": LIVING}, "created_at": {"$lt": moment}}
         ).count()
 
     @classmethod
     async def after(cls, gallery_id: str, identity_id: str, limit: int) -> list[Self]:
-        """Those of the gallery who are not erased, by id, from behind this one on; at most `limit`."""
+        """The gallery's identities with greater ids than this one, by id, without those erased; at most `limit`."""
         found = cls.find({"gallery_id": gallery_id, "status": {"$ne": "erased"}, "_id": {"$gt": identity_id}})
         return await found.sort("_id").limit(limit).to_list()
 
@@ -302,9 +302,9 @@ class Identity(Stored):
 
     @classmethod
     async def overdue(cls, moment: datetime, limit: int) -> list[Self]:
-        """Identities whose queued screening should have run by now; not while their status lets none run.
+        """Identities whose queued screening should have run by now, if their status allows one.
 
-        A time that lies further ahead than any screening is put off was written by a clock that was ahead.
+        A time further ahead than PUT_OFF_AT_MOST was written by a clock that was ahead: it counts as due.
         """
         times = [{"outbox_at": {"$lte": moment}}, {"outbox_at": {"$gt": moment + PUT_OFF_AT_MOST}}]
         due = {"$or": times, "status": {"$in": ["pending", "active"]}}
@@ -312,9 +312,9 @@ class Identity(Stored):
 
     @classmethod
     async def longest_due(cls) -> datetime | None:
-        """Since when the oldest screening of the first in line is due; None when none waits.
+        """The oldest due time among the screenings that are first in line; None when none waits.
 
-        Sweeps move `outbox_at` on, and leave the screening's own time as it was.
+        Sweeps move `outbox_at` on. The screening's own `due_at` stays as it was.
         """
         rows = cls.get_pymongo_collection().find(
             {"outbox_at": {"$type": "date"}, "status": {"$in": ["pending", "active"]}},

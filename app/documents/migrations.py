@@ -1,9 +1,9 @@
 """Steps that bring stored documents into the shape that this version reads.
 
 They run whenever a process starts, before anything else is read: after an upgrade, and after the restore of an old backup.
-So each step finds by itself what is still in the old shape, changes each document in one atomic update, and does nothing on a
-migrated store. Several processes may run the same step at once. A step works on raw documents, because models go on
-changing. Steps are dated and run in order; a new one is appended.
+So each step finds by itself what is still in the old shape. It changes each document in one atomic update, and does nothing
+on a migrated store. Several processes may run the same step at once. A step works on raw documents, because models change
+later. Steps are dated and run in order; a new one is appended.
 """
 
 from collections.abc import Awaitable, Callable
@@ -19,14 +19,14 @@ Database = AsyncDatabase[dict[str, Any]]
 #: Changes what is in the old shape; returns how many documents it changed.
 Step = Callable[[Database], Awaitable[int]]
 
-#: What `second_face_share` was unless somebody set it, and what takes its place.
+#: The former default of `second_face_share`, and the default that replaces it.
 _FORMER_SHARE, _PROMINENCE = 0.25, 0.33
 
 
 def current_policy(policy: dict[str, Any]) -> dict[str, Any]:
     """A stored policy in today's shape.
 
-    The start migrates the store; a process of an older version that still runs beside may write the old shape once more.
+    The start migrates the store. A process of an older version that still runs may write the old shape again.
     """
     if "second_face_share" not in policy:
         return policy
@@ -38,8 +38,8 @@ def current_policy(policy: dict[str, Any]) -> dict[str, Any]:
 async def _second_face_prominence(database: Database) -> int:
     """`policy.second_face_share` of galleries becomes `policy.second_face_prominence`.
 
-    A share that was never set by hand becomes the new default. Another one keeps its number: for two faces equally far from the
-    centre, a share of area is a share of prominence. The policy's version rises, so that an older process cannot write
+    A share that was never set by hand becomes the new default. Another share keeps its number: for two faces equally far from
+    the centre, a share of area is a share of prominence. The policy's version rises, so that an older process cannot write
     its copy of the old policy back.
     """
     changed = await database.get_collection("galleries", write_concern=WriteConcern("majority", j=True)).update_many(

@@ -82,7 +82,7 @@ class Probe(Stored):
 
     @classmethod
     async def forget_all(cls, identity_ids: Sequence[str]) -> None:
-        """Erase what is remembered of these identities: a likeness of another model opens no more."""
+        """Delete the probes of these identities: a likeness made by another model cannot be opened any more."""
         await cls.get_pymongo_collection().delete_many({"identity_id": {"$in": list(identity_ids)}})
 
     @classmethod

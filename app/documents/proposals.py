@@ -41,7 +41,7 @@ class IdentityProposal(Stored):
             IndexModel([("gallery_id", 1), ("state", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("gallery_id", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel("identity_id"),
-            # Of one action there is one open proposal, also when two officers ask at the same moment.
+            # An action has at most one open proposal, even if two officers ask at the same moment.
             IndexModel(
                 [("identity_id", 1), ("kind", 1), ("sample_id", 1)],
                 unique=True,
@@ -58,7 +58,7 @@ class IdentityProposal(Stored):
         return await cls.find_one(named, session=session)
 
     async def end(self, session: AsyncClientSession, state: ProposalState, by: str | None) -> bool:
-        """Close it; False when somebody else was first."""
+        """Close it. False when it is closed already."""
         fields = {"state": state, "decided_by": by, "decided_at": now()}
         result = await self.get_pymongo_collection().update_one(
             {"_id": self.id, "state": "open"}, {"$set": fields}, session=session
@@ -67,7 +67,7 @@ class IdentityProposal(Stored):
 
     @classmethod
     async def forget(cls, identity_id: str, session: AsyncClientSession) -> None:
-        """Close the open proposals about somebody who is erased, and keep of all of them what is nobody's."""
+        """Close the open proposals about an erased person. Delete the personal fields of all proposals about them."""
         mine = {"identity_id": identity_id}
         collection = cls.get_pymongo_collection()
         stale = {"state": "stale", "decided_at": now()}

@@ -1,4 +1,4 @@
-"""Samples that were taken out of identities, and what is still to be done for each."""
+"""Samples that were removed from identities, and what is still to be done for each."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,7 +12,7 @@ from app.documents.base import Stored, now
 class SampleRemoval(Stored):
     """One sample that was removed; its id is the sample's.
 
-    photo_key: the photo, until the store has deleted it. unsettled_since: since when that is to be done; None: it is done.
+    photo_key: of the photo, until it is deleted. unsettled_since: since when the deletion is due; None when it is done.
     """
 
     gallery_id: str
@@ -43,10 +43,10 @@ class SampleRemoval(Stored):
         return await cls.find({"unsettled_since": {"$lt": before}}).sort("unsettled_since").limit(limit).to_list()
 
     async def settled(self) -> None:
-        """Nothing is left to do."""
+        """Record that nothing is left to do."""
         done = {"photo_key": None, "unsettled_since": None}
         await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": done})
 
     async def put_off(self) -> None:
-        """It could not be done now; those behind it come first next time."""
+        """Put it behind the others: it could not be done now."""
         await self.get_pymongo_collection().update_one({"_id": self.id}, {"$set": {"unsettled_since": now()}})

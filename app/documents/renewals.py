@@ -1,4 +1,4 @@
-"""Templates of another model, made from the stored photos and kept beside those in use until a gallery moves to them."""
+"""Templates of another model, made from the stored photos. They wait until their gallery moves to that model."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -55,7 +55,7 @@ class Renewal(Stored):
 
     @classmethod
     async def owners_after(cls, gallery_id: str, identity_id: str, limit: int) -> list[str]:
-        """Whose renewals these are, by id, from behind this one on: of at most `limit` renewals."""
+        """The identities with renewals and greater ids than this one, by id. Reads at most `limit` renewals."""
         rows = cls.get_pymongo_collection().find(
             {"gallery_id": gallery_id, "identity_id": {"$gt": identity_id}}, {"_id": 0, "identity_id": 1}
         )
@@ -64,10 +64,10 @@ class Renewal(Stored):
 
     @classmethod
     async def put_in_place(cls, gallery_id: str, contract: str, identity_ids: Sequence[str]) -> None:
-        """Give these identities' samples the renewed templates. A sample without one has none any more.
+        """Put the renewed templates into these identities' samples. A sample whose renewal has no template loses its own.
 
-        MongoDB does it by itself, each identity in one step, and does nothing where it is done. The identities' versions stay:
-        what officers know of them does not change.
+        MongoDB does the work itself, each identity in one step. It may be repeated. The versions of the identities stay: what
+        officers know of them does not change.
         """
         mine = {"$filter": {"input": "$$new.renewals", "as": "r", "cond": {"$eq": ["$$r.id", "$$sample.id"]}}}
         renewed = {"template": "$$renewal.template", "landmarks": "$$renewal.landmarks", "contract": contract}

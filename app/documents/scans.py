@@ -49,7 +49,7 @@ def series_of(gallery: Gallery) -> str:
 
 
 def contract_of(scan: "Scan", gallery: Gallery | None) -> str | None:
-    """The contract of the model that gave a scan's scores; None of a scan from before the gallery changed its model."""
+    """The contract of the model that gave a scan's scores; None for a scan from before the gallery changed its model."""
     return None if gallery is None or scan.series != series_of(gallery) else gallery.contract
 
 
@@ -424,7 +424,7 @@ class ClusterRun(Stored):
 
 
 async def decisions_on(links: Sequence[Link], contract: str | None, margin: float) -> dict[tuple[str, str], Decision]:
-    """What persons have said about these pairs, by the two ids; absent where nobody did, or not about a score this high.
+    """The decisions on these pairs, by the two ids. A pair without a decision that covers its score is absent.
 
     contract: of the model that gave the links' scores; None: unknown. margin: see `domain.policy.margin_of`.
     """

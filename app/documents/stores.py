@@ -1,6 +1,6 @@
-"""The store's own identity, and what it had: what proves that a place, a photo or an index file is ours.
+"""The store's own id, and what it has had. They prove that a place, a photo or an index file is ours.
 
-None of it is part of a backup, and a restore leaves it as it is: the id says which database owns the folders and buckets, so
+No backup contains them, and a restore leaves them as they are. The id says which database owns the folders and buckets. So
 two databases with the same content must not have the same id.
 """
 
@@ -20,14 +20,14 @@ from app.documents.identities import Identity
 
 log = structlog.get_logger(__name__)
 
-#: There is one.
+#: The id of the only document.
 STORE: Final = "store"
 
 
 class Store(Stored):
     """Which store this database is.
 
-    store_id: what the marks in its folders and buckets say. collection: MongoDB's own id of this collection, which a copy of
+    store_id: the id in the marks of its folders and buckets. collection: MongoDB's own id of this collection, which a copy of
     the database does not have. copied_from: the store id that a copy came with. adopted: stores whose places it took over.
     galleries: the ids of all galleries that the store has or had.
     """
@@ -46,7 +46,7 @@ class Store(Stored):
 
     @classmethod
     async def opened(cls, database: "AsyncDatabase[dict[str, Any]]", galleries: Iterable[str]) -> Self:
-        """The store, made here where there is none; it remembers these galleries from now on.
+        """The store; it is created if it is missing. It remembers these galleries from now on.
 
         A database that was copied by other means than `idem restore` (mongodump, another name) becomes a store of its own.
         """
@@ -77,13 +77,13 @@ class Store(Stored):
 
     @classmethod
     async def took_over(cls, stores: Iterable[str]) -> None:
-        """What was these stores' is ours."""
+        """Record that this store took over the places of these stores."""
         update = {"$addToSet": {"adopted": {"$each": sorted(stores)}}}
         await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
 
     @classmethod
     async def remember(cls, galleries: Iterable[str]) -> Self:
-        """Keep these ids of galleries for good; the store as it is afterwards."""
+        """Store these ids of galleries for good. Returns the updated store."""
         row = await cls.get_pymongo_collection().find_one_and_update(
             {"_id": STORE}, {"$addToSet": {"galleries": {"$each": sorted(galleries)}}},
             return_document=ReturnDocument.AFTER,
@@ -93,7 +93,7 @@ class Store(Stored):
 
 
 async def _collection_id(database: "AsyncDatabase[dict[str, Any]]") -> str:
-    """MongoDB's id of the collection; the collection is made where it is missing."""
+    """MongoDB's id of the collection, which is created if it is missing."""
     name = Store.Settings.name
     while True:
         async for found in await database.list_collections(filter={"name": name}):
@@ -106,7 +106,7 @@ class EnrolmentBegun(Stored):
     """An enrolment that put photos, or is about to; its id is the identity's.
 
     A process may die between the photos and the document. This entry then proves that the photos are ours. The sweep of
-    photos removes it once the identity is in the documents, or its photos are gone.
+    photos removes it after two days: by then it has deleted the photos that no document names.
     """
 
     gallery_id: str
@@ -120,15 +120,15 @@ class EnrolmentBegun(Stored):
 
     @classmethod
     async def note(cls, identity_id: str, gallery_id: str) -> None:
-        """Write it, beside the photos: neither waits for the other."""
-        # Without it a photo is left alone and reported, so one node's word is enough.
+        """Write the entry. The photos are written at the same time."""
+        # If the entry is lost, the photo is only reported and not deleted. So the word of one node is enough.
         rows = cls.get_pymongo_collection().with_options(write_concern=WriteConcern(1))
         fields = {"gallery_id": {"$literal": gallery_id}, "begun_at": "$$NOW"}
         await rows.update_one({"_id": identity_id}, [{"$set": fields}], upsert=True)
 
     @classmethod
     async def note_all(cls, people: dict[str, Any]) -> None:
-        """Write one for each identity that the filter finds: a restore is about to forget them."""
+        """Write an entry for each identity that the filter finds, before a restore drops them."""
         fields = {"gallery_id": 1, "begun_at": "$$NOW"}
         into = {"into": cls.get_collection_name(), "whenMatched": "keepExisting"}
         async for _ in await Identity.get_pymongo_collection().aggregate([
@@ -144,11 +144,11 @@ class EnrolmentBegun(Stored):
 
     @classmethod
     async def galleries_of(cls, ids: Sequence[str]) -> dict[str, str]:
-        """The galleries of those of the identities that have an entry."""
+        """The galleries of these identities, as far as they have an entry."""
         rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"gallery_id": 1})
         return {row["_id"]: row["gallery_id"] async for row in rows}
 
     @classmethod
     async def forget(cls, ids: Sequence[str]) -> None:
-        """Nothing of them is left to prove."""
+        """Delete their entries: nothing is left to prove."""
         await cls.get_pymongo_collection().delete_many({"_id": {"$in": list(ids)}})

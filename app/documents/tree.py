@@ -160,8 +160,8 @@ class AuditKey(Stored):
 class TreeHead(Stored):
     """A signed tree head; at most one for each size and key.
 
-    is_delivered: whether nothing is left to do for it. is_superseded: it is not in the evidence store. A later head of the same
-    key over no fewer events is there and proves it.
+    is_delivered: whether nothing is left to upload for it. is_superseded: whether it is not in the evidence store itself. A
+    head of the same key over at least as many events is there, and proves it.
     """
 
     size: int
@@ -191,37 +191,37 @@ class TreeHead(Stored):
 
     @classmethod
     async def newest(cls) -> Self | None:
-        """The newest head, which is over the most events; None before the first.
+        """The newest head: the one over the most events. None before the first.
 
-        Times do not tell: a clock that was ahead may have given an older head a later one.
+        Times do not decide: a clock that was ahead may have given an older head a later time.
         """
         return await cls.find_all().sort("-size", "-time").first_or_none()
 
     @classmethod
     async def undelivered(cls) -> Self | None:
-        """The head over the most events among those that are to be brought to the evidence store."""
+        """Among the heads that are still to be uploaded, the one over the most events."""
         return await cls.find({"is_delivered": False}).sort("-size", "-time").first_or_none()
 
     @classmethod
     async def waiting(cls, before: datetime | None = None) -> int:
-        """How many heads are to be brought there; those signed before that moment."""
+        """How many heads are still to be uploaded. before: only heads signed before that moment."""
         late = {} if before is None else {"time": {"$lt": before}}
         return await cls.get_pymongo_collection().count_documents({"is_delivered": False, **late})
 
     @classmethod
     async def newest_outside(cls) -> Self | None:
-        """The head over the most events among those that are in the evidence store."""
+        """Among the heads in the evidence store, the one over the most events."""
         outside = {"is_delivered": True, "is_superseded": {"$ne": True}}
         return await cls.find(outside).sort("-size", "-time").first_or_none()
 
     @classmethod
     async def outside(cls) -> AsyncIterator[Self]:
-        """All that should be in the evidence store, in the order of their sizes."""
+        """All heads that should be in the evidence store, by size."""
         async for head in cls.find({"is_delivered": True, "is_superseded": {"$ne": True}}).sort("+size", "+time"):
             yield head
 
     async def delivered(self) -> None:
-        """It is outside. Heads of the same key over no more events need not be brought there any more: this one proves them."""
+        """Mark the head as uploaded. It proves heads of the same key over no more events: they need no upload any more."""
         heads = self.get_pymongo_collection()
         await heads.update_one({"_id": self.id}, {"$set": {"is_delivered": True}})
         earlier = {"is_delivered": False, "key_id": self.key_id, "size": {"$lte": self.size}}

@@ -22,7 +22,7 @@ CROP_SIDE = 112
 OVERSAMPLING = 2
 #: Up to so many photo pixels per crop pixel, a crop that reads four pixels for each of its own leaves hardly any out.
 _NOTHING_BETWEEN = 1.5
-#: Crop pixels of the squares in which two crops are compared.
+#: Side, in crop pixels, of the squares in which two crops are compared.
 _COARSE = 7
 #: The part of the crop that is compared: whole squares of the face, without the borders of tightly cut photos.
 _FACE = np.s_[21:105, 21:91]
@@ -60,8 +60,8 @@ def aligned_crop(pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int =
 
     Every photo pixel under the crop counts, with about the same weight. A crop that reads a few pixels of each hundred
     can show another face than the photo does (Xiao et al., "Seeing is Not Believing: Camouflage Attacks on Image Scaling
-    Algorithms", 2019). The recogniser, quality and fingerprints ask for the same crop one after the other: the last one of each
-    thread is kept, as long as its photo lives. It cannot be written to.
+    Algorithms", 2019). Recogniser, quality and fingerprint need the same crop one after the other. So each thread keeps its last
+    crop, and returns it again for the same photo. The crop is read-only.
     """
     last: _LastCrop | None = getattr(_last, "crop", None)
     if last is not None and last.is_of(pixels, landmarks, side):
@@ -112,9 +112,9 @@ def _averaged(pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int) -> 
 
 
 def sampled_crop(pixels: Pixels, landmarks: npt.NDArray[np.float32], side: int = CROP_SIDE) -> Pixels:
-    """The face upright on a crop that reads only the four pixels nearest to each of its own: what hides between is seen.
+    """The face upright on a crop that reads only the four photo pixels nearest to each crop pixel.
 
-    It differs from `aligned_crop` where the photo has detail finer than the crop.
+    It differs from `aligned_crop` where the photo has detail finer than the crop. So it shows what is hidden in single pixels.
     """
     return _warped(pixels, similarity_to_template(landmarks, side), side)
 

@@ -1,8 +1,8 @@
 """Signs that a picture is no ordinary photo of a face: light and dark swapped, only edges left, or few tones.
 
 Thresholds of recognisers are measured on photos. A negative, a solarised or an edge-filtered picture gives a vector that fits
-nobody, or every other picture of its kind. No sign alone refuses a photo: unusual light has each of them at times. They are
-taken from the aligned crop; figures in docs/adr/0039.
+nobody, or every other picture of its kind. No sign alone refuses a photo, except bare edges: unusual light can cause each of
+them. They are taken from the aligned crop; figures in docs/adr/0039.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _NOSE = (np.s_[60:72, 52:60],)
 #: How far eyes are darker than nose and cheeks, in deviations of the face: -0.15 at most for 99% of photos (median -1.3), 1.3 the
 #: median of negatives.
 _DARKER = -0.2
-#: What is larger than some pixels, against what is smaller (ratio of deviations at blur 4, and at blur 1.5). Least of 1,080
-#: photos: 0.85 and 1.94. Edge-filtered ones: 0.75 and 1.65 (medians).
+#: Coarse detail against fine detail (ratio of deviations at blur 4, and at blur 1.5). Least of 1,080 photos: 0.85 and 1.94.
+#: Edge-filtered ones: 0.75 and 1.65 (medians).
 _COARSE_OVER_FINE, _MIDDLE_OVER_FINE = 0.84, 1.92
-#: The same where it is enough by itself.
+#: The same ratios for bare edges, which are enough by themselves.
 _HARDLY_COARSE, _HARDLY_MIDDLE = 0.78, 1.75
 #: Share of the face in the five most frequent neighbouring tones: 0.16 at most for 99% of photos; 0.26 to 0.7 with two to four
 #: tones (medians).
@@ -33,7 +33,7 @@ _FEW_TONES = 0.2
 #: Deviation of luminance (of 255). Under the first figure there is nothing to judge; under the second one a photo has few
 #: tones as well, because it is dull.
 _FLAT, _DULL = 8.0, 25.0
-#: A raw vector shorter than this, as a share of the card's 1% point, is a doubt: a sixth of ordinary photos have it.
+#: A raw vector shorter than this share of the card's 1% point is a doubt. A sixth of ordinary photos have one.
 _SHORT = 1.12
 _DOUBTS = 2
 

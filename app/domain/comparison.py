@@ -28,12 +28,12 @@ def best_similarity(probe: Embedding, references: Embedding) -> float:
 
 
 def scores_with(probe: Embedding, references: Embedding) -> list[float]:
-    """The probe's similarity to each of (n, d) references; none without any."""
+    """The probe's similarity to each of (n, d) references; an empty list without references."""
     return [float(score) for score in similarity(probe, references)] if len(references) else []
 
 
 def anchored(best: float, anchors: Iterable[float], floor: float) -> float:
-    """The score that counts: `best`, where the probe reaches the floor with every anchor; else at most the weakest anchor's.
+    """The score that counts: `best` if the probe reaches the floor with every anchor; else at most the weakest anchor's.
 
     best: over all samples. anchors: the scores of the samples that the identity was enrolled by. Without anchors: -1.
     """

@@ -37,9 +37,9 @@ class Face:
 
 @dataclass(frozen=True, slots=True)
 class PhotoFace:
-    """One face on the photo as it was sent, upright: what rules, messages and answers speak of.
+    """One face on the upright photo as it was sent. Rules, messages and answers use it.
 
-    The same as Face, but in pixels of that photo. An engine takes no PhotoFace: `in_pixels` says where its Face lies.
+    The same as Face, but in pixels of that photo. Engines take a Face, which `in_pixels` returns.
     """
 
     box: Box

@@ -17,7 +17,7 @@ from app.domain.merkle import Growth, leaf_hash, subtrees
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
-#: How the log begins to say that a key was replaced because its heads are dated ahead.
+#: The logged reason of a key change begins like this when the heads of the former key are dated ahead.
 CLOCK_AHEAD: Final = "the clock was ahead"
 #: The one form of a time, so that text order is time order.
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
@@ -136,7 +136,7 @@ class _Reading:
         self._report = report
         self._tree = Growth()
         self._is_ordered = True
-        #: Keys that were replaced because their heads are dated ahead, as far as the export tells.
+        #: Keys that were replaced because their heads are dated ahead, as the export says.
         self.ahead: set[str] = set()
         self._fitting = 0
         self._fit = True
@@ -295,7 +295,7 @@ def _check_reach(report: Report, own: Head, heads: Iterable[Head], taken_at: str
 def _check_against_each_other(report: Report, heads: Sequence[Head], ahead: AbstractSet[str]) -> None:
     """Two signed heads prove by themselves that the log was not one: of one size and two roots, or smaller with time.
 
-    ahead: keys whose heads are dated ahead, as the log says; they are in an order of their own.
+    ahead: keys whose heads are dated ahead, as the log says. Their heads are ordered for each such key alone.
     """
     roots: dict[int, Head] = {}
     ordered = sorted(heads, key=lambda head: (head.time, head.size))

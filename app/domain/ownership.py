@@ -1,4 +1,4 @@
-"""Whose photo lies under a key: a sweep deletes only what it can prove to be its own."""
+"""Whose photo a key names. A sweep deletes only what it can prove to be its own."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ _PHOTO: Final = re.compile(rf"({_UUID})/({_UUID})/({_UUID})")
 
 
 class PhotoOf(NamedTuple):
-    """Whose photo a key names."""
+    """The gallery and the identity that a photo's key names."""
 
     gallery_id: str
     identity_id: str
 
 
 def photo_of(key: str) -> PhotoOf | None:
-    """Whose photo it would be; None when the key is not three UUIDs as this product writes them."""
+    """Whose photo the key names; None when the key is not three UUIDs as this product writes them."""
     found = _PHOTO.fullmatch(key)
     return None if found is None else PhotoOf(found[1], found[2])
 
@@ -34,7 +34,7 @@ class SortedKeys:
 def sort_keys(
     keys: Sequence[str], *, named: AbstractSet[str], had: Mapping[str, str], galleries: AbstractSet[str]
 ) -> SortedKeys:
-    """Divide the keys that lie in the photo store.
+    """Divide the keys of the photo store by their owner.
 
     named: keys that documents name. had: identities that this store has or had, with their galleries. galleries: those that it
     has or had. A photo is ours when its key is three UUIDs of such a gallery and of such an identity of it.

@@ -94,8 +94,8 @@ class Photo:
     """A decoded photo.
 
     pixels: RGB, upright, halved `reduction` = 1, 2, 4 or 8 times smaller than the photo. width, height: of the upright
-    photo as it was sent. Faces are found in `pixels`; `in_photo` tells where they lie on the photo itself. quarters: by which it
-    was turned counter-clockwise since.
+    photo as it was sent. Faces are found in `pixels`; `in_photo` gives their place on the photo itself. quarters: by how many
+    quarters it was turned counter-clockwise since.
     """
 
     pixels: Pixels
@@ -135,7 +135,7 @@ def decode(data: bytes, *, max_pixels: int) -> Photo:
 
 
 def decode_part(data: bytes, whole: Photo, box: Box, reduction: int, *, max_pixels: int) -> Photo:
-    """The part of a photo within a box, as a photo of its own, reduced at most so many times.
+    """The part of a photo within a box, as a photo of its own, reduced by at most `reduction`.
 
     whole: what `decode` made of the same bytes, turned or not; the part is turned as it is. box: x, y, width, height in pixels of
     `whole` as sent; what lies outside is left out.
@@ -153,7 +153,7 @@ def decode_part(data: bytes, whole: Photo, box: Box, reduction: int, *, max_pixe
 
 
 def _decode(data: bytes, max_pixels: int, most_reduced: int, use: Callable[[Photo], T]) -> T:
-    """What `use` makes of the photo. A large one is gone before the next large one is decoded."""
+    """Decode the photo, and return what `use` makes of it. `use` runs before the next large photo is decoded."""
     if not data:
         raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
     kind = _sniff(data)
@@ -176,7 +176,7 @@ def encode(pixels: Pixels) -> bytes:
 
 
 def decode_stored(data: bytes) -> Pixels:
-    """The pixels of a photo that `encode` made: as they were, whatever the limits for new photos are by now."""
+    """The pixels of a photo that `encode` made. Today's limits for new photos do not apply."""
     try:
         with JpegImageFile(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"), dtype=np.uint8)
@@ -251,7 +251,7 @@ class NoRoomYet(Exception):
 
 @contextmanager
 def giving_way() -> Iterator[None]:
-    """Until the end of the body, on this thread, a large photo raises NoRoomYet where it would wait for another one."""
+    """While the body runs, a large photo on this thread raises NoRoomYet instead of waiting for another one."""
     _thread.gives_way = True
     try:
         yield
@@ -274,10 +274,10 @@ def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
 
 
 def _decoded_jpeg(still: jpeg.StillJpeg, most_reduced: int) -> Photo:
-    """The picture. One without an end marker is accepted where no row is missing.
+    """The decoded picture. One without an end marker is accepted if no row is missing.
 
-    A decoder invents what is missing and does not say so. Bytes behind coded data that are whole change nothing; where rows
-    are missing, they are read as rows, and the picture is another one.
+    A decoder invents missing rows and does not say so. So the picture is decoded again with bytes added behind it. They do not
+    change whole coded data. Where rows are missing, the decoder reads them as rows, and the pictures differ.
     """
     photo = _decoded(replace(still, data=still.data if still.has_end else still.data + jpeg.END), "jpeg", most_reduced)
     if not still.has_end:

@@ -16,13 +16,13 @@ Status = Literal["pending", "active", "suspected_duplicate", "duplicate", "revok
 Decision = Literal["distinct", "duplicate"]
 Verdict = Literal["unique", "suspected_duplicate"]
 
-#: A later photo must match the enrolment at a tenth of the gallery's false match rate. Whoever matches any sample must also
-#: reach, with each photo of the enrolment, the score that strangers reach ten times as often as a match. docs/adr/0038.
+#: A later photo must match the enrolment at a tenth of the gallery's false match rate. A photo that matches any sample must also
+#: reach the anchor score with each photo of the enrolment. Strangers reach it ten times as often as a match. docs/adr/0038.
 JOIN_FACTOR = 0.1
 ANCHOR_FACTOR = 10.0
 #: A decision on a pair covers scores up to the distance in which strangers become a hundred times as rare. docs/adr/0038.
 MARGIN_RATES = (1e-4, 1e-6)
-#: Of strangers; a threshold set by hand may stand for nearly all of them.
+#: The highest rate of strangers to compute with: a threshold set by hand may let in nearly all of them.
 LARGEST_RATE = 0.5
 
 #: Thresholds of a young gallery are those of one of this many samples, and they move only when a gallery doubles:
@@ -59,7 +59,7 @@ class GalleryPolicy(BaseModel):
 class Thresholds:
     """Cosine similarities from which on two faces count as the same, for each purpose.
 
-    join: between a later photo and the enrolment. anchor: below `verify`; whoever matches reaches it with each enrolment photo.
+    join: between a later photo and the enrolment. anchor: at most `verify`; a match reaches it with each enrolment photo.
     """
 
     verify: float
@@ -101,7 +101,7 @@ def thresholds_for(policy: GalleryPolicy, card: ModelCard, samples: int) -> Thre
 
 @dataclass(frozen=True, slots=True)
 class LookAlike:
-    """The other side of a recorded pair: how it stands now, and the decision that covers the pair's score."""
+    """The other side of a recorded pair: its status now, and the decision that covers the pair's score."""
 
     identity_id: str
     status: Status
@@ -109,7 +109,7 @@ class LookAlike:
 
 
 def margin_of(card: ModelCard) -> float:
-    """How far above the score of a decision on a pair that decision still covers the pair, in cosine."""
+    """How far the score of a pair may rise above the score of its decision and still be covered, in cosine."""
     usual, rare = MARGIN_RATES
     return thresholds.threshold_at_fmr(card, rare) - thresholds.threshold_at_fmr(card, usual)
 

@@ -14,7 +14,7 @@ WAIT: Final = timedelta(days=7)
 def waiting_fields(before: GalleryPolicy, after: GalleryPolicy) -> list[PendingField]:
     """The changed fields that must wait: a new or shorter retention, and the end of second review.
 
-    A longer retention, or none, erases nobody. Second review that begins takes nothing away. Both take effect at once.
+    A longer retention, or none, erases nobody. The start of second review removes no protection. Both take effect at once.
     """
     fields: list[PendingField] = []
     old, new = before.retention_days, after.retention_days

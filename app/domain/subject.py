@@ -1,8 +1,8 @@
 """Which face of a photo is meant. One rule for enrolment, probes, comparison, quality and measurements.
 
-The subject is the most prominent face: large, near the centre, surely a face. The photo is refused where a second face is
-nearly as prominent, because then a person could not say either who is meant. Everything here is measured on the photo as it
-was sent, so the answer does not depend on how the photo was reduced. The figures come from scripts/bystanders.py; see
+The subject is the most prominent face: large, near the centre, surely a face. A photo with a second face that is nearly as
+prominent is refused: a person could not say either who is meant. Everything here is measured on the photo as it was sent, so
+the answer does not depend on how the photo was reduced. The figures come from scripts/bystanders.py; see
 docs/adr/0040-the-subject-of-a-photo.md.
 """
 
@@ -32,10 +32,10 @@ MINIMUM_VISIBLE_SHARE = 0.9
 _FACE_ON_CROP = (20.0, 92.0, 30.0, 108.0)
 _GRID = 24
 
-#: A face loses this share of its weight for each photo side that its centre is away from the photo's centre, squared; and
-#: keeps the least weight in the corners. Measured on 7,701 photos of Labeled Faces in the Wild.
+#: A face's weight is (1 - pull * distance) squared. The distance is that of its centre from the photo's centre, in photo sides.
+#: The second figure is the least value in the brackets. Measured on 7,701 photos of Labeled Faces in the Wild.
 _CENTRE_PULL, _LEAST_WEIGHT = 1.5, 0.05
-#: The centre says who is meant where somebody framed a face: the side of the face, in short sides of the photo. Below the first
+#: The centre says who is meant if a person framed the face: the side of the face, in short sides of the photo. Below the first
 #: figure the photo shows a scene, and the centre says nothing. Portraits of 425 of 431 people lie above the second figure,
 #: 24 group photos at or below it.
 _SCENE, _PORTRAIT = 0.12, 0.27
@@ -55,7 +55,7 @@ class SubjectRule(Protocol):
 
     @property
     def faces(self) -> Faces:
-        """`prominent`: others may be there. `single`: nobody else may be."""
+        """`prominent`: there may be other faces. `single`: there may be no other face."""
 
     @property
     def second_face_prominence(self) -> float:
@@ -131,7 +131,7 @@ def _ranked(faces: Sequence[PhotoFace], size: tuple[int, int]) -> list[_Ranked]:
             _Ranked(face, area, area * _weight(face, size, pull) * _confidence(face.detection_score, best))
             for face, area in areas
         ]
-        # Faces of equal prominence stand in one order, whichever way the detector found them.
+        # The order of equally prominent faces does not depend on the detector.
         return sorted(rows, key=lambda row: (-row.prominence, row.face.box))
 
     foremost = by_prominence(_CENTRE_PULL)[0].face
@@ -179,7 +179,7 @@ def _several(detail: str) -> Problem:
 def _require_usable(face: PhotoFace, size: tuple[int, int]) -> None:
     side = min(face.box[2:])
     if side < MINIMUM_FACE_SIDE:
-        # Rounded down: a face that is refused must not be said to have what is asked for.
+        # Rounded down, so that the message never says that a refused face is large enough.
         detail = f"The face is {math.floor(side)} pixels wide; {MINIMUM_FACE_SIDE:.0f} are needed."
         raise _refusal(FaceTooSmall, "face-too-small", detail, "Come closer to the camera, or send a larger photo.")
     share = _visible_share(face, size)

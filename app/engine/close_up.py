@@ -24,7 +24,7 @@ class CloseUp:
     box: Box
 
     def shows(self, face: PhotoFace) -> bool:
-        """Whether a face that was found on it is the one that it was made for."""
+        """Whether a face that was found on the close-up is the one that it was made for."""
         (x, y, width, height), (left, top, across, down) = face.box, self.box
         return left < x + width / 2 < left + across and top < y + height / 2 < top + down
 

@@ -18,10 +18,10 @@ SCRFD_SCORE = 0.5
 #: OpenCV's sample asks 0.9, which loses turned and covered faces; see docs/models.md for what 0.6 finds.
 YUNET_SCORE = 0.6
 _YUNET_OVERLAP, _YUNET_CANDIDATES = 0.3, 500
-#: Detection score from which on a face stands upright, as far as the score alone can tell. SCRFD gives faces on their head 0.75
-#: at most (99%), upright ones 0.78 (50%); YuNet 0.89 and 0.90 (1%).
+#: From this detection score on, a face counts as upright. SCRFD gives 99% of upside-down faces at most 0.75, and half of the
+#: upright ones at least 0.78. YuNet gives 99% of upside-down faces at most 0.89, and 99% of upright ones at least 0.90.
 SCRFD_UPRIGHT_SCORE, YUNET_UPRIGHT_SCORE = 0.76, 0.895
-#: The same where the vector is long as well: SCRFD's score tells little then.
+#: The same for a face with a long vector: SCRFD's score says little then.
 SCRFD_UPRIGHT_SCORE_OF_LONG = 0.6
 
 #: A face of a fifth of the long side is 64 pixels high in a search at 320; a second one of a quarter of its area,
@@ -32,14 +32,14 @@ SURE_SHARE = 0.2
 class Detector(Protocol):
     """Finds faces.
 
-    upright_score: from which on a face stands upright; upright_score_of_long: the same where its vector has a usual length.
+    upright_score: from this score on, a face counts as upright; upright_score_of_long: the same if its vector has a usual length.
     """
 
     upright_score: float
     upright_score_of_long: float
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright, largest first; safe from several threads at once. quick: large ones are enough."""
+        """All upright faces, largest first; safe from several threads at once. quick: large ones are enough."""
 
 
 class _Scrfd(Protocol):
@@ -65,7 +65,7 @@ class ScrfdDetector:
         self._sizes = sizes
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright, largest first. quick: at the first size only."""
+        """All upright faces, largest first. quick: at the first size only."""
         sizes = self._sizes[:1] if quick else self._sizes
         best: list[Face] = []
         for size in sizes:
@@ -108,7 +108,7 @@ class YunetDetector:
         self._own = threading.local()
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright, largest first. There is one search, quick or not."""
+        """All upright faces, largest first. There is one search, quick or not."""
         del quick
         small, scale = shrunk(pixels, min(self._longest, max(pixels.shape[:2])))
         network = self._network()

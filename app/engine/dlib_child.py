@@ -49,7 +49,7 @@ class _Networks:
         box = dlib.rectangle(*(round(edge) for edge in edges))
         shape = self._predictor(pixels, box)
         fine = dlib.get_face_chip(pixels, shape, size=_CHIP_SIDE * _OVERSAMPLING, padding=_CHIP_PADDING)
-        # dlib's own chip reads some pixels and leaves out others; the average of a finer chip reads all.
+        # dlib's own chip skips some pixels. The average of a finer chip uses all of them.
         squares = fine.reshape(_CHIP_SIDE, _OVERSAMPLING, _CHIP_SIDE, _OVERSAMPLING, 3)
         chip = np.rint(squares.mean(axis=(1, 3))).astype(np.uint8)
         return [float(value) for value in self._recogniser.compute_face_descriptor(chip)]

@@ -30,7 +30,7 @@ _EMBED_MARGIN = 0.75
 #: third of the surest one's.
 _GHOST_SHARE = 1 / 5
 
-#: HOG gives faces on their head 0.31 at most (99%), upright ones 0.37 at least (99%).
+#: HOG gives 99% of upside-down faces at most 0.31, and 99% of upright ones at least 0.37.
 _UPRIGHT_SCORE = 0.45
 
 #: Nose tip and mouth from the nose base, by its parts along and square to the eye line; half the mouth's width in eye
@@ -144,12 +144,12 @@ class DlibEngine:
         self._ask(PING, np.zeros((8, 8, 3), dtype=np.uint8))
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright in these pixels, largest first. There is one search, quick or not."""
+        """All upright faces in these pixels, largest first. There is one search, quick or not."""
         del quick
         return _without_ghosts(self._upright(pixels))
 
     def is_upright(self, face: Face, length: float | None) -> bool:
-        """Whether the score says so; the lengths of dlib's vectors say nothing."""
+        """Whether the score is high enough. The length of dlib's vectors says nothing."""
         del length
         return face.detection_score >= _UPRIGHT_SCORE
 

@@ -75,7 +75,7 @@ def _crop(pixels: Pixels, face: Face, scale: float) -> Pixels:
     left, top = max(0, int(centre_x - half_width)), max(0, int(centre_y - half_height))
     right, bottom = min(width - 1, int(centre_x + half_width)), min(height - 1, int(centre_y + half_height))
     region = pixels[top : bottom + 1, left : right + 1]
-    # Averages where it shrinks: the original reads four pixels of many, and another picture can hide in those four.
+    # Shrinking averages. The original reads four pixels of many, and another picture can hide in those four.
     method = cv2.INTER_AREA if min(region.shape[:2]) > _SIDE else cv2.INTER_LINEAR
     crop = cv2.resize(region, (_SIDE, _SIDE), interpolation=method)
     return np.asarray(cv2.cvtColor(crop, cv2.COLOR_RGB2BGR), dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""Find the face that a photo is about, and turn the photo so that this face stands upright.
+"""Find the face that a photo is about, and turn the photo so that this face is upright.
 
-Cameras and editors save photos that lie on their side or stand on their head. Detectors find faces there too, draw upright
-landmarks on them, and the recogniser then gives vectors that fit nobody, or every other face on its head. So where the first
-look is not sure, turned copies are searched as well. The upright copy has the higher detection score and the longer vector:
-figures in docs/adr/0039.
+Cameras and editors also save photos sideways or upside down. Detectors find faces there too, and draw upright landmarks on
+them. The recogniser then gives vectors that fit nobody, or every other upside-down face. So if the first search is not sure,
+turned copies are searched as well. The upright copy has the higher detection score and the longer vector: figures in
+docs/adr/0039.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,15 @@ from app.errors import Advice, LowQuality, PhotoRefused
 #: Chooses the face that is meant. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped.
 Choose = Callable[[Photo, list[Face]], MainFace]
 
-#: Quarter turns, counter-clockwise. Upside down first: where it is right, it is mostly the only one with a face.
+#: Quarter turns, counter-clockwise. Upside down comes first: if it is right, it is mostly the only one that shows a face.
 _TURNS = (2, 1, 3)
-#: Beyond this turn of the eye line, landmarks of an upright search are not believed (SCRFD on photos lying on their side).
+#: If the eye line is turned by more than this, landmarks of an upright search are not trusted (SCRFD on sideways photos).
 PLAUSIBLE_ROLL_DEGREES = 60.0
-#: A face of less than this share of the long side may be a bystander whose upright face hides that the subject lies.
+#: A face below this share of the long side may be an upright bystander, on a photo whose subject lies sideways.
 _SMALL = 0.2
-#: A subject that lies is clearly larger than the bystander who stands.
+#: The area of a sideways subject is at least so many times that of the upright bystander.
 _LARGER = 2.0
-#: A detection score that is higher by this much decides alone, whatever the lengths say.
+#: A detection score that is higher by this much decides alone, without the lengths of the vectors.
 _FAR_SURER = 0.25
 #: The inverted copy of a negative has a vector that is longer by a third (median).
 _CLEARLY_LONGER = 1.15
@@ -39,9 +39,9 @@ _CLEARLY_LONGER = 1.15
 
 @dataclass
 class Look:
-    """One look at a photo, as it stands or turned.
+    """The result of one search, on the photo as it came or turned.
 
-    photo: turned counter-clockwise by so many quarters; faces were found there. main: the face that is meant, or `problem`.
+    photo: turned counter-clockwise by `quarters`; the faces were found there. main: the face that is meant, else `problem`.
     """
 
     engine: FaceEngine
@@ -58,7 +58,7 @@ class Look:
 
     @cached_property
     def vector(self) -> tuple[Embedding, float] | None:
-        """The face's embedding and the raw vector's length; None without a face, or where it gives no features."""
+        """The face's embedding and the raw vector's length; None without a face, or if the face gives no features."""
         if self.face is None:
             return None
         try:
@@ -79,25 +79,25 @@ class Look:
 
     @property
     def score(self) -> float:
-        """The detection score of the face that is meant; without one, of the surest face that stands upright."""
+        """The detection score of the face that is meant; without one, that of the surest upright face."""
         if self.face is not None:
             return self.face.detection_score if is_believable(self.face) else 0.0
         return max((face.detection_score for face in self.faces if is_believable(face)), default=0.0)
 
     @property
     def length(self) -> float:
-        """Of the raw vector; 0 where there is none."""
+        """The length of the raw vector; 0 if there is none."""
         return 0.0 if self.vector is None else self.vector[1]
 
     @property
     def _is_long(self) -> bool:
-        """Whether the vector is as long as that of half the ordinary photos: no negative's is (551 photos)."""
+        """Whether the vector reaches the median length of ordinary photos. No negative does (551 photos)."""
         usual = self.engine.card.usual_length
         return usual is not None and self.length >= usual[1]
 
     @property
     def is_sure(self) -> bool:
-        """Whether the face stands upright for sure; of a photo that is refused, whether its surest face does."""
+        """Whether the face is surely upright; for a refused photo, whether any of its faces is."""
         if self.face is not None:
             is_upright = is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
             return is_upright and self.signs is not None and (not self.signs.are_eyes_light or self._is_long)
@@ -105,9 +105,9 @@ class Look:
 
 
 def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
-    """The photo in the position in which the face that is meant stands upright. Blocking.
+    """Search the photo, turned so that the face that is meant is upright. Blocking.
 
-    A negative is refused: the inverted copy has the higher score and the longer vector then.
+    A negative is refused. Its inverted copy has the higher score, and light eyes or a much longer vector confirm it.
     """
     seen = _upright(engine, photo, choose)
     if seen.face is None or seen.is_sure:
@@ -133,7 +133,7 @@ def _upright(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
 
 
 def is_believable(face: Face) -> bool:
-    """Whether eyes stand over the mouth and the eye line is not on end."""
+    """Whether the eyes are above the mouth, and the eye line is turned by PLAUSIBLE_ROLL_DEGREES at most."""
     eyes = face.landmarks[1] - face.landmarks[0]
     down = face.landmarks[3:].mean(axis=0) - face.landmarks[:2].mean(axis=0)
     roll = abs(float(np.degrees(np.arctan2(eyes[1], eyes[0]))))
@@ -145,7 +145,7 @@ def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool, quar
     try:
         return Look(engine, photo, faces, choose(photo, faces), None, quarters)
     except PhotoRefused as problem:
-        # Without its traceback, whose frames lead back to this look and hold the pixels until the collector comes.
+        # Without its traceback: the frames there refer to this look, and would keep the pixels until garbage collection.
         return Look(engine, photo, faces, None, problem.with_traceback(None), quarters)
 
 
@@ -159,7 +159,7 @@ def _stands_better(turned: Look, first: Look) -> bool:
 
 
 def _shows_a_negative(inverted: Look, seen: Look) -> bool:
-    """Whether more than a detection score says so: light eyes, or a clearly longer vector."""
+    """Whether more than the detection score indicates a negative: light eyes, or a clearly longer vector."""
     are_eyes_light = seen.signs is not None and seen.signs.are_eyes_light
     return are_eyes_light or inverted.length > _CLEARLY_LONGER * seen.length
 

@@ -17,8 +17,8 @@ from app.engine.vectors import unit_embedding
 from app.errors import Advice, LowQuality, ModelUnavailable
 
 _WARM_SIDE = 256
-#: A raw vector of this many times the card's 1% point belongs to an upright face: 99% of faces on their head have 1.0 (w600k_mbf)
-#: and 1.1 (foamliu's MobileFaceNet, whose detector's score tells the others).
+#: Times the 1% point of the card that a raw vector must reach to be upright. 99% of upside-down faces reach at most 1.0
+#: (w600k_mbf) or 1.1 (foamliu's MobileFaceNet, where the detector's score finds the others).
 UPRIGHT_LENGTH = 1.08
 
 
@@ -95,16 +95,16 @@ class OnnxEngine:
             loaded.liveness.score(grey, face)
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright in these pixels, largest first."""
+        """All upright faces in these pixels, largest first."""
         return self._ready().detector.detect(pixels, quick=quick)
 
     def is_upright(self, face: Face, length: float | None) -> bool:
-        """Whether score and length say so; the score alone, where the face or the card has no length."""
+        """Whether score and length are high enough; the score alone, if the face or the card has no length."""
         detector, usual = self._ready().detector, self.card.usual_length
         if length is None or usual is None:
             return face.detection_score >= detector.upright_score
         is_long = face.detection_score >= detector.upright_score_of_long and length >= UPRIGHT_LENGTH * usual[0]
-        # Both at once, where the score tells something of its own: of 1,419 turned copies and 551 negatives none has them.
+        # Both together, if the score adds something to the length: none of 1,419 turned copies and 551 negatives has both.
         tells = detector.upright_score > detector.upright_score_of_long
         return is_long or (tells and face.detection_score >= detector.upright_score and length >= usual[0])
 

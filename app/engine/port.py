@@ -20,15 +20,15 @@ class FaceEngine(Protocol):
         """Load the weights and run once. Raises ModelUnavailable when a file is missing, cut or another."""
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All faces that stand upright in these pixels, largest first.
+        """All upright faces in these pixels, largest first.
 
         quick: only faces of a fifth of the long side or more have to be found.
         """
 
     def is_upright(self, face: Face, length: float | None) -> bool:
-        """Whether a face that `detect` found stands upright for sure.
+        """Whether a face that `detect` found is surely upright.
 
-        length: of its raw vector, where it was embedded. Detectors find faces upside down as well, less surely.
+        length: of its raw vector, if it was embedded. Detectors also find upside-down faces, with lower scores.
         """
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:

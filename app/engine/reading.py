@@ -25,10 +25,10 @@ LIVE_FROM = 0.5
 
 @dataclass(frozen=True, slots=True)
 class FaceReading:
-    """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be told.
+    """One photo's face: embedding (d,), quality, and liveness in [0, 1] where it was asked for and can be measured.
 
-    pixels: of the photo turned upright, or of the surroundings of a small face less reduced: what was compared. face: where
-    it lies there. main: the same in pixels of the photo as it was sent, turned upright, and how many faces that shows.
+    pixels: what was compared, upright: the photo, or the surroundings of a small face, less reduced. face: where it lies
+    there. main: where it lies on the photo as it was sent, turned upright, and how many faces that photo shows.
     """
 
     pixels: Pixels
@@ -88,7 +88,7 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
 
 
 def subject_in(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> Subject:
-    """The face that is meant; of a small face in a large photo its surroundings less reduced. Blocking.
+    """The face that is meant. A small face in a large photo is read from its surroundings, less reduced. Blocking.
 
     Raises what `decode` and `subject_of` raise.
     """
@@ -99,7 +99,7 @@ def subject_in(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixel
     try:
         closer = subject_of(engine, near.photo, policy)
     except PhotoRefused:
-        # Somebody stands close by, or the face is not found again: the whole photo has answered that already.
+        # Another person is close by, or the face is not found again: the whole photo has answered that already.
         return seen
     is_the_same = closer.quarters == 0 and near.shows(closer.main.face)
     return replace(closer, main=seen.main, quarters=seen.quarters) if is_the_same else seen
@@ -131,12 +131,12 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
         try:
             raise problem
         finally:
-            del problem  # else the error and this frame hold each other
+            del problem  # else the error and this frame keep each other in memory
     return Subject(seen.photo, main, face, vector, marks, seen.quarters)
 
 
 def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
-    """Why this is no photo to recognise anybody by, at any level of quality; empty where it is one."""
+    """Why the photo cannot serve for recognition, at any level of quality; empty if it can."""
     if hides_another_picture(seen.photo.pixels, seen.face.landmarks):
         message = "The photo shows another picture when it is made smaller. Send a photo as the camera took it."
         return (Advice("photo", "hidden-detail", message),)
@@ -148,10 +148,10 @@ def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
 
 
 def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> StoredFace:
-    """The face of a photo that was accepted already, and so is judged no more. Blocking.
+    """The face of a photo that was accepted at enrolment. It is not judged again. Blocking.
 
-    near: its landmarks as they were found at enrolment. A sample without them comes from a version whose rule was: the largest
-    face, and which stored photos on their side as they came. Raises NoFace.
+    near: its landmarks as they were found at enrolment. A sample without them comes from an older version, which took the
+    largest face, and stored sideways photos as they came. Raises NoFace.
     """
     if near is None:
         height, width = pixels.shape[:2]

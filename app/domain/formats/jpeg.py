@@ -41,7 +41,7 @@ class StillJpeg(Still):
 
 
 def still(data: bytes) -> StillJpeg:
-    """The picture without application segments, comments and whatever lies behind its end marker. Raises Damaged.
+    """The picture without application segments, comments and everything behind its end marker. Raises Damaged.
 
     What decides the colours stays: APP0 (JFIF) and APP14 (Adobe). A picture that has all its passes but no end marker is
     returned with `has_end` false. The walk stops after MOST_SCANS + 1 passes.
@@ -58,9 +58,9 @@ class _Walk:
     scans: int = 0
     frame: int | None = None
     size: tuple[int, int] | None = None
-    #: How many segments and scans there were when the last pass that is needed had begun.
+    #: How many segments and scans had been read when the last necessary pass began.
     complete: tuple[int, int] | None = None
-    #: For each component the bits that are still to come of its 64 coefficients; None: not one yet.
+    #: For each component, how many bits each of its 64 coefficients still lacks; None: all of them.
     missing: dict[int, list[int | None]] = field(default_factory=dict)
 
     def run(self) -> StillJpeg:
@@ -104,7 +104,7 @@ class _Walk:
         raise Damaged(self.size)
 
     def _marker(self, position: int) -> tuple[int, int]:
-        """The marker here, and where its segment starts; fill bytes may stand before it."""
+        """The marker here, and where its segment starts; fill bytes may come before it."""
         marker = _MARKER.match(self.data, position)
         if marker is None:
             raise Damaged(self.size)

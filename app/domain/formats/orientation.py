@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal
 
-#: Of a block of side data, at most so many bytes are looked at. A camera writes the orientation near the start.
+#: At most so many bytes of a block of side data are read. A camera writes the orientation near the start.
 MOST_BYTES: Final = 1 << 18
-#: Of a kind of block, at most so many are looked at. Photos have one or two.
+#: At most so many blocks of one kind are read. Photos have one or two.
 MOST_BLOCKS: Final = 8
 
 _EXIF_PREFIX: Final = b"Exif\0"
@@ -81,7 +81,7 @@ def _stated(kinds: Sequence[tuple[Reader, Sequence[bytes]]]) -> Iterator[int | N
 def _value(entry: bytes, order: Literal["big", "little"]) -> int | None:
     length = _LENGTHS.get(int.from_bytes(entry[2:4], order))
     count = int.from_bytes(entry[4:8], order)
-    # A value that does not fit stands elsewhere in the block: that is no orientation.
+    # A value that does not fit is stored elsewhere in the block: that is no orientation.
     if length is None or count * length > _VALUE_BYTES:
         return None
     value = int.from_bytes(entry[8 : 8 + length], order)

@@ -1,4 +1,4 @@
-"""PNG (ISO/IEC 15948) and its animations: only the chunks that make the pixels go on."""
+"""PNG (ISO/IEC 15948) and its animations: only the chunks that make the pixels are kept."""
 
 import zlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _FIRST_CHUNK: Final = 8 + 25
 
 _END: Final = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _TEXT_KINDS: Final = (b"tEXt", b"zTXt", b"iTXt")
-#: Keywords in lower case, in the order in which they count, with the reader of what stands under them.
+#: Keywords in lower case, in order of precedence, each with the reader of its text.
 _TEXTS: Final[dict[bytes, orientation.Reader]] = {
     b"raw profile type exif": orientation.of_text_profile,
     b"raw profile type app1": orientation.of_text_profile,
@@ -26,7 +26,7 @@ _LONGEST_KEYWORD: Final = 79
 
 
 def still(data: bytes) -> Still:
-    """The picture without its side chunks: profiles, texts, times and whatever follows the end. Raises Damaged or Animated.
+    """The picture without its side chunks (profiles, texts, times) and everything behind the end. Raises Damaged or Animated.
 
     Side chunks are not unpacked, and their checksums do not matter. The orientation is the first that is stated by eXIf
     chunks, EXIF written as text, XMP.
@@ -77,7 +77,7 @@ def _chunks(data: bytes, size: tuple[int, int]) -> Iterator[tuple[bytes, int, in
 
 
 def _text(data: bytes, kind: bytes, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """The keyword and the beginning of the text, where the keyword may stand for an orientation."""
+    """The keyword and the beginning of the text, if the keyword is one of _TEXTS."""
     keyword, separator, _ = data[start : min(end, start + _LONGEST_KEYWORD + 1)].partition(b"\0")
     if not separator or keyword.lower() not in _TEXTS:
         return
@@ -92,7 +92,7 @@ def _text(data: bytes, kind: bytes, start: int, end: int) -> Iterator[tuple[byte
 
 
 def _unpacked(packed: bytes) -> bytes:
-    """The beginning of what is packed here: never more than the bound, whatever it would unpack to."""
+    """Unpack the beginning, at most MOST_BYTES, however large the whole would be."""
     try:
         return zlib.decompressobj().decompress(packed, orientation.MOST_BYTES)
     except zlib.error:

@@ -101,7 +101,7 @@ def _canvas(body: bytes) -> tuple[int, int]:
 
 
 def _coded_size(picture: _Picture) -> tuple[int, int]:
-    """Width and height from the header of the coded pixels, which the decoder goes by."""
+    """Width and height from the header of the coded pixels, as the decoder reads them."""
     body = picture.coded
     if picture.kind == b"VP8L" and body[:1] == bytes([_SIGNATURE_VP8L]) and len(body) > 5:  # noqa: PLR2004 - header and data
         bits = int.from_bytes(body[1:5], "little")
