@@ -1,8 +1,8 @@
-"""The places of this process's store: photos, index, copies of the index, evidence. Each is asked for its owner.
+"""The places of this process's store: photos, index, copies of the index, evidence. Each place has one owner.
 
-A process asks when it starts, and refuses to start with a place of another store. A place that is away at that moment is
-asked before the first write instead. The evidence store is only ever added to, so one of another store stops nobody: it is
-read, which a restore needs, and nothing is written there.
+A process checks the owners when it starts. It refuses to start with a place of another store. If a place does not answer at the
+start, its owner is checked before the first write. The evidence store is an exception: a process starts although another store
+owns it. The process then reads it, because a restore needs that, and writes nothing there.
 """
 
 import asyncio
@@ -36,18 +36,18 @@ SHOWN: Final = 5
 
 FOREIGN = Gauge(
     "idem_index_foreign",
-    "Names in the folder of the index and in this host's copies that are not this store's: they are left alone",
+    "Names in the index folder and in this host's copies that do not belong to this store and are left unchanged",
 )
 
 PlaceName = Literal["photos", "index", "copies"]
-#: What an operator calls them.
+#: The names that operators use for the places.
 PLACES: Final = ("photos", "index", "copies", "evidence")
 
-#: Marks of owners in the evidence store, where nothing can be replaced: the last one counts.
+#: Prefix of the owner marks in the evidence store. Nothing can be replaced there, so the last mark counts.
 MARKS: Final = "store/"
 #: First parts of the names in the evidence store.
 EVIDENCE_NAMES: Final = frozenset(name.rstrip("/") for name in (MARKS, HEADS, KEYS, LEDGER))
-#: For so long the owner of the evidence store is not asked again.
+#: How long a check of the evidence store's owner counts.
 EVIDENCE_SECONDS: Final = 60.0
 
 
@@ -62,7 +62,7 @@ def owner_of(settings: Settings, store_id: str, galleries: set[str]) -> Owner:
 
 
 def guards_of(settings: Settings, owner: Owner, photos: LocalPhotoStore | MinioPhotoStore) -> dict[PlaceName, Guard]:
-    """What asks each place but the evidence store for its owner; the photo store itself asks its own from now on."""
+    """A guard for each place except the evidence store. Also gives the photo store its guard."""
     if isinstance(photos, LocalPhotoStore):
         photo_place: Place = FolderPlace("STORAGE_PATH", settings.storage_path)
     else:
@@ -78,18 +78,18 @@ def guards_of(settings: Settings, owner: Owner, photos: LocalPhotoStore | MinioP
 
 
 class OwnedEvidence:
-    """An evidence store to which only its owner adds."""
+    """An evidence store that only its owner adds to."""
 
     def __init__(self, store: EvidenceStore, owner: Owner, setting: str, where: str) -> None:
         self._store = store
         self._owner = owner
         self._setting, self._where = setting, where
         self._asked_at = -EVIDENCE_SECONDS
-        #: What was last known of it; None before it was asked.
+        #: The result of the last check; None before the first one.
         self.standing: Standing | None = None
 
     async def append(self, name: str, data: bytes) -> None:
-        """See EvidenceStore. Raises EvidenceUnavailable also when it is another store's."""
+        """See EvidenceStore. Also raises EvidenceUnavailable unless this store owns the evidence store."""
         if time.monotonic() - self._asked_at >= EVIDENCE_SECONDS or self.standing is None:
             await self.claim()
         if self.standing is not None and self.standing.state != "ours":
@@ -113,16 +113,16 @@ class OwnedEvidence:
         await self._store.close()
 
     def away(self, trouble: str) -> Standing:
-        """Its standing while it does not answer."""
+        """The standing of an evidence store that does not answer."""
         return Standing(self._setting, self._where, "away", trouble=trouble)
 
     @property
     def refusal(self) -> str | None:
-        """Why nothing is written there; None while it is not known to be another store's."""
+        """Why nothing is written there. None unless a check found another owner, or found no mark and unknown keys."""
         return self.standing.sentence if self.standing is not None and self.standing.is_refused else None
 
     async def look(self) -> Standing:
-        """What is known of it. Writes nothing. Raises EvidenceUnavailable."""
+        """Find out who owns the evidence store. Writes nothing. Raises EvidenceUnavailable."""
         marks = await self._store.names(MARKS)
         told = partial(Standing, self._setting, self._where)
         if marks:
@@ -134,16 +134,16 @@ class OwnedEvidence:
         return told("unmarked", unknown=tuple(keys.values()))
 
     async def claim(self) -> Standing:
-        """Look at it, and mark it when it is free. Raises EvidenceUnavailable."""
+        """Find out who owns the evidence store. Marks it when it is free. Raises EvidenceUnavailable."""
         self.standing = await self.look()
         if self.standing.state == "free":
             await self._mark(1)
-            self.standing = await self.look()  # another store may have been a moment earlier
+            self.standing = await self.look()  # another store may have marked it first
         self._asked_at = time.monotonic()
         return self.standing
 
     async def adopt(self) -> Standing:
-        """Make it ours, whoever's it is. Raises EvidenceUnavailable."""
+        """Take the evidence store over for this store, also from another owner. Raises EvidenceUnavailable."""
         marks = await self._store.names(MARKS)
         await self._mark(_number_of(marks[-1]) + 1 if marks else 1)
         return await self.claim()
@@ -162,7 +162,7 @@ def _number_of(name: str) -> int:
 def _mark_of(name: str, data: bytes) -> Mark:
     try:
         return Mark.model_validate_json(data)
-    except ValueError:  # somebody's all the same
+    except ValueError:  # the mark cannot be read, but its name states the store
         return Mark(store=name.partition("-")[2].removesuffix(".json") or name, marked_at=now())
 
 
@@ -177,11 +177,11 @@ class Places:
     _strangers: list[str] = field(default_factory=list)
 
     async def standings(self) -> list[Standing]:
-        """What is known of each place. Writes nothing."""
+        """The standing of each place. Writes nothing."""
         return await self._each(Guard.look, self.evidence.look)
 
     async def claim(self) -> None:
-        """Mark the places that are free. Raises PlaceRefused when another one belongs to another store, or may do so."""
+        """Mark the places that are free. Raises PlaceRefused when a place belongs to another store, or may belong to one."""
         standings = await self._each(self._claimed, self.evidence.claim)
         refused = [standing for standing in standings if standing.is_refused]
         for standing in refused:
@@ -190,34 +190,34 @@ class Places:
             raise PlaceRefused("; ".join(stops))
 
     async def adopt(self, names: AbstractSet[str]) -> list[Standing]:
-        """Make these of PLACES ours, whoever owns them; how each of them stands afterwards."""
+        """Take these places over for this store, also from another owner. names: of PLACES. Returns their new standings."""
         return await self._each(Guard.adopt, self.evidence.adopt, names)
 
     async def require_photos(self) -> None:
-        """Raises PhotoStoreUnavailable unless the photo store is ours at this moment."""
+        """Raises PhotoStoreUnavailable unless this store owns the photo store now, or there is none yet."""
         standing = await self._in_time(self.guards["photos"], Guard.claim)
         if standing.state not in {"ours", "absent"}:
             raise PhotoStoreUnavailable(errno.EPERM, standing.sentence)
 
     def note_strangers(self, names: list[str]) -> None:
-        """Report what lies among the index files and is not this store's; in the log only when it has changed."""
+        """Report names among the index files that do not belong to this store. Logs them only when they have changed."""
         FOREIGN.set(len(names))
         if names and names != self._strangers:
             log.warning("foreign_index_files_left_alone", count=len(names), examples=names[:SHOWN])
         self._strangers = names
 
     def is_own_key(self, key: str) -> bool:
-        """Whether a key of the photo store is another place of this store, which lies in the same folder or bucket."""
+        """Whether a key of the photo store belongs to another place of this store in the same folder or bucket."""
         first, _, rest = key.partition("/")
         photos, index = self.guards["photos"].place, self.guards["index"].place
         return first in photos.own_names(self.owner) or (photos.where == index.where and is_generation(rest))
 
     def _claimed(self, guard: Guard) -> Standing:
-        """Claim a place. A folder of the index that is missing is not made: it may be a share that is not mounted."""
+        """Claim a place. A missing index folder is not created: it may be a share that is not mounted."""
         return guard.claim(make=guard is not self.guards["index"])
 
     def _may_stay(self, standing: Standing) -> bool:
-        """Whether a process may start with a place that is not ours: nothing is written there."""
+        """Whether a process may start with a place that another store owns or may own. It writes nothing there."""
         return self.owner.reads_foreign or standing is self.evidence.standing
 
     async def _each(
@@ -240,7 +240,7 @@ class Places:
         return await asyncio.gather(*waits)
 
     async def _in_time(self, guard: Guard, work: Callable[[Guard], Standing]) -> Standing:
-        """Do blocking work in a thread that ends with the process, whatever it waits for."""
+        """Do blocking work in a daemon thread, so that work that hangs does not keep the process from ending."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Standing] = loop.create_future()
         away = partial(Standing, guard.place.setting, guard.place.where, "away")
@@ -250,11 +250,11 @@ class Places:
                 result = work(guard)
             except OSError as error:
                 result = away(trouble=str(error))
-            with suppress(RuntimeError):  # the loop has ended meanwhile
+            with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(hand_over, result)
 
         def hand_over(result: Standing) -> None:
-            if not ended.done():  # nobody waits for it any more
+            if not ended.done():  # it is done when the wait has timed out
                 ended.set_result(result)
 
         threading.Thread(target=carry_out, name="ownership", daemon=True).start()

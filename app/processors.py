@@ -1,6 +1,7 @@
-"""How many processors this process may use: the least of what the machine has, its affinity and its cgroup's quota.
+"""How many processors this process may use: the smallest of the machine's count, the affinity and the cgroup's quota.
 
-`os.cpu_count()` counts the machine's. In a container with a quota of one processor on a node of 64, 64 threads would fight.
+`os.cpu_count()` counts the processors of the machine. In a container with a quota of one processor on a machine with 64, the
+process would start 64 threads for one processor.
 """
 
 import math
@@ -12,20 +13,20 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def processors(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
-    """At least 1. A quota of 1.5 processors counts as 2. cgroups, own: where Linux tells quotas and this process's groups."""
+    """At least 1. A quota of 1.5 processors counts as 2. cgroups, own: where Linux lists quotas and this process's groups."""
     limits = [os.cpu_count() or 1, len(os.sched_getaffinity(0))]
     limits += [max(1, math.ceil(quota)) for quota in _quotas(cgroups, own)]
     return min(limits)
 
 
 def _quotas(cgroups: Path, own: Path) -> list[float]:
-    """Quotas in processors, of this process's cgroup and of those above it; empty where there is none."""
+    """Quotas, in processors, of this process's cgroup and of the groups above it; empty if there is none."""
     try:
         lines = own.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
     found = []
-    # A container's own root stands for its group where /proc names the host's path.
+    # In a container, /proc may name a path of the host. The group is then the root that the container sees.
     for line in [*lines, "0::/", "0:cpu:/"]:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
@@ -42,7 +43,7 @@ def _quotas(cgroups: Path, own: Path) -> list[float]:
 
 
 def _quota_v2(group: Path) -> float | None:
-    """`cpu.max` holds "QUOTA PERIOD" in microseconds, or "max PERIOD"."""
+    """`cpu.max` contains "QUOTA PERIOD" in microseconds, or "max PERIOD"."""
     try:
         quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)

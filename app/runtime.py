@@ -84,7 +84,7 @@ COMPUTE_NICENESS = 5
 LAST_CHANCE_SECONDS = 0.25
 #: Short steps that may wait: each takes some milliseconds.
 MOST_SHORT_WAITING = 1024
-#: How long a start waits for a place to say whose it is.
+#: How long a starting process waits for the owner's mark of a place.
 LOOK_SECONDS = 5.0
 
 DOCUMENTS: list[type[Document]] = [
@@ -171,9 +171,9 @@ class Runtime:
         )
 
     async def compute(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a short blocking step (searching, opening, hashing: some milliseconds) in threads that no photo holds up.
+        """Run a short blocking step (searching, opening, hashing: some milliseconds) in threads that photos do not use.
 
-        Raises NotReady when too much waits already: an answer that comes too late helps nobody.
+        Raises NotReady when too many steps wait already: a late answer is of no use.
         """
         if self._short_waiting >= MOST_SHORT_WAITING:
             raise _busy()
@@ -186,8 +186,8 @@ class Runtime:
     async def compute_long(self, caller: str, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run long blocking work (a photo, a tile of a scan) in the threads that callers share fairly.
 
-        caller: whose work it is. Those who used the threads least are served next. The work may begin twice where it would wait
-        for another large photo. Raises NotReady when too much waits already.
+        caller: whose work it is. The caller who has used the threads least is served next. Work that must wait for another large
+        photo gives its thread back, and starts again later. Raises NotReady when too much work waits already.
         """
 
         def giving() -> T:
@@ -195,7 +195,7 @@ class Runtime:
                 try:
                     return work(*args, **kwargs)
                 except Problem as problem:
-                    # The frames below hold decoded pixels. The refusal would hold them until it is collected.
+                    # The traceback refers to decoded pixels, and would keep them in memory until garbage collection.
                     problem.__context__ = problem.__cause__ = None
                     raise problem.with_traceback(None) from None
 
@@ -246,7 +246,7 @@ class Runtime:
     def require_contract(self, gallery: Gallery) -> None:
         """Raises ModelMismatch when the gallery's templates were made by another model than this process runs.
 
-        NotReady while the gallery is being moved to another model.
+        Raises NotReady while the gallery is being moved to another model.
         """
         card = self.engine.card
         if gallery.moves_to is not None:
@@ -263,17 +263,17 @@ class Runtime:
             )
 
     async def stored_photo(self, gallery: Gallery, identity: identities.Identity, sample: identities.Sample) -> bytes:
-        """The sample's stored photo, a JPEG. Raises PhotoMissing, also when the store gives another's or changed bytes."""
+        """The sample's stored photo, a JPEG. Raises PhotoMissing if it is missing, changed, or of another sample."""
         try:
             sealed = await self.photos.get(sample.photo_key)
             key = data_key(self.keys, gallery, identity)
             return await self.compute(open_photo, key, sealed, gallery.id, identity.id, sample.id)
         except PhotoNotFound as error:
             log.error("photo_missing", identity=identity.id, sample=sample.id)  # noqa: TRY400 - its fields say all
-            raise PhotoMissing("The photo store does not hold this photo.") from error
+            raise PhotoMissing("This photo is missing from the photo store.") from error
         except SealBroken as error:
             log.error("photo_broken", identity=identity.id, sample=sample.id)  # noqa: TRY400
-            raise PhotoMissing("The photo store holds other bytes under this photo's key.") from error
+            raise PhotoMissing("The photo store has other bytes under the key of this photo.") from error
 
     def starting_policy(self) -> GalleryPolicy:
         """What a gallery of the running model asks for when nobody says otherwise."""
@@ -290,7 +290,7 @@ class Runtime:
     ) -> Gallery:
         """Insert an empty gallery bound to the running model. Raises DuplicateKeyError when the name is taken."""
         id_ = new_id()
-        # Before it is there: its photos and index files are never taken for strange.
+        # First of all, so that the photos and index files of the gallery always count as this store's own.
         await stores.Store.remember([id_])
         self.places.owner.galleries.add(id_)
         gallery = Gallery.fresh(name, self.engine.card, policy, id_=id_, wrapped_keys=self.keys.new_gallery_keys(id_))
@@ -317,7 +317,7 @@ class Runtime:
             )  # fmt: skip
 
     def end_threads(self) -> None:
-        """Let the compute threads end when they are done with what they do."""
+        """End the compute threads after the work that they have begun."""
         self._photos.shutdown()
         self._short.shutdown(wait=False, cancel_futures=True)
 
@@ -405,7 +405,7 @@ async def _open_evidence(settings: Settings, *, serves: bool) -> EvidenceStore:
 async def _open_places(
     settings: Settings, database: "AsyncDatabase[dict[str, Any]]", boundaries: Boundaries, *, serves: bool
 ) -> tuple[Places, PhotoStore]:
-    """The places of this database's store, and the photo store that asks its own for its owner."""
+    """The places of this database's store, and its photo store, which has a guard."""
     ids = [row["_id"] async for row in Gallery.get_pymongo_collection().find({}, {"_id": 1})]
     store = await stores.Store.opened(database, ids)
     owner, photos = owner_of(settings, store.store_id, set(store.galleries)), _open_photos(settings)
@@ -430,12 +430,12 @@ async def open_runtime(
 ) -> AsyncIterator[Runtime]:
     """Open everything a process owns, with indexes and the default gallery in place; close it at the end.
 
-    engine: one that was opened already, instead of the one that the settings name; closed with the rest. warm: load the
-    model's weights as well, while MongoDB is being asked. keep_up: follow the index's generations in the background, as a
-    process does that serves for long, and that leaves when a backup is put in place. restoring: for whoever does just
-    that; others are not admitted meanwhile. claims: mark the places that are free, and refuse those of another store. Raises
-    NotReady while others are not admitted, ModelUnavailable, ValueError (no key-encryption key, or not the store's),
-    PlaceRefused, UnsafeProduction or PyMongoError when it cannot start.
+    engine: an opened engine to use instead of the one that the settings name; closed with the rest. warm: also load the model's
+    weights, while MongoDB is being asked. keep_up: for a process that serves for long. It follows the index's generations in the
+    background, and ends when a backup is put in place. restoring: for the process that puts a backup in place; until it is done,
+    other processes are not admitted. claims: mark the places that are free, and refuse those of another store. Raises NotReady
+    for a process that is not admitted, ModelUnavailable, ValueError (no key-encryption key, or not the store's), PlaceRefused,
+    UnsafeProduction or PyMongoError when it cannot start.
     """
     reason = "it was given"
     if engine is None:
@@ -479,7 +479,7 @@ async def open_runtime(
         if claims:
             await places.claim()
         if keep_up and settings.index_copies_of(places.owner.id) != settings.index_cache_path:
-            # Former versions kept the copies of all stores there; some of them hold people who were erased since.
+            # Earlier versions kept the copies of all stores there. Some copies contain people who were erased later.
             former = (settings.index_cache_path, set(places.owner.galleries))
             await asyncio.to_thread(drop_generations_below, *former)
         if settings.is_production and (known := await accounts.development_users()):

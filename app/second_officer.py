@@ -1,6 +1,7 @@
-"""Where a gallery asks for two officers, an action on a person is proposed first and carried out when another officer agrees.
+"""In a gallery that asks for two officers, one officer proposes an action on a person and another officer agrees to it.
 
-Each kind of action has a use case of its own. It asks here, in its own transaction, for the proposal and for the agreement.
+The action is carried out when the other officer agrees. Each kind of action has its own use case. The use case calls `propose`
+and `agree` in its own transaction.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from app.errors import Conflict, Forbidden, NotFound
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an officer asks for. sealed_patch: of a reference change; told: what the event tells besides."""
+    """What an officer asks for. sealed_patch: the patch of a reference change. told: further details for the event."""
 
     kind: ProposalKind
     reason: str | None = None
@@ -37,16 +38,16 @@ async def propose(
     *,
     is_same: Callable[[IdentityProposal], bool] = lambda _: True,
 ) -> IdentityProposal:
-    """The open proposal of this action, with its event. It is the known one where the same was proposed already.
+    """Record a proposal of this action, with its event. Returns the open proposal if the same was proposed already.
 
-    is_same: whether a known proposal of this kind wants the same. Raises Conflict when it wants something else.
+    is_same: whether an open proposal of this kind asks for the same. Raises Conflict when it asks for something else.
     """
     proposal = await IdentityProposal.standing(identity.id, wanted.kind, wanted.sample_id, session)
     if proposal is not None and proposal.identity_version != identity.version:
         await proposal.end(session, "stale", None)
         proposal = None
     if proposal is not None and not is_same(proposal):
-        raise Conflict(f"Another change is proposed already ({proposal.id}): have it agreed to or withdrawn first.")
+        raise Conflict(f"Another change is proposed already ({proposal.id}). First agree to it or withdraw it.")
     if proposal is None:
         proposal = IdentityProposal(
             id=new_id(), gallery_id=gallery.id, identity_id=identity.id, identity_version=identity.version,
@@ -68,10 +69,10 @@ async def propose(
 
 
 async def agree(session: AsyncClientSession, action: Action, proposal: IdentityProposal) -> Detail:
-    """Close the proposal as agreed to by the actor; what the action's own event tells of it.
+    """Close the proposal as agreed to by the actor. Returns details for the event of the action.
 
-    Raises Forbidden for an application, Conflict for the officer who proposed it, for one that is closed, and when the identity
-    was changed since, NotFound when it was erased.
+    Raises Forbidden for an application, and NotFound when the person was erased. Raises Conflict for the officer who proposed
+    it, for a closed proposal, and when the identity has changed since the proposal.
     """
     if action.caller is None or action.caller.kind != "user":
         raise Forbidden("A person must agree, not an application.")
@@ -81,7 +82,9 @@ async def agree(session: AsyncClientSession, action: Action, proposal: IdentityP
     if identity is None:
         raise NotFound
     if identity.version != proposal.identity_version:
-        raise Conflict("The identity was changed since this was proposed: look at it, and propose it again.")
+        raise Conflict(
+            "The identity has changed since the proposal. Look at the identity, and propose the action again."
+        )
     if not await proposal.end(session, "agreed", action.actor_id):
         raise Conflict("The proposal is closed already.")
     return {"proposal_id": proposal.id, "proposed_by": proposal.proposed_by}

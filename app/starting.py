@@ -6,16 +6,16 @@ from redis.exceptions import RedisError
 from app.config import PlaceRefused
 from app.errors import ModelUnavailable, Problem
 
-#: Exit status for what the operator has to set right first (sysexits.h calls it EX_CONFIG).
+#: Exit status when the operator must first correct something (EX_CONFIG in sysexits.h).
 UNUSABLE_CONFIGURATION = 78
 
 
 class NotStarted(Exception):
-    """The process cannot start; the message is the sentence."""
+    """The process cannot start. The message says why, in one sentence."""
 
 
 def as_sentence(error: BaseException) -> str | None:
-    """The reason, where the operator can mend it; None for a fault of ours, which needs its traceback."""
+    """The reason, if the operator can correct it. None for a fault of the program, which needs its traceback."""
     text = f"{type(error).__name__}: {error!s:.200}"
     match error:
         case ModelUnavailable():
@@ -28,7 +28,7 @@ def as_sentence(error: BaseException) -> str | None:
             sentence = f"MONGODB_URI: MongoDB cannot be used: {text}"
         case RedisError():
             sentence = f"REDIS_URL: Redis cannot be used: {text}"
-        case ValueError() | OSError():  # what the settings name is not there, or is not what it should be
+        case ValueError() | OSError():  # something that the settings name is missing or wrong
             sentence = f"{error!s:.500}"
         case _:
             return None

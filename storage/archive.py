@@ -151,7 +151,7 @@ class Archive:
         shutil.rmtree(folder, ignore_errors=True)
 
     def drop_empty(self, set_id: str) -> bool:
-        """Remove the folder of a set in which nothing was written yet; False: it holds something, and stays."""
+        """Remove the folder of a set if it is empty. Returns False if it is not empty, and stays."""
         try:
             self._set(set_id).rmdir()
         except OSError:

@@ -81,7 +81,7 @@ class GenerationStoreUnavailable(OSError):
 
 
 class IndexNotOurs(NotOurs, GenerationStoreUnavailable):
-    """The share or the cache belongs to another store: it can be read, and not changed."""
+    """The share or the cache belongs to another store: it can be read but not changed."""
 
 
 class _Busy(Exception):
@@ -176,19 +176,19 @@ class GenerationStore:
     ) -> None:
         """share: a folder that all hosts see; cache: a folder on a local disk, made with mode 0700.
 
-        The guards are asked before each change. None: nobody else can be using the folder.
+        The guards check the owner before each change. None: no other store can be using the folder.
         """
         self._share = share.absolute()
         self._cache = cache.absolute()
         self._guards = {self._share: share_guard, self._cache: cache_guard}
 
     def remember(self, galleries: Collection[str]) -> None:
-        """The store has these galleries: what lies there of any other one is left alone."""
+        """Add to the galleries that the store has or had. Folders of all other galleries are left unchanged."""
         for guard in filter(None, self._guards.values()):
             guard.owner.galleries.update(galleries)
 
     def strangers(self) -> list[str]:
-        """Visible names in both folders that are neither galleries that the store has or had, nor other places of it."""
+        """Visible names in both folders that are neither present or former galleries of the store, nor its other places."""
         found: list[str] = []
         for guard in filter(None, self._guards.values()):
             try:
@@ -293,9 +293,9 @@ class GenerationStore:
         return sorted(filter(_GALLERY.fullmatch, _entries(self._share)))
 
     def is_removed(self) -> bool:
-        """Whether the share's folder is not there, though the folder that holds it is.
+        """Whether the share's folder is missing although its parent folder exists.
 
-        A share that is not mounted leaves its mount point: an empty folder.
+        This differs from a share that is not mounted: that one leaves its mount point, an empty folder.
         """
         return not self._share.exists() and self._share.parent.is_dir()
 
@@ -334,10 +334,10 @@ class GenerationStore:
         return []
 
     def drop_gallery(self, gallery_id: str) -> bool:
-        """Delete the generations of a gallery that is no more, from the share and from this host's cache.
+        """Delete the generations of a gallery that was deleted, from the share and from this host's cache.
 
-        False: something remains. On NFS that is what another process has open: ask again later. What is no generation stays, and
-        so does the folder of a gallery that the store never had.
+        Returns False if something remains. On NFS, files that another process has open remain: call again later. Files that
+        belong to no generation stay, and so does the folder of a gallery that the store never had.
         """
         original = self._share / _checked_gallery(gallery_id)
         if not self._had(self._share, gallery_id):
@@ -347,9 +347,9 @@ class GenerationStore:
         return self._drop_copies_of(gallery_id) and is_gone
 
     def drop_other_copies(self, galleries: Collection[str]) -> list[str]:
-        """Delete this host's copies of all galleries but these; returns the galleries whose copies went.
+        """Delete this host's copies of all galleries but these. Returns the galleries whose copies were deleted.
 
-        Folders of galleries that the store never had are left alone.
+        Folders of galleries that the store never had are left unchanged.
         """
         others = sorted(set(filter(_GALLERY.fullmatch, _entries(self._cache))) - set(galleries))
         mine = [gallery_id for gallery_id in others if self._had(self._cache, gallery_id)]
@@ -444,7 +444,7 @@ class GenerationStore:
 
     @contextmanager
     def _changing(self, root: Path) -> Iterator[None]:
-        """Change something below `root`, if it is this store's own. Raises IndexNotOurs."""
+        """Run the body, which changes something below `root`, if this store owns it. Raises IndexNotOurs."""
         guard = self._guards[root]
         with _writing(root):
             if guard is not None:
@@ -698,19 +698,19 @@ def _remove_generation(folder: Path) -> bool:
 
 
 def _remove_generations(gallery: Path) -> bool:
-    """Delete every generation in a gallery's folder, and the folder when nothing else is in it; False when it remains."""
+    """Delete every generation in a gallery's folder, and the folder if it is then empty. Returns False if it remains."""
     if gallery.is_symlink():
         return False
     for entry in _entries(gallery):
         if _generation_name(entry) or _temporary_name(entry):
             _remove_generation(gallery / entry)
-    with suppress(OSError):  # it holds more
+    with suppress(OSError):  # it is not empty
         gallery.rmdir()
     return not os.path.lexists(gallery)
 
 
 def drop_generations_below(cache: Path, galleries: Collection[str]) -> None:
-    """Delete the copies of these galleries in a cache that is used no more. Whatever else lies there stays."""
+    """Delete the copies of these galleries in a cache that is no longer used. Everything else there stays."""
     for gallery_id in galleries:
         with suppress(OSError):
             _remove_generations(cache / _checked_gallery(gallery_id))
@@ -836,7 +836,7 @@ def _temporary_folder(name: str) -> str:
 
 
 def is_generation(path: str) -> bool:
-    """Whether a path within a gallery's folder is that of a generation's file."""
+    """Whether a path within a gallery's folder names a file of a generation."""
     folder, _, file = path.partition("/")
     return bool(file) and (_generation_name(folder) or _temporary_name(folder)) is not None
 

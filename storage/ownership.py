@@ -79,7 +79,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What is known of a place. unknown: names there that belong to no gallery of the store, at most some."""
+    """What is known of a place. unknown: some of the names there that do not belong to the store."""
 
     setting: str
     where: str
@@ -101,16 +101,16 @@ class Standing:
         if self.state == "foreign":
             since = "" if self.marked_at is None else f" since {self.marked_at:%Y-%m-%d}"
             return (
-                f"{named} belongs to another store ({self.store}{since}): name a place of its own for this store, or, if "
-                "the other store is gone for good, take the place over with `idem stores adopt`; FOREIGN_STORES=read "
-                "lets a restore drill read it"
+                f"{named} belongs to another store ({self.store}{since}): name another place for this store; if the other "
+                "store is gone for good, take its place over with `idem stores adopt`; to read it in a restore drill, set "
+                "FOREIGN_STORES=read"
             )
         if self.state == "unmarked":
             more = len(self.unknown) - _SHOWN
             shown = ", ".join(ascii(name) for name in self.unknown[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
             return (
-                f"{named} carries no mark of a store and holds what this database does not know ({shown}): name an empty "
-                "place, or take this one over with `idem stores adopt`, which deletes nothing in it"
+                f"{named} has no mark of a store, and contains names that this database does not know ({shown}): name an "
+                "empty place, or take this one over with `idem stores adopt`, which deletes nothing in it"
             )
         return f"{named} cannot be used: {self.trouble or self.state}"
 
@@ -129,22 +129,22 @@ class Place(Protocol):
         """Whether there is such a folder or bucket."""
 
     def make(self) -> None:
-        """Make it where it is missing."""
+        """Make it if it is missing."""
 
     def mark(self) -> Mark | None:
         """Its mark; None without one."""
 
     def put_mark(self, mark: Mark) -> None:
-        """Write the mark where there is none. An existing mark stays as it is."""
+        """Write the mark if there is none. An existing mark stays as it is."""
 
     def replace_mark(self, mark: Mark) -> None:
-        """Write the mark, in place of another one too."""
+        """Write the mark. Replaces an existing mark."""
 
     def own_names(self, owner: Owner) -> set[str]:
-        """Names right below it that the owner writes there beside its galleries, or that are another place of the owner."""
+        """Names right below it that are no galleries but belong to the owner: names that it writes, and its other places."""
 
     def unknown(self, owner: Owner) -> list[str]:
-        """Names right below it that are neither galleries of the owner nor `own_names`; at most some of them."""
+        """Some of the names right below it that are neither galleries of the owner nor `own_names`."""
 
 
 class Guard:
@@ -171,7 +171,7 @@ class Guard:
         return Standing(place.setting, place.where, "unmarked" if unknown else "free", unknown=unknown)
 
     def claim(self, *, make: bool = False) -> Standing:
-        """Look at the place, and mark it when it is free. make: also where it is missing."""
+        """Look at the place, and mark it if it is free. make: also make and mark it if it is missing."""
         standing = self.look()
         if standing.state == "free" or (make and standing.state == "absent"):
             try:
@@ -179,12 +179,12 @@ class Guard:
                 self.place.put_mark(_fresh(self.owner))
             except OSError as error:
                 return Standing(standing.setting, standing.where, "away", trouble=str(error))
-            standing = self.look()  # another store may have been a moment earlier
+            standing = self.look()  # another store may have marked it first
         self._is_confirmed = standing.state == "ours"
         return standing
 
     def require(self) -> None:
-        """Return when the place is ours; mark it when it is free or missing. Raises NotOurs, or OSError while it is away."""
+        """Return if this store owns the place. Marks it if it is free or missing. Raises NotOurs; OSError without an answer."""
         if self._is_confirmed and self.place.is_costly:
             return
         standing = self.claim(make=True)
@@ -195,11 +195,11 @@ class Guard:
         raise OSError(errno.EIO, standing.sentence)
 
     def forget(self) -> None:
-        """Have the next `require` look again."""
+        """Make the next `require` look again."""
         self._is_confirmed = False
 
     def adopt(self) -> Standing:
-        """Make the place ours, whoever's it is. Raises OSError."""
+        """Take the place over for this store, also from another owner. Raises OSError."""
         self.place.make()
         self.place.replace_mark(_fresh(self.owner))
         return self.claim()
@@ -210,7 +210,7 @@ def _fresh(owner: Owner) -> Mark:
 
 
 def _read(data: bytes) -> Mark:
-    """A mark that cannot be read is somebody's all the same."""
+    """Read a mark. A mark that cannot be read counts as one of another store."""
     try:
         return Mark.model_validate_json(data)
     except ValidationError:
@@ -218,7 +218,7 @@ def _read(data: bytes) -> Mark:
 
 
 def unknown_names(names: Iterable[str], known: set[str]) -> list[str]:
-    """Visible names that are not known, sorted; at most some."""
+    """Visible names that are not known, sorted; at most _COUNTED."""
     found: list[str] = []
     for name in names:
         if not name.startswith(".") and name not in _IGNORED and name not in known:
@@ -259,7 +259,7 @@ class FolderPlace:
             os.close(descriptor)
 
     def put_mark(self, mark: Mark) -> None:
-        """See Place. Whole from the first moment: written beside, and linked to its name."""
+        """See Place. Writes a temporary file and links it to the mark's name, so the mark is never incomplete."""
         temporary = self._written_beside(mark)
         try:
             with suppress(FileExistsError):
@@ -311,7 +311,7 @@ class FolderPlace:
 
 
 def ensure_bucket(client: Minio, name: str, *, object_lock: bool = False) -> None:
-    """Make the bucket where it is missing; another process may make it at the same moment."""
+    """Make the bucket if it is missing. Another process may make it at the same moment."""
     if client.bucket_exists(name):
         return
     try:
@@ -366,7 +366,7 @@ class BucketPlace:
         return _called(read)
 
     def put_mark(self, mark: Mark) -> None:
-        """See Place. The server itself refuses a second mark, where it knows conditional writes."""
+        """See Place. A server that knows conditional writes refuses a second mark itself."""
 
         def put() -> None:
             data, headers = mark.model_dump_json(indent=1).encode(), {"Content-Type": "application/json"}
@@ -391,7 +391,7 @@ class BucketPlace:
         """See Place."""
 
         def listed() -> list[str]:
-            found = self._client.list_objects(self._bucket)  # of what lies deeper, only the first part
+            found = self._client.list_objects(self._bucket)  # gives only the first part of a deeper key
             names = ((one.object_name or "").rstrip("/") for one in found)
             return unknown_names(names, owner.galleries | self.own_names(owner))
 

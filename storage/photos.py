@@ -41,7 +41,7 @@ _PREFIX: Final = re.compile(rf"(?:{_SEGMENT}/){{0,7}}(?:{_SEGMENT})?")
 #: Blocking calls of one store that run side by side; more than that only makes a disk or a server slower.
 _THREADS: Final = 8
 _PAGE: Final = 500
-#: What a put names the file that it is still writing.
+#: The name of a file that a put is still writing.
 _TEMPORARY: Final = re.compile(r"[0-9a-f]{32}")
 #: A put gives up long before: what is older was left by a process that died in the middle of one.
 _ABANDONED_SECONDS: Final = 3600
@@ -60,7 +60,7 @@ class PhotoStoreUnavailable(OSError):
 
 
 class PhotosNotOurs(NotOurs, PhotoStoreUnavailable):
-    """The photos belong to another store: they can be read, and not changed."""
+    """The photos belong to another store: they can be read but not changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LocalPhotoStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
-        #: Asked before each change. None: nobody else can be using the folder.
+        #: Checks the owner before each change. None: no other store can be using the folder.
         self.guard: Guard | None = None
         self._incoming = self._root / ".incoming"
         # No deadline: a disk that is merely slow has still kept the photo.
@@ -194,7 +194,7 @@ class LocalPhotoStore:
                 if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                     yield from self._walk(Path(entry.path), prefix)
             elif key.startswith(prefix):
-                try:  # of a link its own time: what it leads to is not ours
+                try:  # a link counts with its own time: its target does not belong to the store
                     modified = datetime.fromtimestamp(entry.stat(follow_symlinks=False).st_mtime, UTC)
                 except FileNotFoundError:  # deleted since the folder was read
                     continue
@@ -245,7 +245,7 @@ class MinioPhotoStore:
     ) -> None:
         """endpoint: `host:port`; timeout_seconds: how long the server may be silent before the call fails."""
         self._bucket = bucket
-        #: Asked before the first change, and at each `check`. None: nobody else can be using the bucket.
+        #: Checks the owner before the first change, and at each `check`. None: no other store can be using the bucket.
         self.guard: Guard | None = None
         # The client's own pool waits for five minutes and tries five times.
         self._connections = urllib3.PoolManager(
@@ -303,7 +303,7 @@ class MinioPhotoStore:
         await self._run(checked)
 
     def place(self, setting: str, *, own_names: Iterable[str] = ()) -> BucketPlace:
-        """The bucket, to be asked for its owner."""
+        """The bucket as a place that has an owner."""
         return BucketPlace(setting, self._client, self._bucket, own_names=own_names)
 
     async def close(self) -> None:
@@ -419,7 +419,7 @@ class _Threads:
 
 
 def _guarded(guard: Guard | None, change: Callable[[], _Result]) -> _Result:
-    """Change the store, if it is this process's own."""
+    """Make the change if this process's store owns the place. Raises PhotosNotOurs, PhotoStoreUnavailable."""
     if guard is not None:
         try:
             guard.require()

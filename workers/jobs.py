@@ -138,11 +138,11 @@ async def sweep_scans(context: Context) -> None:
 
 
 async def sweep_erasures(context: Context) -> None:
-    """Erase those whose time is over, and do what stores that were away could not do for earlier erasures.
+    """Erase people whose retention time is over, and finish earlier erasures that a store could not finish.
 
-    A pending policy change takes effect here, before anybody is erased by it.
+    Pending policy changes take effect here, before they erase anybody.
     """
-    # What troubles one is no reason to leave out the others.
+    # A failure in one sweep must not stop the others.
     for sweep in (settle_overdue, settle_removals, take_effect, erase_expired):
         try:
             await sweep(context["runtime"])
@@ -161,12 +161,12 @@ async def sweep_audit_log(context: Context) -> None:
 
 
 async def sweep_evidence(context: Context) -> None:
-    """Notice that the evidence store was lost, and write it again."""
+    """Check a few objects of the evidence store. If one is lost, write all lost objects again."""
     await _keep_evidence(context, whole=False)
 
 
 async def sweep_all_evidence(context: Context) -> None:
-    """Compare all that should lie in the evidence store with what does."""
+    """Compare the whole evidence store with MongoDB, and write all lost objects again."""
     await _keep_evidence(context, whole=True)
 
 
@@ -178,7 +178,7 @@ async def _keep_evidence(context: Context, *, whole: bool) -> None:
 
 
 async def sweep_orphan_photos(context: Context) -> None:
-    """Delete photos of ours that no document names, and report what is not ours."""
+    """Delete this store's photos that no document names, and report photos that may not be its own."""
     try:
         await sweep_photos(context["runtime"])
     except (*AWAY, PyMongoError) as error:

@@ -21,7 +21,7 @@ JOB_TIMEOUT_SECONDS = 10
 SCAN_TIMEOUT_SECONDS = 300
 #: Erasures stand in line with enrolments, some twenty a second.
 ERASURES_TIMEOUT_SECONDS = 300
-#: Years of names are listed, and a lost store is written again, name by name.
+#: The sweep may list the names of years, and may write a lost store again, object by object.
 EVIDENCE_TIMEOUT_SECONDS = 3600
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600

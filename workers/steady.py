@@ -1,7 +1,7 @@
-"""arq's worker by the platform's clock: its sweeps go by MongoDB's time, and whether it gets on is written there.
+"""arq's worker, with the platform's clock: it plans its sweeps by MongoDB's time, and writes its heartbeat to MongoDB.
 
-arq reckons by its host's clock. Set back by three days, it would sweep nothing for three days; set ahead by forty, it would
-catch up on every sweep of forty days.
+arq itself uses the clock of its host. If that clock were set back by three days, there would be no sweep for three days. If it
+were set ahead by forty days, all sweeps of forty days would run at once.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ from app.queue import KEPT_FOR, due_at_once
 
 log = structlog.get_logger(__name__)
 
-#: Of several workers one carries out a sweep: the first to claim its time in Redis. The claim outlives any difference in when.
+#: The first worker to claim a sweep's time in Redis carries the sweep out. Workers' times differ by less than the claim lasts.
 CLAIM_SECONDS: Final = 120
-#: A sweep that is missed by more was missed while the clock was set: it is not made up for.
+#: If the time goes back by more than this, the clock was set back, and the times of the next sweeps are planned again.
 SET_BACK: Final = timedelta(minutes=1)
-#: Without a look at the queue for so long, the worker hangs, whatever else of the process lives.
+#: A worker that has not looked at its queue for this long hangs, even if the rest of its process runs.
 LOOKS_WITHIN_SECONDS: Final = 2 * BEAT_SECONDS
 
 
 class SteadyWorker(Worker):
-    """A worker whose host's clock may be anything."""
+    """A worker that does not depend on its host's clock."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - arq's own
         super().__init__(*args, **kwargs)
@@ -42,12 +42,12 @@ class SteadyWorker(Worker):
         self._cron_at: datetime | None = None
 
     async def heart_beat(self) -> None:
-        """What arq calls after each look at the queue."""
+        """Called by arq after each look at the queue."""
         self._looked_at = time.monotonic()
         await self.run_cron(now(), 0)
 
     async def run_cron(self, n: datetime, delay: float, num_windows: int = 2) -> None:
-        """Queue each sweep whose time has come, once, by the platform's clock. The windows are arq's, for workers that differ."""
+        """Queue each due sweep once, by the platform's clock. Ignores arq's windows, which are for clocks that differ."""
         del delay, num_windows
         was_set_back = self._cron_at is not None and n < self._cron_at - SET_BACK
         self._cron_at = n
@@ -59,7 +59,7 @@ class SteadyWorker(Worker):
             due = sweep.next_run
             if due is None or n < due:
                 continue
-            # From now on, not from when it was due: a clock that jumps ahead skips sweeps.
+            # Planned from now, not from when it was due: if the clock jumps ahead, the sweeps in between are left out.
             sweep.calculate_next(n)
             id_ = f"{sweep.name}:{int(due.timestamp() * 1000)}"
             if await self.pool.set(f"{self.queue_name}:sweep:{id_}", b"1", nx=True, ex=CLAIM_SECONDS):
@@ -69,7 +69,7 @@ class SteadyWorker(Worker):
 
     @asynccontextmanager
     async def beating(self, clock: Clock) -> AsyncIterator[None]:
-        """While the body runs: write the heartbeat for as long as the worker looks at its queue."""
+        """While the body runs, write the heartbeat, as long as the worker looks at its queue."""
         stopping = asyncio.Event()
         self._looked_at = time.monotonic()
         task = asyncio.create_task(self._beat(clock, stopping))

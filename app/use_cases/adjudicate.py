@@ -31,9 +31,9 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
     Under the policy `second_review` a decision is a proposal at first: it comes into force when another officer decides the
     same, and another officer's different decision takes its place as a proposal.
 
-    Raises Forbidden when an application agrees to a proposal, Conflict when it is decided already or proposed by the same
-    officer, UndecidedCandidates when two undecided look-alikes would become active, Validation when the judgement does not fit
-    the case.
+    Raises Forbidden when an application agrees to a proposal, Conflict when the case is decided already or the same officer
+    proposed the decision, UndecidedCandidates when two undecided look-alikes would become active, Validation when the judgement
+    does not fit the case.
     """
 
     async def decide(session: AsyncClientSession) -> None:
@@ -79,9 +79,9 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
 
 @dataclass(frozen=True, slots=True)
 class _Review:
-    """A decision that comes into force: as its officer gave it, and whose proposal it agreed with, where there had to be one.
+    """A decision that comes into force, as its officer gave it.
 
-    margin: how far above their scores decisions cover pairs.
+    proposed_by: whose proposal it agreed with, if it needed one. margin: see `margin_of`.
     """
 
     given: Proposal

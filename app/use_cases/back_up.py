@@ -169,7 +169,7 @@ async def _left(runtime: Runtime, archive: Archive, set_id: str) -> _Progress | 
 
 
 def _drop_left(archive: Archive, set_id: str, stores: set[str], database: str) -> None:
-    """Remove a set of ours that nobody can go on with. One of another store stays: that store may be at work."""
+    """Remove an unfinished set of this store that cannot be continued. One of another store stays: it may be in progress."""
     try:
         progress = _Progress.model_validate_json(archive.read_state(set_id) or b"")
     except ValidationError:
@@ -183,9 +183,9 @@ def _drop_left(archive: Archive, set_id: str, stores: set[str], database: str) -
 
 
 def _sets(runtime: Runtime, archive: Archive, stores: set[str]) -> tuple[list[str], list[str]]:
-    """The finished sets of this store, those of a store whose places it took over included; and those of other stores.
+    """The finished sets of this store, and those of other stores. A store whose places this one took over is no other store.
 
-    A set whose manifest cannot be read is in neither.
+    A set whose manifest cannot be read is in neither list.
     """
     ours: list[str] = []
     foreign: list[str] = []
@@ -202,7 +202,7 @@ def _is_ours(runtime: Runtime, manifest: Manifest, stores: set[str]) -> bool:
     store = manifest.facts.get("store")
     if store is not None:
         return store in stores
-    # Former versions did not name the store.
+    # Earlier versions did not name the store.
     try:
         open_set_key(runtime.keys, manifest.id, manifest.key)
     except OtherKey:
@@ -297,7 +297,7 @@ class _Run:
         )  # fmt: skip
 
     async def _drop_erased(self, erased: dict[str, str]) -> None:
-        """Let go of the photos of whoever is erased, unless sets of another store need them."""
+        """Delete the photos of erased people from the archive. Deletes none if other stores have sets there and may need them."""
         _, foreign = _sets(self.runtime, self.archive, await Store.ids())
         if foreign:
             log.warning("foreign_backups_left_alone", count=len(foreign), examples=foreign[:5])

@@ -256,7 +256,7 @@ class _Looking:
         self.tell(f"{gallery.name}: index", 1, 1)
 
     async def orphans(self) -> None:
-        """No photo lies there that no document names. What is not this store's is told, and never deleted."""
+        """A document names every photo in the store. Photos that may belong to another store are reported, never deleted."""
         if self.repair:
             await self.runtime.places.require_photos()
         galleries, done = await known_galleries(), 0
@@ -265,31 +265,33 @@ class _Looking:
             self.tell("photos in the store", done, done)
             found = await sorted_by_owner(keys, galleries)
             for key in found.orphans:
-                # By a clock that differs a photo may look old whose document is about to be committed.
+                # With a wrong clock, a photo may look old although its document is about to be committed.
                 if is_mended := self.repair and self.runtime.clock.agrees:
                     await self.runtime.photos.delete([key])
                 self._find("photo-orphan", None, key, "no document names this photo", is_mended=is_mended)
             for key in found.foreign:
                 if not self.runtime.places.is_own_key(key):
-                    self._find("photo-foreign", None, key, "it cannot be proved to be this store's, and is left alone")
+                    self._find(
+                        "photo-foreign", None, key, "nothing proves that it belongs to this store; left unchanged"
+                    )
 
     async def places(self) -> None:
-        """Every place is this store's, and holds nothing else."""
+        """Every place belongs to this store, and contains nothing else."""
         self.runtime.search.store.remember(await known_galleries())
         for standing in await self.runtime.places.standings():
-            # After a restore on another machine the evidence is the former store's until it is adopted: that fits.
+            # After a restore on another machine, the former store owns the evidence until it is adopted: that is no fault.
             if standing.is_refused and not standing.setting.startswith("EVIDENCE"):
                 self._find("place-foreign", None, standing.setting, standing.sentence)
         for name in await self.runtime.share.run(self.runtime.search.store.strangers):
-            self._find("index-foreign", None, name, "it is none of this store's index files, and is left alone")
+            self._find("index-foreign", None, name, "it is not an index file of this store; left unchanged")
 
     async def evidence(self) -> None:
-        """What must outlive the database lies outside of it."""
+        """The evidence store has everything that must survive a loss of the database."""
         try:
             async for one in lost(self.runtime.evidence, self.runtime.keys):
                 if self.repair:
                     await write_again(self.runtime.evidence, one)
-                told = "the evidence store does not hold it any more"
+                told = "it is missing from the evidence store"
                 self._find("evidence-missing", None, one.name, told, is_mended=self.repair)
         except EvidenceUnavailable as error:
             self._find("evidence-away", None, None, f"the evidence store cannot be compared: {error}")

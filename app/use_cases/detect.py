@@ -16,7 +16,7 @@ from app.engine.reading import LIVE_FROM, subject_in, unfit, why_not_live
 from app.errors import Advice, NoFace
 from app.runtime import Runtime
 
-#: The largest ones are measured: one request must not hold a thread for as long as a crowd has faces.
+#: Only the largest faces are measured, so that a photo of a crowd does not occupy a thread for long.
 MOST_FACES = 50
 
 
@@ -31,7 +31,7 @@ class MeasuredFace:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """The faces of a photo, largest first, MOST_FACES at most; its size when upright."""
+    """The faces of a photo, largest first, at most MOST_FACES. width, height: of the upright photo."""
 
     faces: list[MeasuredFace]
     width: int
@@ -49,7 +49,7 @@ class Assessment:
 
 
 async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
-    """Find and measure the faces, MOST_FACES at most; none is an empty list. Nothing is kept."""
+    """Find and measure the faces, at most MOST_FACES. Without a face, the list is empty. Nothing is stored."""
     pixels = runtime.settings.max_photo_pixels
     found = await runtime.compute_long(action.actor_id, _detect, runtime.engine, photo, pixels)
     await record(None, action, subject_kind="photo", subject_id=None, detail={"faces": len(found.faces)})

@@ -131,7 +131,7 @@ async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identit
     readings = await _read(runtime, action, gallery, [photo])
     personal_key = data_key(runtime.keys, gallery, identity)
     thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
-    # Never with later samples: a chain of small steps would lead to another person.
+    # Not with later samples: a chain of small steps could lead to another person.
     scores = scores_with(readings[0].embedding, open_anchors(personal_key, identity))
     if anchored(max(scores, default=-1.0), scores, thresholds.anchor) < thresholds.join:
         raise DifferentPerson("The photo does not match the photos that the person was enrolled by.")
@@ -218,7 +218,7 @@ async def _store_and_commit(
     commit: Callable[[AsyncClientSession], Awaitable[T]],
     *besides: Awaitable[None],
 ) -> T:
-    """Put the photos, and do what goes beside them; then commit."""
+    """Store the photos, and await `besides` at the same time. Then commit."""
     try:
         async with asyncio.timeout(GIVE_UP_SECONDS):
             puts = (runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared)

@@ -54,7 +54,7 @@ ALARMS = Counter(
 
 
 class _NotYet(Exception):
-    """The gallery still keeps this person, by MongoDB's clock."""
+    """The retention time of this person is not over, by MongoDB's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class _Gone:
 async def ask(
     runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, reason: str
 ) -> Receipt | IdentityProposal:
-    """Erase someone for an officer; where the gallery asks for two officers, propose it."""
+    """Erase someone for an officer. If the gallery asks for two officers, propose the erasure."""
     if not gallery.policy.second_review:
         return await erase(runtime, action, gallery, identity_id, reason)
 
@@ -120,12 +120,12 @@ async def erase(
     """Erase someone: unmatchable on every process by the next query. What a store cannot do now is swept later.
 
     kept_for: the time that must have passed since the enrolment, by MongoDB's clock at the moment of the erasure. proposal: the
-    one that the actor agrees to by this. Raises NotFound, NotReady, _NotYet before that time is over, and as
-    `second_officer.agree` does.
+    actor agrees to this proposal. Raises NotFound, NotReady, _NotYet before that time is over, and as `second_officer.agree`
+    does.
     """
 
     async def commit(session: AsyncClientSession) -> tuple[Deletion, _Gone]:
-        # MongoDB's own present, in the transaction that erases: no process's idea of it takes anybody's key away.
+        # By MongoDB's clock, in the transaction that erases: a wrong clock of a process must not delete a person's key.
         if kept_for is not None and not await Identity.is_older(identity_id, kept_for, session):
             raise _NotYet
         told: Detail = {} if proposal is None else await agree(session, action, proposal)
@@ -146,7 +146,7 @@ async def erase(
 
 
 async def _count(runtime: Runtime, officers: set[str]) -> None:
-    """Count the erasure for each officer of it. Every time that another `alarm` are full within the hour, it is an alarm."""
+    """Count the erasure for each of its officers. At each multiple of ERASURES_ALARM_PER_HOUR within an hour, raise an alarm."""
     alarm = runtime.settings.erasures_alarm_per_hour
     for officer in sorted(officers):
         try:
@@ -159,7 +159,7 @@ async def _count(runtime: Runtime, officers: set[str]) -> None:
                 None, by_system("identity.erase.alarm"), subject_kind="caller", subject_id=officer,
                 detail={"erasures": erasures},
             )  # fmt: skip
-        except PyMongoError as failure:  # the erasure has happened
+        except PyMongoError as failure:  # the erasure is done: only its count is lost
             log.warning("erasure_not_counted", caller=officer, error=type(failure).__name__)
 
 
@@ -221,9 +221,9 @@ async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
 
 
 async def erase_expired(runtime: Runtime) -> int:
-    """Erase those whose gallery keeps nobody that long; how many. A great number is done in several sweeps.
+    """Erase the people whose retention time is over. Returns how many. A large number takes several sweeps.
 
-    Nobody is erased while this host's clock and MongoDB's differ: it is not known which of them is wrong.
+    Erases no one while this host's clock and MongoDB's differ: either of them may be wrong.
     """
     await runtime.clock.measure(runtime.mongo)
     erased = 0
@@ -236,10 +236,10 @@ async def erase_expired(runtime: Runtime) -> int:
                 return erased
             fresh = await Gallery.get(gallery.id)
             if fresh is None or fresh.policy.retention_days != gallery.policy.retention_days:
-                break  # an admin stopped it, or changed it
+                break  # an admin removed or changed the retention time
             try:
                 await erase(runtime, by_system("identity.erase"), gallery, identity_id, "retention", kept_for=kept_for)
-            except (NotFound, _NotYet):  # erased by somebody else just now, or still kept
+            except (NotFound, _NotYet):  # already erased at the same time, or still kept
                 continue
             except (PyMongoError, DependencyUnavailable):
                 raise
@@ -288,7 +288,7 @@ async def _take(
     told: Detail,
     session: AsyncClientSession,
 ) -> _Gone:
-    """Take everything of the person out of the documents. told: for the event. Raises NotFound, NotReady."""
+    """Remove all data of the person from the documents. told: details for the event. Raises NotFound, NotReady."""
     identity = await Identity.living(identity_id, session)
     if identity is None:
         raise NotFound

@@ -1,4 +1,4 @@
-"""Make, change and remove galleries. A policy change that acts on people who are enrolled already waits for a second person."""
+"""Make, change and remove galleries. A policy change that acts on enrolled people waits for a second person."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -50,14 +50,14 @@ async def create(runtime: Runtime, action: Action, name: str, pack: str | None, 
 async def update(
     runtime: Runtime, action: Action, gallery: Gallery, policy: GalleryPolicy, named: Collection[str]
 ) -> Gallery:
-    """Put another policy in force, apart from a change that must wait: that one becomes pending.
+    """Put another policy in force. A change that must wait becomes pending instead.
 
-    named: the fields that the caller gave. A field given with a value that need not wait cancels a pending change of it. Raises
-    Validation for two changes that must wait, Conflict while another one waits.
+    named: the fields that the caller gave. A given value that need not wait cancels a pending change of the same field. Raises
+    Validation for two changes that must wait, Conflict while another change is pending.
     """
     waiting = waiting_fields(gallery.policy, policy)
     if len(waiting) > 1:
-        message = "Only one change can wait at a time: ask for the other one when this one is over."
+        message = "Only one change can wait at a time. Ask for the other one when this one is in force or cancelled."
         raise Validation(message, errors=(Advice(f"policy.{waiting[1]}", "one-at-a-time", message),))
     at_once = policy.model_copy(update={name: getattr(gallery.policy, name) for name in waiting})
     standing = gallery.pending
@@ -91,12 +91,12 @@ async def _pending(
     kept: PendingChange | None,
     session: AsyncClientSession,
 ) -> PendingChange:
-    """The change that waits from now on. The same one, asked for again, keeps its time and its agreement."""
+    """The change that is pending from now on. If it was pending already, it keeps its time and its agreement."""
     value = getattr(policy, field)
     if kept is not None and (kept.field, kept.value) == (field, value):
         return kept
     if kept is not None:
-        raise Conflict(f"A change of {kept.field} is pending: cancel it before you ask for another one.")
+        raise Conflict(f"A change of {kept.field} is pending. Cancel it before you ask for another one.")
     moment = await gallery.store_time(session)
     return PendingChange(
         id=new_id(), field=field, old=getattr(gallery.policy, field), value=value, asked_by=action.actor_id,
@@ -105,7 +105,7 @@ async def _pending(
 
 
 def _told(gallery: Gallery, policy: GalleryPolicy) -> Detail:
-    """What the event of a change of policy tells: every field that takes effect, with its old and its new value."""
+    """Details for the event of a policy change: every field that takes effect, with its old and its new value."""
     changed = changes(gallery.policy, policy)
     return {"fields": ",".join(changed), "changes": changed, "policy_version": gallery.policy_version + 1}
 
@@ -118,7 +118,7 @@ def _announced(pending: PendingChange) -> dict[str, Scalar]:
 
 
 async def people(gallery: Gallery, pending: PendingChange) -> int:
-    """How many of those who are enrolled now the change will erase as soon as it takes effect."""
+    """How many of the people who are enrolled now will be erased as soon as the change takes effect."""
     if pending.field != "retention_days":
         return 0
     at = max(pending.effective_at, now())
@@ -126,21 +126,21 @@ async def people(gallery: Gallery, pending: PendingChange) -> int:
 
 
 class Seen(NamedTuple):
-    """The pending change as an officer saw it; None: whichever it is."""
+    """The pending change as an officer saw it. None fits any field or value."""
 
     field: PendingField | None = None
     value: int | bool | None = None
 
     def fits(self, pending: PendingChange) -> bool:
-        """Whether it is this change."""
+        """Whether the pending change is the one that the officer saw."""
         return self.field in (None, pending.field) and self.value in (None, pending.value)
 
 
 async def agree(runtime: Runtime, action: Action, gallery: Gallery, seen: Seen, reason: str | None = None) -> Gallery:
     """Agree to the pending change, as a second person.
 
-    Raises Forbidden for an application, Conflict when nothing is pending, something else is, the same user asked for it, or
-    somebody has agreed already.
+    Raises Forbidden for an application. Raises Conflict when nothing is pending, when another change is, when the same user
+    asked for it, and when an officer has agreed already.
     """
     if action.caller is None or action.caller.kind != "user":
         raise Forbidden("A person must agree, not an application.")
@@ -148,7 +148,7 @@ async def agree(runtime: Runtime, action: Action, gallery: Gallery, seen: Seen, 
     async def commit(session: AsyncClientSession) -> None:
         fresh, pending = await _standing(gallery, session)
         if not seen.fits(pending):
-            raise Conflict("Another change is pending by now: look at the gallery again.")
+            raise Conflict("Another change is pending now. Look at the gallery again.")
         if pending.asked_by == action.actor_id:
             raise Conflict("You asked for this change; another user must agree.")
         if pending.agreed_by is not None:
@@ -163,7 +163,7 @@ async def agree(runtime: Runtime, action: Action, gallery: Gallery, seen: Seen, 
 
 
 async def cancel(runtime: Runtime, action: Action, gallery: Gallery) -> Gallery:
-    """Take the pending change back, agreed or not. Raises Conflict when nothing is pending."""
+    """Cancel the pending change, even if an officer has agreed. Raises Conflict when nothing is pending."""
 
     async def commit(session: AsyncClientSession) -> None:
         fresh, pending = await _standing(gallery, session)
@@ -198,10 +198,10 @@ async def _settle(
 
 
 async def take_effect(runtime: Runtime) -> int:
-    """Put the pending changes in force whose time has come and that an officer has agreed to; how many.
+    """Put the pending changes in force that are due and that an officer has agreed to. Returns how many.
 
-    An agreement counts only while its officer could give it: without an account, or without the role, it lapses. Nothing takes
-    effect while this host's clock and MongoDB's differ: it is not known which of them is wrong.
+    An agreement lapses when its officer no longer has the account or the role. Nothing takes effect while this host's clock and
+    MongoDB's differ: either of them may be wrong.
     """
     done, waiting = 0, await Gallery.with_pending()
     if waiting:
@@ -214,7 +214,7 @@ async def take_effect(runtime: Runtime) -> int:
             done += await runtime.transaction(partial(_take_effect, gallery.id))
         except (PyMongoError, DependencyUnavailable):
             raise
-        except Exception:  # one gallery's trouble is no reason to leave out the others
+        except Exception:  # a failure in one gallery must not stop the others
             log.exception("policy_change_failed", gallery=gallery.name)
     return done
 

@@ -88,7 +88,7 @@ async def identify(runtime: Runtime, action: Action, gallery: Gallery, photo: by
 
 
 def _anchors(runtime: Runtime, gallery: Gallery, people: list[Identity], probe: Embedding) -> dict[str, list[float]]:
-    """The probe's scores with the samples that each of them was enrolled by. Blocking."""
+    """By identity: the scores of the probe with the samples that the person was enrolled by. Blocking."""
     found = {}
     for identity in people:
         references = open_anchors(data_key(runtime.keys, gallery, identity), identity)

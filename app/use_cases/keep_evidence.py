@@ -1,4 +1,4 @@
-"""Keep the evidence store complete: what it has lost is written again from MongoDB."""
+"""Keep the evidence store complete: write lost objects again, from MongoDB."""
 
 from typing import Final
 
@@ -13,14 +13,17 @@ log = structlog.get_logger(__name__)
 
 MISSING = Gauge(
     "idem_evidence_missing",
-    "Keys, tree heads and lines of the ledger that the evidence store had lost when it was last compared",
+    "Keys, tree heads and ledger lines that were missing from the evidence store when it was last compared",
 )
-#: Names that a log line gives; all are counted.
+#: How many names a log line shows. All lost objects are counted.
 NAMED: Final = 3
 
 
 async def keep_evidence(runtime: Runtime, *, whole: bool) -> int:
-    """Compare and write again; returns how many were missing. whole: else only where a look at a few finds one missing."""
+    """Write missing objects again. Returns how many were missing.
+
+    whole: compare all objects. Otherwise check a few, and compare all only if one of the few is missing.
+    """
     count, names = 0, list[str]()
     try:
         if not whole and not await lacks_something(runtime.evidence):
@@ -29,7 +32,7 @@ async def keep_evidence(runtime: Runtime, *, whole: bool) -> int:
             await write_again(runtime.evidence, one)
             count += 1
             names += [one.name] if len(names) < NAMED else []
-    except EvidenceUnavailable as error:  # it is away, and may have lost nothing; the next sweep goes on
+    except EvidenceUnavailable as error:  # the store does not answer, but may be complete; the next sweep tries again
         log.warning("evidence_not_compared", written=count, error=str(error))
         return count
     MISSING.set(count)

@@ -1,4 +1,4 @@
-"""Proposals about people: what they would do, who agrees, who takes one back."""
+"""Proposals about people: agree to one, or withdraw one."""
 
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ from app.use_cases import erase, remove_sample, update
 
 
 async def agree(runtime: Runtime, action: Action, gallery: Gallery, proposal: IdentityProposal) -> IdentityProposal:
-    """Carry out what another officer proposed; its event is the action's own and names both.
+    """Carry out what another officer proposed. The event is that of the action, and names both officers.
 
     Raises Forbidden for an application, Conflict for the officer who proposed it, for a closed proposal and for an identity that
-    was changed since.
+    has changed since.
     """
     if proposal.kind == "erasure":
         by_both = replace(action, name="identity.erase")
@@ -32,7 +32,7 @@ async def agree(runtime: Runtime, action: Action, gallery: Gallery, proposal: Id
 
 
 async def withdraw(runtime: Runtime, action: Action, gallery: Gallery, proposal: IdentityProposal) -> IdentityProposal:
-    """Take one's own proposal back. Raises Forbidden for another's, Conflict for a closed one."""
+    """Withdraw a proposal of the actor. Raises Forbidden for one of another officer, Conflict for a closed one."""
     if proposal.proposed_by != action.actor_id:
         raise Forbidden("Only the officer who proposed it can withdraw it.")
 

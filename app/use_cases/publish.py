@@ -42,7 +42,7 @@ from storage.vectors import Halves, Ids
 log = structlog.get_logger(__name__)
 
 LEASE_SECONDS: Final = 15
-#: By then every host sees the files of a new generation.
+#: After this time, every host sees the files of a new generation.
 SEEN_EVERYWHERE: Final = timedelta(minutes=2)
 #: A deadline that no publication has met is met by force when this share of the time is left: hosts look every minute.
 WITHDRAWN_SHARE: Final = 0.05
@@ -139,16 +139,16 @@ async def keep_promises(runtime: Runtime) -> None:
 
 
 async def _notice_lost_files(runtime: Runtime, published: list[Gallery]) -> None:
-    """Have generations written anew whose files somebody removed from the share.
+    """Report generations whose files were removed from the share, so that they are written again.
 
-    A folder without the store's mark may be a share that is not mounted: it is left alone.
+    Reports none if the folder exists without the store's mark: the share may not be mounted.
     """
     store, share = runtime.search.store, runtime.share
     is_removed = await share.run(store.is_removed)
     if not is_removed and (await share.run(runtime.places.guards["index"].look)).state != "ours":
         return
     for gallery in published:
-        # A host may see a new file late on a network file system.
+        # On a network file system, a host may see a new file late.
         is_settled = gallery.published is not None and gallery.published.built_at < now() - SEEN_EVERYWHERE
         if gallery.published is None or not (is_removed or is_settled):
             continue

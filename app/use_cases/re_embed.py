@@ -1,12 +1,12 @@
 """Re-embed: move a gallery to the running model, from the photos that it stores.
 
-    preparing   every sample's photo is read by the running model; the new templates are kept beside those in use
-    closing     the gallery's contract names no model for a while: nobody enrols, screens or searches it
-    replacing   the new templates take the place of the old ones; scores of recorded pairs are measured anew
+    preparing   the running model reads every sample's photo; the new templates are stored in addition to those in use
+    closing     the gallery's contract names no model for a while, so the gallery refuses enrolments, screenings and searches
+    replacing   the new templates replace the old ones; the scores of recorded pairs are measured again
     opening     one compare-and-set binds the gallery to the new model, under a new epoch
 
-While it is prepared, processes of the former model go on serving. What is done is kept after every step, so a move that was cut
-off goes on where it stopped. See docs/adr/0041.
+During the preparation, processes of the former model go on serving. Each step stores its results, so an interrupted move
+continues where it stopped. See docs/adr/0041.
 """
 
 import asyncio
@@ -44,15 +44,15 @@ Stage = Literal["reading photos", "closing", "replacing templates", "measuring p
 Tell = Callable[[Stage, int, int], Awaitable[None]]
 
 LEASE_SECONDS: Final = 15
-#: Between the closing of the gallery and the first replaced template: what requests have read by then, they have used.
+#: The pause between closing the gallery and replacing the first template. Requests that read old templates end in this time.
 SETTLE_SECONDS: Final = 5.0
-#: Identities that are read at a time. Each has some photos, which are read and embedded side by side.
+#: Identities that are read at a time. Their photos are read and embedded in parallel.
 IDENTITIES_AT_ONCE: Final = 16
 REPLACED_AT_ONCE: Final = 2000
-#: Nobody is served meanwhile, so a store under load may take its time.
+#: The limit for one large step on MongoDB. No request waits for it, so a store under load may need this long.
 BATCH_SECONDS: Final = 60
 PAIRS_AT_ONCE: Final = 200
-#: Passes over the gallery until nothing new is found: enrolments go on meanwhile.
+#: How often the preparation reads newcomers again. Enrolments go on during the preparation.
 MOST_PASSES: Final = 100
 
 
@@ -66,19 +66,19 @@ class LostSample:
 
 
 class SamplesLost(Conflict):
-    """Some samples would be lost, and nobody agreed to that."""
+    """Some samples would be lost, and the caller did not accept losses."""
 
     def __init__(self, gallery: str, lost: Sequence[LostSample]) -> None:
         super().__init__(
             f"{len(lost)} samples of gallery {gallery} give no template under the running model. Nothing was moved. "
-            "With --accept-losses the gallery is moved, and these samples match nobody any more."
+            "With --accept-losses the gallery is moved, and these samples match no one from then on."
         )
         self.lost = tuple(lost)
 
 
 @dataclass(slots=True)
 class Moved:
-    """What a move came to. thresholds: those that were set by hand for the former model, and are reset."""
+    """The result of a move. thresholds: those that were set by hand for the former model, and are reset."""
 
     gallery: str
     former: str
@@ -90,7 +90,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class PairMove:
-    """A recorded pair of look-alikes, with its score by either model."""
+    """A recorded pair of look-alikes, with its scores by the former and the new model."""
 
     low: str
     high: str
@@ -100,9 +100,9 @@ class PairMove:
 
 @dataclass(slots=True)
 class Preview:
-    """What a move would do. same: scores by the new model of two photos of one identity; strangers: of other pairs.
+    """What a move would do. read: how many samples were measured.
 
-    read: samples that the figures are from.
+    same: scores by the new model between two photos of one identity. strangers: between photos of two identities.
     """
 
     gallery: str
@@ -118,7 +118,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A sample as the running model reads its photo."""
+    """A sample as the running model reads its photo. reason: why it is lost."""
 
     identity: Identity
     sample: Sample
@@ -135,7 +135,7 @@ async def chosen(runtime: Runtime, name: str | None) -> list[Gallery]:
 
 
 async def preview(runtime: Runtime, gallery: Gallery, limit: int, tell: Tell | None = None) -> Preview:
-    """What a move would do, measured on at most about `limit` samples. Changes nothing."""
+    """Measure, on about `limit` samples, what a move would do. Changes nothing."""
     seen = Preview(gallery.name, gallery.pack, gallery.samples, thresholds=_by_hand(gallery))
     vectors: dict[str, list[Embedding]] = {}
     async for people in _people(gallery):
@@ -171,9 +171,9 @@ async def re_embed(
     tell: Tell | None = None,
     settle_seconds: float = SETTLE_SECONDS,
 ) -> Moved | None:
-    """Move the gallery to the running model; None when it is there already.
+    """Move the gallery to the running model. Returns None if it has that model already.
 
-    A move that was cut off goes on. Raises SamplesLost, Conflict while another one is at it, NotFound, NotReady.
+    Continues an interrupted move. Raises SamplesLost, Conflict while another process moves the gallery, NotFound, NotReady.
     """
     began = time.monotonic()
     while True:
@@ -183,8 +183,8 @@ async def re_embed(
                     move = _Move(runtime, action, gallery_id, lease, tell, settle_seconds, accepts_losses=accept_losses)
                     return await move.run()
         except LeaseLost as error:
-            raise NotReady("The move was too slow, and another one took over; what it did is kept.") from error
-        # The lease of a move that was killed runs out by itself.
+            raise NotReady("The move was too slow, and another process took over. Finished steps are kept.") from error
+        # The lease of a killed process runs out by itself.
         if time.monotonic() - began > LEASE_SECONDS + 1:
             raise Conflict("The gallery is being moved already.")
         await asyncio.sleep(1)
@@ -202,7 +202,7 @@ class _Move:
 
     @property
     def card(self) -> ModelCard:
-        """Of the model that the gallery moves to."""
+        """The card of the model that the gallery moves to."""
         return self.runtime.engine.card
 
     async def run(self) -> Moved | None:
@@ -210,7 +210,7 @@ class _Move:
         if gallery.contract == self.card.contract:
             await self._forget_renewals(gallery)
             return None
-        # What was lost the last time may be there again.
+        # Photos that were missing at an earlier attempt may be back.
         await self._forget_renewals(gallery, only_lost=True)
         seen = gallery.seq
         await self._prepare(gallery, _people(gallery))
@@ -221,7 +221,7 @@ class _Move:
             gallery = await self._close(gallery)
         await self._say("closing", 0, 1)
         await asyncio.sleep(self.settle_seconds)
-        # Nothing more can come from here on.
+        # The gallery is closed: no more samples can come.
         await self._catch_up(seen)
         lost = await self._lost(gallery)
         if lost and not self.accepts_losses and not await self._has_begun(gallery):
@@ -246,7 +246,7 @@ class _Move:
             await Renewal.forget_gallery(gallery.id, only_lost=only_lost)
 
     async def _catch_up(self, seen: int) -> int:
-        """Read what came since the gallery was at that `seq`, until little is left; how far that reaches."""
+        """Read the samples that came after the `seq` in `seen`, until few are left. Returns the `seq` that was reached."""
         for _ in range(MOST_PASSES):
             gallery = await self._gallery()
             await self._prepare(gallery, _newcomers(gallery, seen))
@@ -262,7 +262,7 @@ class _Move:
             wanted = [(i, s) for i in people for s in i.samples if s.contract != self.card.contract]
             known = await Renewal.of_samples([sample.id for _, sample in wanted], self.card.contract)
             todo = [(identity, sample) for identity, sample in wanted if sample.id not in known]
-            head = await self._gallery()  # with the keys of this moment
+            head = await self._gallery()  # read again for its current keys
             read = await _read_all(self.runtime, head, todo)
             await Renewal.keep([self._renewal(head, one) for one in read])
             done += sum(len(identity.samples) for identity in people)
@@ -284,7 +284,7 @@ class _Move:
         with pymongo.timeout(BATCH_SECONDS):
             renewals = await Renewal.lost(gallery.id, self.card.contract)
         living = await Identity.living_among([renewal.identity_id for renewal in renewals])
-        # Without those that are gone by now, and those that were lost at an earlier move.
+        # Without samples that are gone by now, and samples that an earlier move lost.
         there = {sample.id for identity in living.values() for sample in identity.samples if not sample.is_lost}
         return [LostSample(r.identity_id, r.id, r.reason or "") for r in renewals if r.id in there]
 
@@ -315,7 +315,7 @@ class _Move:
         return False
 
     async def _replace(self, gallery: Gallery) -> int:
-        """Put the new templates in place of the old ones; of how many samples."""
+        """Replace the old templates with the new ones. Returns how many samples have a new template."""
         done, last = 0, ""
         while owners := await Renewal.owners_after(gallery.id, last, REPLACED_AT_ONCE):
             last = owners[-1]
@@ -328,7 +328,7 @@ class _Move:
             return await Identity.count_samples(gallery.id, self.card.contract)
 
     async def _measure_pairs(self, gallery: Gallery) -> int:
-        """Give recorded pairs, and the open cases about them, the scores of the new model; how many pairs have one."""
+        """Give recorded pairs, and the open cases about them, the scores of the new model. Returns how many pairs have one."""
         pairs = await Pair.of_gallery(gallery.id)
         scores: dict[tuple[str, str], float] = {}
         for first in range(0, len(pairs), PAIRS_AT_ONCE):
@@ -381,7 +381,7 @@ class _Move:
 
 
 async def _people(gallery: Gallery) -> AsyncIterator[list[Identity]]:
-    """Everybody in the gallery, some at a time, by rising id: whoever comes later is met too."""
+    """Everybody in the gallery, some at a time, by rising id, so that the pass includes people who enrol during it."""
     last = ""
     while people := await Identity.after(gallery.id, last, IDENTITIES_AT_ONCE):
         yield people
@@ -389,7 +389,7 @@ async def _people(gallery: Gallery) -> AsyncIterator[list[Identity]]:
 
 
 async def _newcomers(gallery: Gallery, seen: int) -> AsyncIterator[list[Identity]]:
-    """Whoever got a sample after that `seq`, some at a time."""
+    """The people who got a sample after the `seq` in `seen`, some at a time."""
     while rows := await GalleryChange.after(gallery.id, seen, gallery.seq, IDENTITIES_AT_ONCE):
         seen = rows[-1].seq
         came = {row.identity_id for row in rows if row.kind == "add" and row.identity_id is not None}
@@ -401,7 +401,7 @@ async def _read_all(runtime: Runtime, gallery: Gallery, wanted: list[tuple[Ident
 
 
 async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: Sample) -> _Read:
-    """The sample's photo, read by the running model. One that is lost says why."""
+    """Read the sample's photo with the running model. The result says why a sample is lost."""
     try:
         photo = await runtime.stored_photo(gallery, identity, sample)
         near = None
@@ -417,7 +417,7 @@ async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: 
 
 
 def _embedded(engine: FaceEngine, photo: bytes, near: Landmarks | None) -> tuple[Embedding, Landmarks]:
-    """The embedding and the landmarks of the stored photo's face. The photo was judged at enrolment. Blocking."""
+    """The embedding and the landmarks of the stored photo's face. Does not judge the photo again. Blocking."""
     stored = stored_face(engine, decode_stored(photo), near)
     return engine.embed(stored.pixels, stored.face)[0], stored.landmarks
 

@@ -1,4 +1,7 @@
-"""Remove a sample: its vector leaves every answer, its template and photo are deleted; the identity stays. See docs/adr/0038."""
+"""Remove a sample: delete its template and photo, and take its vector out of all answers. The identity stays.
+
+See docs/adr/0038.
+"""
 
 import asyncio
 from datetime import timedelta
@@ -24,9 +27,9 @@ from storage.photos import PhotoStoreUnavailable
 
 log = structlog.get_logger(__name__)
 
-#: How long the answer waits for the photo store. What is not done by then is swept.
+#: How long the answer waits for the photo store. A sweep does what is not done by then.
 SETTLE_SECONDS: Final = 2.0
-#: A younger removal is still settled by its request.
+#: The sweep leaves a younger removal to its request.
 SETTLE_GRACE: Final = timedelta(seconds=30)
 SETTLED_AT_ONCE: Final = 500
 
@@ -34,7 +37,7 @@ SETTLED_AT_ONCE: Final = 500
 async def ask(
     runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, sample_id: str, reason: str
 ) -> SampleRemoval | IdentityProposal:
-    """Remove one sample for an officer; where the gallery asks for two officers, propose it. Raises as `remove_sample`."""
+    """Remove one sample for an officer. If the gallery asks for two officers, propose it. Raises as `remove_sample`."""
     if not gallery.policy.second_review:
         return await remove_sample(runtime, action, gallery, identity_id, sample_id, reason)
 
@@ -55,10 +58,10 @@ async def remove_sample(
     *,
     proposal: IdentityProposal | None = None,
 ) -> SampleRemoval:
-    """Remove one sample. Pairs and their scores stay. proposal: the one that the actor agrees to by this.
+    """Remove one sample. Pairs and their scores stay. proposal: the actor agrees to this proposal.
 
-    Raises NotFound, and Conflict for the last sample that the identity was enrolled by, while a case about the sample is open,
-    and unless the identity is active or revoked. Also raises as `second_officer.agree` does.
+    Raises NotFound. Raises Conflict for the last sample that the identity was enrolled by, while a case about the sample is
+    open, and unless the identity is active or revoked. Also raises as `second_officer.agree` does.
     """
 
     async def commit(session: AsyncClientSession) -> SampleRemoval:
@@ -96,13 +99,13 @@ async def remove_sample(
             await _settle(runtime, removal)
     except (PhotoStoreUnavailable, PyMongoError, TimeoutError) as error:
         log.warning("sample_photo_left_to_the_sweep", sample=removal.id, error=type(error).__name__)
-    except Exception:  # the sample is removed: nothing that follows fails the request
+    except Exception:  # the sample is removed: a later failure must not fail the request
         log.exception("sample_photo_left_to_the_sweep", sample=removal.id)
     return removal
 
 
 async def removal_of_event(event: AuditEvent) -> SampleRemoval:
-    """The removal that an event is about: a repetition with its idempotency key gets the same answer. Raises NotFound."""
+    """The removal that the event records: a request that is repeated with its idempotency key gets it again. Raises NotFound."""
     removal = await SampleRemoval.get(str(event.detail["sample_id"]))
     if removal is None:
         raise NotFound
@@ -110,14 +113,14 @@ async def removal_of_event(event: AuditEvent) -> SampleRemoval:
 
 
 async def settle_removals(runtime: Runtime) -> int:
-    """Delete the photos that the store could not delete when their samples were removed; how many."""
+    """Delete the photos that the store could not delete when their samples were removed. Returns how many."""
     settled = 0
     for removal in await SampleRemoval.unsettled(now() - SETTLE_GRACE, SETTLED_AT_ONCE):
         try:
             await _settle(runtime, removal)
         except PyMongoError:
             raise
-        except Exception as error:  # noqa: BLE001 - one photo's trouble holds up no other
+        except Exception as error:  # noqa: BLE001 - a failure with one photo must not stop the others
             log.warning("sample_photo_not_deleted", sample=removal.id, error=type(error).__name__)
             await removal.put_off()
         else:
@@ -141,7 +144,7 @@ async def _removable(identity_id: str, sample_id: str, session: AsyncClientSessi
         raise Conflict(f"Samples of an active or revoked identity can be removed; this one is {identity.status}.")
     is_of_enrolment = any(s.id == sample.id for s in identity.enrolment_samples)
     if is_of_enrolment and not any(s.id != sample.id for s in identity.anchors):
-        raise Conflict("This is the last photo that the person was enrolled by. Erase the person, or keep it.")
+        raise Conflict("This is the last photo that the person was enrolled by. Erase the person, or keep the photo.")
     # A case without a sample is about the person as a whole.
     if await Case.is_open_about_sample(identity.id, sample.id, session):
         raise Conflict("A case about this photo is open. Decide it first.")
@@ -149,7 +152,7 @@ async def _removable(identity_id: str, sample_id: str, session: AsyncClientSessi
 
 
 def _without(screening: Screening, sample_id: str) -> Screening:
-    """The screening; ended without a verdict, if it waits and was about this sample alone."""
+    """The screening after the removal. If it waits and is about this sample alone, it ends without a verdict."""
     if screening.sample_ids != [sample_id] or screening.state not in ("queued", "running"):
         return screening
     return screening.model_copy(update={"state": "done", "finished_at": now()})

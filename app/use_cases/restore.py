@@ -76,7 +76,7 @@ LEAVE_SECONDS: Final = 20
 POLL_SECONDS: Final = 0.25
 NAMES_AT_ONCE: Final = 1000
 DUPLICATE_KEY: Final = 11000
-#: How far the clocks of hosts may differ that enrol and back up.
+#: How far the clock of a host that enrols may differ from that of a host that backs up.
 CLOCKS_APART: Final = timedelta(hours=1)
 #: What callers' versions rise by: drawn, so that no change since the backup has led to the same; far from 2^53 for many restores.
 VERSION_STEPS: Final = range(2**32, 2**40)
@@ -100,11 +100,12 @@ class RestoreBusy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came of it.
+    """The result of a restore.
 
-    erased_again: people of the backup whom a ledger knows as erased since. unreadable: lines of the ledgers that were not
-    obeyed, because they are torn or, outside, bear no tag of this store. log_size: of the log in the backup; log: what does
-    not fit the heads that are known outside, in words. evidence: why nothing is written to the evidence store; None: it is.
+    erased_again: people of the backup who were erased again, because a ledger lists them. unreadable: ledger lines that were not
+    applied, because they are torn or, in the evidence store, lack this store's tag. log_size: events in the log of the backup.
+    log: mismatches with the heads in the evidence store, one sentence each. evidence: why nothing is written to the evidence
+    store; None if it is written to.
     """
 
     set_id: str
@@ -351,9 +352,9 @@ class _Loading:
             raise EvidenceAway(message)
 
     async def _set_aside(self) -> None:
-        """Keep the ledger of this database through the switch: the evidence store may not hold all of it yet.
+        """Keep the ledger of this database through the switch: the evidence store may not have all of it yet.
 
-        And what proves that the photos of whoever came after the backup are this store's: nobody will know these people.
+        Also keep the proof that photos of people who came after the backup belong to this store: no document names them then.
         """
         ledger = _database(self.runtime)[Deletion.get_collection_name()]
         newer = {"created_at": {"$gte": self.backup.manifest.made_at - CLOCKS_APART}}
@@ -364,10 +365,10 @@ class _Loading:
 
 
 async def _hold_policies(galleries: Any) -> None:  # noqa: ANN401 - the driver's, of documents of any shape
-    """Let no policy of the backup act on people at once: it may have been lifted, or cancelled, since the backup was made.
+    """Keep the backup's policies from acting on people at once: they may have been changed or cancelled since the backup.
 
-    Retention erases nobody for the time that a shorter one would have to wait. A pending change waits anew, for its time and for
-    an officer's agreement.
+    Retention erases no one for as long as a shorter retention would have to wait. A pending change waits again for its time and
+    for an officer's agreement.
     """
     later = {"$dateAdd": {"startDate": "$$NOW", "unit": "day", "amount": WAIT.days}}
     await galleries.update_many({"policy.retention_days": {"$ne": None}}, [{"$set": {"retention_held_until": later}}])

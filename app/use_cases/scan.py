@@ -77,7 +77,7 @@ PEOPLE_A_PAGE: Final = 500
 #: What passes: a store that is away, a gallery that is being opened, a worker of another model.
 PASSING: Final = (NotReady, DependencyUnavailable, ModelMismatch, ConnectionFailure, OSError, TimeoutError)
 
-#: Whose work a scan is, among those who share the threads.
+#: The caller of a scan's work, in the threads that callers share fairly.
 SCANS: Final = "scans"
 
 Tell = Callable[[Scan], None]

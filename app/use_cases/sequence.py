@@ -43,7 +43,7 @@ POLL_SECONDS: Final = 0.2
 TAKE_OVER_SECONDS: Final = 1.0
 #: Nobody waits for it as for a request; still less than a stopping process has left.
 PATIENCE_SECONDS: Final = 5.0
-#: A head may be dated so far ahead: clocks are corrected by a little now and then.
+#: How far ahead of now a head may be dated: clocks are corrected by small steps now and then.
 SIGNED_AHEAD: Final = timedelta(seconds=APART_SECONDS)
 #: How long an export waits until its own event has a number.
 NUMBERED_WITHIN_SECONDS: Final = 5.0
@@ -87,9 +87,9 @@ async def grow(runtime: Runtime) -> int:
 
 
 async def sign(runtime: Runtime) -> TreeHead:
-    """The signed head over the tree as it stands; made when there is none yet.
+    """The signed head over the current tree. Signs one if there is none yet.
 
-    Raises SealBroken; NotReady while this host's clock and MongoDB's differ, since a head says when it was signed.
+    Raises SealBroken. Raises NotReady while this host's clock and MongoDB's differ, because a head states when it was signed.
     """
     if (difference := runtime.clock.difference) is not None:
         message = f"Checkpoints are not signed here: {difference}"
@@ -101,10 +101,11 @@ async def sign(runtime: Runtime) -> TreeHead:
             newest = await TreeHead.find({"size": tree.size, "key_id": key.id}, session=session).first_or_none()
             if newest is not None:
                 return newest
-        # Heads of one key are in the order of their times: an auditor takes a smaller later head for a log set back.
+        # Heads of one key grow with their times: to an auditor, a later head over fewer events means a log that was set back.
         time = now() if tree.signed_at is None else max(now(), tree.signed_at + timedelta(milliseconds=1))
         if time - now() > SIGNED_AHEAD:
-            # The clock was ahead and is right again. No head may say so under the same key; a new key begins a new order.
+            # The clock was ahead and is right again. A head of the same key would be dated before the last one, so a new key
+            # begins a new order.
             reason = f"{CLOCK_AHEAD}: its heads are dated up to {as_text(time)}"
             key, time = await rotate_key(session, runtime.keys, by_system("audit.rotate_key"), reason), now()
             log.error("audit_key_replaced", key=key.id, reason=reason)
@@ -140,12 +141,12 @@ async def _append(runtime: Runtime, name: str, data: bytes) -> None:
     try:
         await runtime.evidence.append(name, data)
     except EvidenceExists:
-        # Somebody else wrote under this very name: an auditor must see it, and the heads behind it must not wait.
+        # Another writer used this name: an auditor must see it, and later heads must not wait.
         log.critical("audit_head_contradicted", name=name)
 
 
 async def _is_delivery_due(runtime: Runtime) -> bool:
-    """Whether a key or a head is to be uploaded now: one head in AUDIT_CHECKPOINT_SECONDS, whichever worker brings it."""
+    """Whether a key or a head must be uploaded now. All workers together upload one head in AUDIT_CHECKPOINT_SECONDS."""
     if await AuditKey.undelivered():
         return True
     if await TreeHead.undelivered() is None:
@@ -221,7 +222,7 @@ async def _number(runtime: Runtime, stopping: asyncio.Event) -> None:
 
 
 class _Unsigned:
-    """Whether somebody else must sign: who numbers the events may have a clock that differs, and then signs nothing."""
+    """Whether another worker must sign: the one that numbers the events signs nothing while its clock differs."""
 
     def __init__(self, head_seconds: float) -> None:
         self._patience = 3 * head_seconds + TAKE_OVER_SECONDS

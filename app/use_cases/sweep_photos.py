@@ -1,4 +1,4 @@
-"""Sweep the photo store: delete the photos of this store that no document names, and report what is not its own."""
+"""Sweep the photo store: delete this store's photos that no document names, and report photos that may not be its own."""
 
 from datetime import timedelta
 from typing import Final
@@ -11,20 +11,20 @@ from app.runtime import Runtime
 
 log = structlog.get_logger(__name__)
 
-#: By then a sweep has seen every photo of an enrolment that never came to a document.
+#: After this time, a sweep has seen every photo of an enrolment that was never committed.
 PROOF_AGE: Final = ORPHAN_AGE + timedelta(hours=24)
 PROOFS_AT_ONCE: Final = 1000
 
 
 async def sweep_photos(runtime: Runtime) -> int:
-    """Delete the orphans that are older than a day; how many. Everything else that no document names stays, and is reported.
+    """Delete the orphans that are older than a day. Returns how many. Other photos without a document stay, and are reported.
 
-    Raises PhotoStoreUnavailable where the photo store is away or belongs to another store.
+    Raises PhotoStoreUnavailable when the photo store does not answer or belongs to another store.
     """
     await runtime.places.require_photos()
     await runtime.clock.measure(runtime.mongo)
     if not runtime.clock.agrees:
-        # A photo may look old whose document is about to be committed.
+        # A photo may look old although its document is about to be committed.
         log.error("orphan_photos_wait_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
         return 0
     galleries = await known_galleries()

@@ -28,14 +28,14 @@ async def tend(runtime: Runtime) -> None:
 async def forget_old_names(runtime: Runtime) -> int:
     """Delete the salts and clear values of events older than AUDIT_PERSONAL_DAYS; returns of how many events.
 
-    What is deleted does not come back, so nothing is while this host's clock and MongoDB's differ.
+    Deletes nothing while this host's clock and MongoDB's differ, because a deletion is final.
     """
     await runtime.clock.measure(runtime.mongo)
     if not runtime.clock.agrees:
         return 0
     tree = await AuditTree.current()
     until = now() - timedelta(days=runtime.settings.audit_personal_days)
-    # Only what came of age since the last time is looked at. A clock that was ahead may have marked a later moment than this.
+    # Looks only at events that became old enough since the last time. A clock that was ahead may have stored a later moment.
     since = {} if tree.forgotten_until is None or tree.forgotten_until > until else {"$gte": tree.forgotten_until}
     count = await AuditEvent.forget_personal({"time": {**since, "$lt": until}})
     await AuditTree.get_pymongo_collection().update_one({"_id": tree.id}, {"$set": {"forgotten_until": until}})

@@ -1,4 +1,4 @@
-"""Trace: which events name a reference, although the log holds references as keyed hashes only."""
+"""Trace: find the events that name a reference. The log contains references only as keyed hashes."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Final, NamedTuple
@@ -10,12 +10,12 @@ from app.domain.attributes import canonical_ref
 from app.domain.log_export import personal_hash
 from app.runtime import Runtime
 
-#: What gives somebody a reference, proposes it, takes it away, or claims to be the one who has it.
+#: Actions that set, propose or remove a reference, or claim to be the person who has it.
 ACTIONS: Final = ("identity.enrol", "identity.update", "proposal.create", "face.verify")
 
 
 class Named(NamedTuple):
-    """An event that names the reference, and as what: the `old` or the `new` value of a change, or `given`."""
+    """An event that names the reference. place: the `old` or `new` value of a change, or `given`."""
 
     event: AuditEvent
     place: str
@@ -24,7 +24,7 @@ class Named(NamedTuple):
 async def trace_reference(runtime: Runtime, gallery_name: str, reference: str) -> AsyncIterator[Named]:
     """The events of the gallery that name the reference, oldest first. Raises NotFound for an unknown gallery.
 
-    Events of erased people are not among them: their salts are gone.
+    Events of erased people cannot be found: their salts are deleted.
     """
     gallery = await Gallery.require(gallery_name)
     hashed = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(reference)).hex()

@@ -33,7 +33,7 @@ Patch = Mapping[str, Json]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a merge patch makes of the attributes of an identity."""
+    """The effect of a merge patch on the attributes of an identity."""
 
     identity: Identity
     key: DataKey
@@ -48,12 +48,12 @@ class Change:
         return self.before.external_ref != self.after.external_ref
 
     def hash_of(self, reference: str | None) -> bytes | None:
-        """How a reference is looked up in the gallery."""
+        """The keyed hash by which a reference is looked up in the gallery."""
         return None if reference is None else self.lookup.lookup_hash("external_ref", canonical_ref(reference))
 
     @property
     def told(self) -> Detail:
-        """What its event tells: the fields by name; of a reference, both values as keyed hashes."""
+        """Details for the event: the names of the fields. For a reference also both values, as keyed hashes."""
         fields: Detail = {"fields": ",".join(sorted(self.patch))}
         if not self.is_of_reference:
             return fields
@@ -76,7 +76,7 @@ def change_of(runtime: Runtime, gallery: Gallery, identity: Identity, patch: Pat
 
 
 def proposed_change(runtime: Runtime, gallery: Gallery, identity: Identity, proposal: IdentityProposal) -> Change:
-    """What a proposal would make of the attributes. Raises NotFound when it went with the person."""
+    """The effect that a proposal would have on the attributes. Raises NotFound when its patch was erased with the person."""
     if proposal.sealed_patch is None:
         raise NotFound
     key = data_key(runtime.keys, gallery, identity)
@@ -89,8 +89,8 @@ async def update(
 ) -> Identity | IdentityProposal:
     """Apply an RFC 7396 merge patch to the attributes.
 
-    Where the gallery asks for two officers, a patch that sets, changes or removes the reference is proposed as a whole. Raises
-    PreconditionFailed when the version is another, ExternalRefTaken, Validation when the result does not fit.
+    If the gallery asks for two officers, a patch that sets, changes or removes the reference is proposed as a whole. Raises
+    PreconditionFailed when the identity has another version, ExternalRefTaken, Validation when the result does not fit.
     """
 
     async def commit(session: AsyncClientSession) -> IdentityProposal | None:
@@ -161,7 +161,7 @@ async def _committed(
     except DuplicateKeyError as error:
         if "external_ref_hash" in str(error.details):
             raise _taken(gallery) from error
-        raise Conflict("The same was proposed at the same moment.") from error
+        raise Conflict("The same change was proposed at the same moment.") from error
 
 
 async def _found(identity_id: str, session: AsyncClientSession | None = None) -> Identity:

@@ -50,7 +50,7 @@ log = structlog.get_logger(__name__)
 Flag = Literal["near-copy", "probe-equals-reference", "other-faces"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)
 
-FLAGGED = Counter("idem_verifications_flagged_total", "Verifications by what is unusual about their photos", ["flag"])
+FLAGGED = Counter("idem_verifications_flagged_total", "Verifications with an unusual photo, by flag", ["flag"])
 PROBING = Counter("idem_probing_total", "Signs of slow probing: faces over budget, callers over the alarm", ["sign"])
 
 #: How long a relying party may rely on an assertion.
@@ -73,7 +73,7 @@ class Claim:
 
     @property
     def hashed_reference(self) -> UnderSalt | None:
-        """What the event holds of the claimed reference: it may be another person's tomorrow."""
+        """The claimed reference as the event records it: another person may have this reference later."""
         reference = self.identity.external_ref_hash if self.is_by_reference else None
         return None if reference is None else UnderSalt(reference.hex())
 
@@ -82,7 +82,7 @@ class Claim:
 class Verification:
     """The answer. score is None when nothing was compared: the identity is not active.
 
-    found: the face that was compared; None for a repetition of what an older version answered.
+    found: the face that was compared. None when an answer of an older version is repeated.
     """
 
     match: bool

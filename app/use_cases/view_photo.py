@@ -1,4 +1,4 @@
-"""View a stored photo, or the crop of it that is compared; each view is an event, written before the picture is given."""
+"""View a stored photo, or the crop of it that is compared. Each view is an event, which is recorded before the answer."""
 
 from app.audit import Action, record
 from app.documents.events import Detail
@@ -22,7 +22,7 @@ async def view_photo(runtime: Runtime, action: Action, gallery: Gallery, identit
 
 
 async def view_crop(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, sample_id: str) -> bytes:
-    """The face as the recogniser gets it, a PNG. Raises NotFound, PhotoMissing, NoFace when an old sample shows none any more."""
+    """The face as the recogniser gets it, a PNG. Raises NotFound, PhotoMissing, or NoFace if an old sample shows none."""
     sample = _sample(identity, sample_id)
     photo = await runtime.stored_photo(gallery, identity, sample)
     landmarks = None

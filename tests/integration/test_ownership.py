@@ -124,7 +124,9 @@ async def test_a_second_database_beside_the_same_places_does_not_start(
 async def test_foreign_files_are_never_deleted_whatever_is_done_with_the_place(settings: Settings, place: str) -> None:
     root: Path = getattr(settings, place)
     planted = plant(root)
-    with pytest.raises(PlaceRefused, match="carries no mark of a store and holds what this database does not know"):
+    with pytest.raises(
+        PlaceRefused, match="has no mark of a store, and contains names that this database does not know"
+    ):
         async with open_runtime(settings, FakeEngine()):
             pass
     assert content(root) == planted
