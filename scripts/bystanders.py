@@ -1,9 +1,9 @@
-"""Measure which face is taken where a photo shows several: `python scripts/bystanders.py --faces DIR`.
+"""Measure which face is taken when a photo shows several: `python scripts/bystanders.py --faces DIR`.
 
-DIR holds a folder per person. The photos are composed here from cut-out heads: pairs, groups, bystanders, posters, screens,
-children held, identity cards, mirrors, people seen from far away. None was cropped around its subject. Each has an expected
-answer: the face that a person would name, a refusal, or either. The table counts what the rule of app/domain/subject.py does.
-With --out DIR the photos are written there, to look at.
+DIR contains a folder for each person. The script composes photos from cut-out heads: pairs, groups, bystanders, posters,
+screens, children with parents, identity cards, mirrors, people far away. No photo is cropped around its subject. Each photo has
+an expected answer: the face that a human viewer would name, a refusal, or either. The table counts the answers of the rule in
+app/domain/subject.py. With --out DIR, the script saves the photos there.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from app.errors import MultipleFaces, Problem
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MOST_PIXELS = 25_000_000
-#: Sides of the composed photos: landscape, upright, square, and one large enough to be reduced.
+#: Sizes of the composed photos: landscape, portrait, square, wide, and one that is large enough to be reduced.
 SIZES = ((1280, 960), (960, 1280), (1000, 1000), (1600, 900), (3600, 2700))
-#: A head with hair and chin, in sides of the face's box, around its middle.
+#: Width and height of a head with hair and chin. The unit is the side of the face's box.
 HEAD = (1.7, 2.1)
 
 Box = tuple[float, float, float, float]
@@ -36,7 +36,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Head:
-    """A head cut out of a photo. whole: the photo that it comes from, for posters and cards. box: the face on it."""
+    """A head that is cut out of a photo. whole: the whole photo, for posters and cards. box: the face on `whole`."""
 
     person: str
     cut: Image.Image
@@ -46,14 +46,18 @@ class Head:
 
 @dataclass
 class Scene:
-    """A composed photo. subject: where the face lies that a person would name; None where nobody could say."""
+    """A composed photo.
+
+    subject: the boxes of the faces that a human viewer may name; empty if a viewer could not choose. may_refuse: whether a
+    refusal is right as well.
+    """
 
     picture: Image.Image
     subject: list[Box] = field(default_factory=list)
     may_refuse: bool = False
 
     def paste(self, head: Head, x: float, y: float, side: float, *, mirrored: bool = False) -> Box:
-        """Put a head so that its face is `side` wide around (x, y); the face's box."""
+        """Paste a head so that its face is `side` wide around (x, y). Returns the face's box."""
         scale = side / (head.cut.width / HEAD[0])
         cut = head.cut.resize((max(1, round(head.cut.width * scale)), max(1, round(head.cut.height * scale))))
         cut = ImageOps.mirror(cut) if mirrored else cut
@@ -67,7 +71,7 @@ class Scene:
         return (x - side / 2, y - side * 0.6, side, side * 1.2)
 
     def hang(self, head: Head, x: float, y: float, side: float, *, frame: int = 8, fade: float = 1.0) -> Box:
-        """Put the whole photo of a head as a rectangle, so that its face is `side` wide around (x, y); the face's box."""
+        """Paste the whole photo of a head, so that its face is `side` wide around (x, y). Returns the face's box."""
         scale = side / head.box[2]
         print_ = head.whole.resize((max(1, round(head.whole.width * scale)), max(1, round(head.whole.height * scale))))
         if fade < 1:
@@ -83,7 +87,7 @@ Draw = Callable[["Studio"], Scene]
 
 
 class Studio:
-    """What the scenes are composed of; the same seed gives the same scenes."""
+    """The heads and the random numbers of the scenes. The same seed gives the same scenes."""
 
     def __init__(self, people: dict[str, list[Head]], seed: int) -> None:
         self.random = random.Random(seed)  # noqa: S311 - scenes, no secrets
@@ -92,7 +96,7 @@ class Studio:
         self.twice = [name for name in self.names if len(people[name]) > 1]
 
     def scene(self) -> Scene:
-        """An empty room: a soft gradient with some furniture."""
+        """An empty room: a smooth gradient with some rectangles."""
         size = self.random.choice(SIZES)
         colours = np.array([[self.random.randint(60, 220) for _ in range(3)] for _ in range(4)], np.uint8).reshape(
             2, 2, 3
@@ -110,12 +114,12 @@ class Studio:
         return [self.people[name][0] for name in self.random.sample(self.names, count)]
 
     def between(self, low: float, high: float) -> float:
-        """A number between the two."""
+        """A random number between the two."""
         return self.random.uniform(low, high)
 
 
 def pair(studio: Studio) -> Scene:
-    """Two people side by side, about equally large: nobody could say."""
+    """Two people side by side, about equally large. A viewer could not choose."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.12, 0.34)
@@ -126,7 +130,7 @@ def pair(studio: Studio) -> Scene:
 
 
 def group(studio: Studio) -> Scene:
-    """Three to seven people in a row."""
+    """Three to seven people in a row. A viewer could not choose."""
     scene = studio.scene()
     width, height = scene.picture.size
     count = studio.random.randint(3, 7)
@@ -138,7 +142,7 @@ def group(studio: Studio) -> Scene:
 
 
 def bystander(studio: Studio) -> Scene:
-    """A selfie, the face not in the very middle, one to four people small behind."""
+    """A selfie with the face near the middle. One to four people in the background are smaller."""
     scene = studio.scene()
     width, height = scene.picture.size
     short = min(width, height)
@@ -154,7 +158,7 @@ def bystander(studio: Studio) -> Scene:
 
 
 def full_length(studio: Studio) -> Scene:
-    """Somebody stands before the camera, seen whole; passers-by are farther away, some nearer the photo's middle."""
+    """A full-length photo of one person. Passers-by are farther away, and some are nearer the middle of the photo."""
     scene = studio.scene()
     width, height = scene.picture.size
     short = min(width, height)
@@ -169,7 +173,7 @@ def full_length(studio: Studio) -> Scene:
 
 
 def cut_by_the_frame(studio: Studio) -> Scene:
-    """A selfie; somebody as large stands at the edge and is cut by it."""
+    """A selfie. The edge of the photo cuts the face of another person, who is about as large."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.26, 0.38)
@@ -184,7 +188,7 @@ def cut_by_the_frame(studio: Studio) -> Scene:
 
 
 def poster(studio: Studio) -> Scene:
-    """A selfie; a poster hangs behind, its face up to as large as the living one."""
+    """A selfie. The face on a poster in the background is at most as large as the face of the living person."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.25, 0.4)
@@ -198,7 +202,7 @@ def poster(studio: Studio) -> Scene:
 
 
 def small_poster(studio: Studio) -> Scene:
-    """As `poster`, with a face of at most half the length: a person names the living one."""
+    """As `poster`, but the face on the poster is at most half as long. A viewer names the living person."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.25, 0.4)
@@ -210,14 +214,14 @@ def small_poster(studio: Studio) -> Scene:
 
 
 def screen(studio: Studio) -> Scene:
-    """A video call or a television behind: up to half the length, bluish and bright."""
+    """As `small_poster`, in weaker colours: a video call or a television in the background."""
     scene = small_poster(studio)
     scene.picture = ImageEnhance.Color(scene.picture).enhance(0.8)
     return scene
 
 
 def child_held(studio: Studio) -> Scene:
-    """A parent's and a child's face cheek by cheek: nobody could say who is meant, unless one is much larger."""
+    """A parent and a child, cheek to cheek. The parent's face, which is larger, or a refusal is right."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.2, 0.32)
@@ -230,7 +234,7 @@ def child_held(studio: Studio) -> Scene:
 
 
 def child_before_parent(studio: Studio) -> Scene:
-    """A child's passport photo: the child in the middle, the parent who holds it at the edge, partly outside."""
+    """A child's passport photo: the child is in the middle, and the parent's face is partly outside of the photo."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.3, 0.42)
@@ -246,7 +250,7 @@ def child_before_parent(studio: Studio) -> Scene:
 
 
 def own_card_held_up(studio: Studio) -> Scene:
-    """The person holds an identity card with another photo of the same person beside the face."""
+    """A person holds an identity card next to the face. The card shows another photo of the same person."""
     scene = studio.scene()
     width, height = scene.picture.size
     name = studio.random.choice(studio.twice)
@@ -263,7 +267,7 @@ def own_card_held_up(studio: Studio) -> Scene:
 
 
 def others_card_held_up(studio: Studio) -> Scene:
-    """The card shows somebody else: the living face, or a refusal."""
+    """A person holds the identity card of another person. The face of the living person or a refusal is right."""
     scene = studio.scene()
     width, height = scene.picture.size
     face, on_card = studio.heads(2)
@@ -294,7 +298,7 @@ def _card(studio: Studio, head: Head, ghost: Head, share: float) -> tuple[Scene,
 
 
 def card_with_a_second_portrait(studio: Studio) -> Scene:
-    """An identity card fills the photo; its second, paler portrait is the same person."""
+    """An identity card fills the photo. It has a second, smaller and paler portrait of the same person."""
     head = studio.heads(1)[0]
     scene, own = _card(studio, head, head, studio.between(0.45, 0.8))
     scene.subject = [own]
@@ -302,14 +306,14 @@ def card_with_a_second_portrait(studio: Studio) -> Scene:
 
 
 def card_with_two_people(studio: Studio) -> Scene:
-    """A card with the portraits of two different people, as large as each other within a fifth."""
+    """A card with portraits of two different people. The smaller one has at least 80 % of the size of the larger one."""
     head, other = studio.heads(2)
     scene, _ = _card(studio, head, other, studio.between(0.8, 1.0))
     return scene
 
 
 def mirror(studio: Studio) -> Scene:
-    """Somebody before a mirror: the same face twice, as large or smaller."""
+    """A person in front of a mirror. The same face appears twice, and its mirror image is smaller."""
     scene = studio.scene()
     width, height = scene.picture.size
     side = min(width, height) * studio.between(0.2, 0.32)
@@ -331,7 +335,7 @@ SCENES: dict[str, Draw] = {
 
 
 def cut_out(photo: Photo, box: Box, person: str) -> Head | None:
-    """The head around a face's box; None where the photo does not show all of it."""
+    """The head around a face's box. None if part of it is outside of the photo."""
     x, y, width, height = box
     middle_x, middle_y, side = x + width / 2, y + height / 2 - 0.08 * height, max(width, height / 1.25)
     left, top = middle_x - HEAD[0] * side / 2, middle_y - HEAD[1] * side / 2
@@ -343,7 +347,7 @@ def cut_out(photo: Photo, box: Box, person: str) -> Head | None:
 
 
 def heads_of(engine: FaceEngine, faces: Path, most: int) -> dict[str, list[Head]]:
-    """People whose photos show one face alone, with its head; photos reduced to what a scene needs."""
+    """The heads of at most `most` people, by person. Takes photos with exactly one face, at most two of each person."""
     found: dict[str, list[Head]] = {}
     for folder in sorted(path for path in faces.iterdir() if path.is_dir() and path.name != "hard"):
         for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:2]:
@@ -361,7 +365,7 @@ def heads_of(engine: FaceEngine, faces: Path, most: int) -> dict[str, list[Head]
 
 
 def answer(engine: FaceEngine, scene: Scene, policy: GalleryPolicy) -> str:
-    """`subject`, `refused`, `other` (somebody else's face was taken), or the slug of another refusal."""
+    """`subject`, `refused`, `other` (the face of another person was taken), or the slug of another refusal."""
     photo = decode(encode(np.asarray(scene.picture)), max_pixels=MOST_PIXELS)
     try:
         x, y, width, height = subject_of(engine, photo, policy).main.face.box
@@ -378,21 +382,21 @@ def answer(engine: FaceEngine, scene: Scene, policy: GalleryPolicy) -> str:
 
 
 def is_right(scene: Scene, got: str) -> bool:
-    """Whether a person would have answered so."""
+    """Whether the answer is an expected one."""
     if got == "subject":
         return bool(scene.subject)
     return got == "refused" and (scene.may_refuse or not scene.subject)
 
 
 def scenes(studio: Studio, each: int) -> Iterator[tuple[str, int, Scene]]:
-    """So many of each kind."""
+    """Scenes of all kinds, `each` of every kind: the kind, the number and the scene."""
     for name, draw in SCENES.items():
         for number in range(each):
             yield name, number, draw(studio)
 
 
 def main() -> None:
-    """Compose, ask, and print the table."""
+    """Compose the photos, ask for the subject of each, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faces", type=Path, required=True)
     parser.add_argument("--model-dir", type=Path, default=Path("~/.insightface/models").expanduser())
@@ -417,7 +421,7 @@ def main() -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             scene.picture.save(arguments.out / f"{name.replace(' ', '_')}-{number}-{got}.jpg", quality=90)
     engine.close()
-    print("| photo | right | subject taken | refused as multiple-faces | somebody else taken | other refusals |")
+    print("| photo | right | subject taken | refused as multiple-faces | another person taken | other refusals |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, row in table.items():
         rest = arguments.each - row["subject"] - row["refused"] - row["other"]

@@ -25,7 +25,7 @@ Scores = npt.NDArray[np.float64]
 MEASURED_RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 TAIL_RATES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 HIGHEST_POINT = 0.99
-#: The most prominent face is taken even when others are nearly as prominent.
+#: Takes the most prominent face, even if others are nearly as prominent.
 ANY_SHARE = GalleryPolicy(second_face_prominence=1)
 
 

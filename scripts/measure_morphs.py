@@ -28,7 +28,7 @@ from app.errors import Problem
 #: Twice the recogniser's crop: the blend is cut out as finely as it will be looked at.
 SIDE = 2 * CROP_SIDE
 RATES = (1e-3, 1e-4, 1e-5)
-#: The most prominent face is taken even when others are nearly as prominent.
+#: Takes the most prominent face, even if others are nearly as prominent.
 ANY_SHARE = GalleryPolicy(second_face_prominence=1)
 ACCOMPLICES = 100
 

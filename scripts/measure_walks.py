@@ -1,9 +1,10 @@
 """Whether added photos can lead an identity to another person: `python scripts/measure_walks.py PACK --faces DIR`.
 
-DIR holds a folder per person. A is enrolled by the first photo. An accomplice adds mixes of A and B, from much of A to little,
-and at last B. Then B's other photos are compared as a verification does. Measured for pairs of anybody, and for pairs with the
-accomplice who looks most like A. Also: what share of genuine photos is taken, and how far the score of two different people
-rises from one pair of photos to another. Prints one JSON object. docs/walks.json keeps figures, docs/adr/0038 explains them.
+DIR contains a folder for each person. Person A is enrolled by the first photo. Then mixes of A and an accomplice B are added,
+from much of A to little, and at last a photo of B. Then B's other photos are compared, as in a verification. The script measures
+pairs of random people, and pairs in which B is the person who looks most like A. It also measures which share of genuine photos
+is taken, and how far the score of two different people rises from one pair of their photos to another. It prints one JSON
+object. docs/walks.json has the figures, and docs/adr/0038 explains them.
 """
 
 import argparse
@@ -31,7 +32,7 @@ FOUR_STEPS = (0.65, 0.5, 0.35, 0.2)
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """The upright faces of somebody's photos, and their embeddings (n, d)."""
+    """The upright faces in the photos of one person, and their embeddings (n, d)."""
 
     faces: list[Pixels]
     vectors: Embedding
@@ -39,7 +40,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How later photos and selfies are judged. anchor: None for no anchor, as before."""
+    """How later photos and selfies are judged. anchor: None for the former rule, which had no anchor."""
 
     join: float
     verify: float
@@ -48,7 +49,7 @@ class Rule:
 
 
 def people_in(engine: FaceEngine, faces: Path) -> list[Person]:
-    """Everybody with several photos that are taken."""
+    """Everybody with several photos that the product takes."""
     found = []
     for folder in sorted(path for path in faces.iterdir() if path.is_dir() and path.name != "hard"):
         files = sorted(path for path in folder.iterdir() if path.is_file())[:MOST_PHOTOS]
@@ -67,7 +68,7 @@ def mixes(engine: FaceEngine, one: Pixels, other: Pixels) -> Embedding:
 
 
 def walks(enrolment: Embedding, added: Embedding, probes: Embedding, rule: Rule) -> bool:
-    """Whether one of the probes matches after the added photos were sent in, each in its turn."""
+    """Whether one of the probes matches after the photos in `added` were sent in, one after the other."""
     samples = list(enrolment)
     for photo in added:
         against = np.array(samples) if rule.is_chained else enrolment
@@ -139,12 +140,12 @@ def main() -> None:
 
 
 def share(scores: Embedding, threshold: float) -> float:
-    """Of the scores, those that reach the threshold."""
+    """The share of the scores that reach the threshold."""
     return round(float((scores >= threshold).mean()), 4)
 
 
 def anchors_cost(people: list[Person], verify: float, anchor: float) -> tuple[int, int]:
-    """Of genuine selfies that match one of several photos of an enrolment: how many, and how many an anchor refuses."""
+    """How many genuine selfies match one of several enrolment photos, and how many of these an anchor refuses."""
     matches = lost = 0
     for person in people:
         for enrolled_by in range(1, min(5, len(person.vectors) - 1) + 1):
@@ -156,7 +157,7 @@ def anchors_cost(people: list[Person], verify: float, anchor: float) -> tuple[in
 
 
 def rises(people: list[Person], verify: float, random: np.random.Generator) -> dict[str, float]:
-    """How far the score of two different people lies above that of another pair of their photos, which looked alike."""
+    """How far the score of two different people rises above that of another pair of their photos that looked alike."""
     differences: list[float] = []
     for index, person in enumerate(people):
         for other in people[index + 1 :]:

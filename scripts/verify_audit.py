@@ -161,7 +161,7 @@ def check(lines, keys, heads=(), *, is_partial=False, taken_at=None):  # what do
     most, at = max((h["size"], h["time"]) for h in [own, *good] if h is own or not taken_at or h["time"] <= taken_at)
     found += [f"event {own['size']}: cut off, with all behind it: {most} were signed at {at}"] * (most > own["size"])
     signed = sorted((h["time"], h["size"], h["root_hash"], h["key_id"]) for h in [own, *good])
-    for time, size, hash_, key in signed:  # in the order of their times, but for those of a key that was dated ahead
+    for time, size, hash_, key in signed:  # in the order of their times, except those of a key that was dated ahead
         (then, larger), last[key in ahead and key] = last.get(key in ahead and key, (time, size)), (time, size)
         found += [f"event {size}: set back, from {larger} events at {then} to {size} at {time}"] * (size < larger)
         found += [f"contradiction: two heads over {size} events, {time}"] * (known.setdefault(size, hash_) != hash_)
