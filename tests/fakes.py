@@ -80,7 +80,7 @@ class FakeEngine:
         return [Face((float(FACE_AT), float(FACE_AT), float(CROP_SIDE), float(CROP_SIDE)), landmarks, 0.99)]
 
     def is_upright(self, face: Face, length: float | None) -> bool:
-        """Its faces never stand otherwise."""
+        """Always: faces of this engine are upright."""
         del face, length
         return True
 

@@ -148,7 +148,7 @@ def test_a_photo_on_its_side_or_head_is_turned_upright(engine: FaceEngine, turns
     upright = pixels_of(ASTRONAUT)
     lying = np.ascontiguousarray(np.rot90(upright, turns))
     found = subject_of(engine, decode(encoded(lying, "PNG"), max_pixels=10**7), GalleryPolicy())
-    assert np.array_equal(found.photo.pixels, upright), "the photo that is stored stands upright"
+    assert np.array_equal(found.photo.pixels, upright), "the stored photo is upright"
     assert np.array_equal(found.vector[0], embedding(engine, upright)), "and gives the same template"
 
 
@@ -214,7 +214,7 @@ def test_h26_a_face_whose_landmarks_fall_together_is_refused_and_never_embedded(
 @pytest.mark.parametrize("weights", [WEIGHTS] if WEIGHTS is not None and "insightface" in kinds_here() else [])
 def test_what_insightface_itself_computes_is_what_we_compute(tmp_path: Path, weights: Path) -> None:
     engine = open_engine(settings_for("insightface", tmp_path), device="cpu").engine
-    # Where a photo is no finer than the crop, both read the same pixels. A finer photo we average first.
+    # If a photo is no finer than the crop, both read the same pixels. Idem averages a finer photo first.
     pixels = shrunk(pixels_of(ASTRONAUT), 400)[0]
     face = engine.detect(pixels)[0]
     recogniser = next((weights / BUFFALO).glob("w600k*.onnx"))

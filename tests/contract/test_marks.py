@@ -1,4 +1,4 @@
-"""What a place promises about its mark: asked of a folder, and of a bucket on an S3 server."""
+"""What a place promises about its mark: a folder, and a bucket on an S3 server."""
 
 import threading
 import uuid
@@ -32,7 +32,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def put(place: Place, request: pytest.FixtureRequest) -> PUT:
-    """Puts something there, whoever owns it."""
+    """Puts a foreign file into the place, without its guard."""
 
     def put_there(name: str) -> None:
         place.make()
@@ -91,7 +91,7 @@ def test_a_place_with_unknown_content_is_not_marked(place: Place, put: PUT, name
     assert place.mark() is None
 
 
-def test_a_place_that_holds_known_galleries_only_is_marked(place: Place, put: PUT) -> None:
+def test_a_place_with_known_galleries_only_is_marked(place: Place, put: PUT) -> None:
     for name in (f"{GALLERY}/a/b", f"{GALLERY}/c", ".incoming/half"):
         put(name)
     assert guard(place, "mine", GALLERY).claim().state == "ours"
@@ -106,7 +106,7 @@ def test_adopting_takes_a_place_over_and_deletes_nothing(place: Place, put: PUT)
     assert place.unknown(Owner("mine")) == ["notes.txt"]
 
 
-def test_of_many_that_claim_at_once_one_store_owns_the_place(place: Place) -> None:
+def test_one_store_owns_the_place_when_many_claim_it_at_once(place: Place) -> None:
     place.make()
     guards = [guard(place, f"store-{number % 2}") for number in range(8)]
     threads = [threading.Thread(target=one.claim) for one in guards]
@@ -119,7 +119,7 @@ def test_of_many_that_claim_at_once_one_store_owns_the_place(place: Place) -> No
     assert [one.look().state == "ours" for one in guards] == [one.owner.id == owner.store for one in guards]
 
 
-def test_a_mark_that_cannot_be_read_is_somebodys(place: Place, put: PUT) -> None:
+def test_an_unreadable_mark_counts_as_another_stores(place: Place, put: PUT) -> None:
     put(MARK)
     assert guard(place).claim().state == "foreign"
 
@@ -139,8 +139,8 @@ def test_other_places_of_the_store_may_lie_within(tmp_path: Path) -> None:
     assert Guard(FolderPlace("VECTOR_DB_PATH", tmp_path), owner).claim().unknown == ("database",)
 
 
-def test_a_mark_is_no_link(tmp_path: Path) -> None:
-    """Whoever can make a link there must not have another file read, or written through."""
+def test_a_link_is_not_accepted_as_a_mark(tmp_path: Path) -> None:
+    """A link in the place of the mark must not make the process read or write another file."""
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / MARK).symlink_to(elsewhere)
@@ -171,7 +171,7 @@ async def test_a_photo_store_changes_nothing_in_a_place_of_another_store(
         with pytest.raises(PhotosNotOurs, match="belongs to another store"):
             await change
     assert await store.get("a/b/c") == b"theirs", "it may be read"
-    assert [photo.key async for photo in store.list()] == ["a/b/c"], "the mark is no photo"
+    assert [photo.key async for photo in store.list()] == ["a/b/c"], "the mark does not count as a photo"
     store.guard.adopt()
     await store.put("a/b/d", b"mine")
     assert await store.delete(["a/b/c"]) == 1

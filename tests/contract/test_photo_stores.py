@@ -278,7 +278,7 @@ async def test_what_a_killed_process_left_half_written_is_removed_in_time(
         if name != new:
             os.utime(incoming / name, (two_hours_ago, two_hours_ago))
     await local.check()
-    assert {path.name for path in incoming.iterdir()} == {new, foreign}, "what no put has written stays"
+    assert {path.name for path in incoming.iterdir()} == {new, foreign}, "a file that no put has written stays"
     assert await listed(local) == []
 
 

@@ -344,7 +344,7 @@ def test_awkward_real_photos_are_taken_or_refused_as_their_condition_says(servic
         answer = service.app.post("/v1/identifications", files=[part(photo)], data={"gallery": gallery})
         said = slug_of(answer)
         is_let_in = said == "" and row["condition"] in overlooked
-        # A face that the detector sees in a dog may be too poor to take.
+        # The detector may see a face in a photo of a dog. Such a face may be refused as too poor.
         is_let_in = is_let_in or (said in {"", "low-quality"} and row["file"] in TAKEN_FOR_PEOPLE)
         if not is_let_in and said not in HARD.get(row["condition"], {said}):
             wrong[row["file"]] = said

@@ -1,4 +1,4 @@
-"""One caller's costly work holds up another one's by one job, and a search waits no longer than a comparison."""
+"""Costly work of one caller delays another caller by one job. A search waits no longer than a comparison."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from tests.e2e.builders import Service, again, app_with, base64_of, enrol, ident
 from tests.e2e.test_cost_of_refusals import SIDE, png
 
 FLOOD, ROUNDS = 12, 5
-#: The tests' machine runs other things as well.
+#: The machine of the tests runs other programs too.
 SLACK_SECONDS = 0.5
 
 
@@ -21,7 +21,7 @@ def _timed(work: Callable[[], httpx.Response]) -> tuple[float, httpx.Response]:
     return time.perf_counter() - began, answer
 
 
-def test_a7_photos_of_25_megapixels_from_one_application_hold_up_another_one_by_one_job(
+def test_a7_photos_of_25_megapixels_from_one_application_delay_another_one_by_one_job(
     service: Service, gallery: str
 ) -> None:
     person = people()[0]

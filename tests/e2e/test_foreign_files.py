@@ -1,4 +1,4 @@
-"""Foreign files in the places of a running stack, and a second stack beside the same places: nothing foreign is lost."""
+"""Foreign files in the places of a running stack, and a second stack with the same places. No foreign file is lost."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _plant(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_foreign_files_outlive_a_running_stack_and_a_second_stack_is_refused_beside_it(
+def test_a_running_stack_keeps_foreign_files_and_a_second_stack_in_its_places_is_refused(
     tmp_path: Path, stack_environment: dict[str, str]
 ) -> None:
     ann = people()[0]

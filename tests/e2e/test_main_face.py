@@ -1,4 +1,4 @@
-"""Which face is meant is one rule on every path, and every answer says which face it was."""
+"""One rule chooses the face on every path, and every answer says which face was taken."""
 
 import jwt
 import pytest
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 def with_bystander(photo: bytes, bystander: bytes) -> bytes:
-    """A photo that was not cropped around its subject: somebody stands small behind, on the right."""
+    """A photo that is not cropped around its subject: a smaller person is in the background, on the right."""
     wide = Image.new("RGB", (1000, 700), (150, 150, 150))
     wide.paste(opened(photo).resize((650, 650)), (100, 40))
     wide.paste(opened(bystander).resize((230, 230)), (760, 100))
@@ -33,7 +33,7 @@ def with_bystander(photo: bytes, bystander: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def crowded() -> bytes:
-    """The subject of all these tests, with somebody behind."""
+    """The subject of all these tests, with a person in the background."""
     return with_bystander(people()[2].photo, people()[3].photo)
 
 
@@ -91,7 +91,7 @@ def test_a_repetition_gets_the_same_face(service: Service, gallery: str, crowded
     assert one == other
 
 
-def test_a_gallery_of_passport_photos_takes_nobody_with_company(service: Service, crowded: bytes) -> None:
+def test_a_gallery_of_passport_photos_refuses_photos_with_other_people(service: Service, crowded: bytes) -> None:
     strict = new_gallery(service, faces="single")
     assert service.officer.get(f"/v1/galleries/{strict}").json()["policy"]["faces"] == "single"
     for path in ("/v1/identities", "/v1/identifications", "/v1/faces/quality"):

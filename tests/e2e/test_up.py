@@ -113,7 +113,7 @@ async def test_a_killed_part_comes_back_by_itself(own_stack: RunningStack, part:
 
 
 async def test_r3_a_part_comes_back_although_the_process_file_cannot_be_written(own_stack: RunningStack) -> None:
-    """As on a full disk. The second death was the one that nobody noticed."""
+    """As on a full disk. Before the fix, the second death of the part was not noticed."""
     pids = own_stack.data_dir / "pids.json"
     kept = pids.read_bytes()
     pids.unlink()

@@ -1,4 +1,4 @@
-"""The photo that is compared is the photo that people see: upright, in its ordinary colours, with nothing hidden in it."""
+"""The service compares the photo that people see: upright, in its ordinary colours, and without a hidden face."""
 
 import io
 
@@ -19,7 +19,7 @@ TURNS = {
 
 
 @pytest.mark.parametrize("turn", TURNS.values(), ids=TURNS.keys())
-def test_nobody_is_enrolled_twice_by_turning_the_photo(service: Service, gallery: str, turn: Image.Transpose) -> None:
+def test_turning_the_photo_does_not_enrol_a_person_twice(service: Service, gallery: str, turn: Image.Transpose) -> None:
     for person in people()[2:4]:
         first = enrol(service, gallery, person.photo)
         turned = jpeg(opened(person.photo).transpose(turn))

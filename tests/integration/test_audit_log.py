@@ -171,7 +171,7 @@ async def test_h60_heads_are_in_the_order_of_their_sizes_though_the_clock_jumps_
     assert await sign(runtime) == second, "one head for a size"
 
 
-async def test_heads_dated_ahead_end_with_a_new_key_when_the_clock_is_right_again(
+async def test_a_new_key_follows_heads_dated_ahead_when_the_clock_is_right_again(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -184,12 +184,14 @@ async def test_heads_dated_ahead_end_with_a_new_key_when_the_clock_is_right_agai
     right = await sign(runtime)
     assert abs(right.time - now()) < timedelta(seconds=5)
     assert right.key_id != ahead.key_id
-    assert await TreeHead.newest() == right, "the newest is over most events, whatever its time is"
-    await grow(runtime)  # the event that says why there is a new key
+    assert await TreeHead.newest() == right, (
+        "the newest head is the one over most events, not the one with the latest time"
+    )
+    await grow(runtime)  # numbers the event that says why there is a new key
     last = await sign(runtime)
     assert (last.size, last.key_id) == (4, right.key_id)
     assert await deliver(runtime) == 0
-    assert (await check(runtime, lambda *_: None)).findings == [], "every head outside is borne out"
+    assert (await check(runtime, lambda *_: None)).findings == [], "the log agrees with every head outside"
     told = await AuditEvent.find_one({"action": "audit.rotate_key"})
     assert told is not None
     assert "the clock was ahead" in str(told.detail["reason"])
@@ -296,7 +298,7 @@ async def test_heads_wait_for_an_evidence_store_that_is_away_and_none_is_lost(ru
     (tmp_path / "aside").rename(blocked)
     assert await deliver(runtime) == 0
     (name,) = await runtime.evidence.names("heads/")
-    assert Head.of(json.loads(await runtime.evidence.read(name))) == heads[-1].head, "it proves those before it"
+    assert Head.of(json.loads(await runtime.evidence.read(name))) == heads[-1].head, "it proves the heads before it"
     assert await TreeHead.waiting() == 0
     assert [head.id async for head in TreeHead.outside()] == [heads[-1].id]
 

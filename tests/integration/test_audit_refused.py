@@ -53,7 +53,7 @@ async def _picture(runtime: Runtime) -> dict[str, list[dict[str, object]]]:
     """Everything in the database but what may change without an action."""
     database = runtime.mongo[runtime.settings.mongodb_database]
     free = {"once", "stranger_counts", "leases", "idempotency_claims", "face_budgets", "failed_logins"}
-    # Written before the action, so that a sweep can prove whose a photo is: what it names may never come to be.
+    # These are written before the action, so that a sweep can prove which store owns a photo. The action may still be refused.
     free |= {"stores", "enrolments_begun"}
     names = sorted(set(await database.list_collection_names()) - free)
     return {name: await database[name].find().sort("_id").to_list() for name in names}

@@ -320,7 +320,7 @@ async def test_a_set_whose_moment_mongodb_has_forgotten_is_begun_anew(settings: 
             archive.begin(old)
             archive.write_state(old, text)
             assert (await back_up(runtime, folder, silent)).id != old
-            assert archive.unfinished() == [old], "nobody knows whose it is, so it stays"
+            assert archive.unfinished() == [old], "its store is unknown, so it stays"
 
 
 async def test_photos_are_copied_once_and_leave_the_folder_when_their_person_is_erased(
@@ -435,7 +435,7 @@ async def test_a6_a_restored_policy_erases_nobody_before_a_week_and_an_officer(
     await restored(settings, folder, replace=True)
     async with opened(settings) as runtime:
         assert await take_effect(runtime) == 0
-        assert await erase.erase_expired(runtime) == 0, "it may have been lifted since the backup"
+        assert await erase.erase_expired(runtime) == 0, "the retention may have been removed since the backup"
         gallery = await default_gallery()
         assert gallery.pending is not None
         assert (gallery.pending.value, gallery.pending.agreed_by) == (1, None)

@@ -1,4 +1,4 @@
-"""Cases with many candidates: a list shows the first of each, a case shows them page by page, and each person is opened once."""
+"""Cases with many candidates: a list shows the first ones, a single case shows pages, and each person is opened once."""
 
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ async def officer(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[http
 
 @pytest.fixture
 async def crowd(runtime: Runtime) -> list[Identity]:
-    """One face, enrolled again and again: each is a look-alike of all before it."""
+    """One face that is enrolled many times. Each identity looks like all before it."""
     return [await settled(runtime, "ann", capture=number) for number in range(LOOK_ALIKES)]
 
 

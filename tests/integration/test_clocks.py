@@ -1,4 +1,4 @@
-"""Hosts whose clocks are wrong beside a MongoDB whose clock is right: nobody is erased too soon, and everything is answered."""
+"""Hosts with a wrong clock, and a MongoDB with a right one. No one is erased too soon, and all requests are answered."""
 
 import asyncio
 import time
@@ -44,22 +44,22 @@ from workers.steady import SteadyWorker
 DAY = 86_400.0
 SetClock = Callable[[float], None]
 WRONG = [40 * DAY, -3 * DAY, 600.0]
-#: A verdict takes some 0.3 s; a machine at work may need ten times that. It used to take as long as the worker was behind.
+#: A verdict takes about 0.3 s. A busy machine may need ten times as long. Earlier, it took as long as the worker was behind.
 VERDICT_SECONDS = 5.0
 STARTS_WITHIN_SECONDS = 60.0
-#: What is measured and told every few seconds is seen by then.
+#: Checks that are measured every few seconds have changed by then.
 SEEN_WITHIN_SECONDS = 15.0
 
-# arq closes its connections by a method that redis deprecates.
+# arq closes its connections with a method that redis deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated close:DeprecationWarning")
 
 
-# ---- what cannot be undone ----
+# ---- actions that cannot be undone ----
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetClock]:
-    """Sets this host's clock: to so many seconds ahead of the true time."""
+    """Sets this host's clock a number of seconds ahead of the true time."""
     real = time.time
     with monkeypatch.context() as patched:
         yield lambda seconds: patched.setattr(time, "time", lambda: real() + seconds)
@@ -87,13 +87,13 @@ async def test_a_host_whose_clock_is_wrong_erases_nobody(runtime: Runtime, host:
     assert [await Identity.living(one.id) is None for one in (young, due)] == [False, True]
 
 
-async def test_mongodb_itself_is_asked_whether_the_time_is_over(
+async def test_mongodb_decides_whether_the_retention_time_is_over(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     young = await active(runtime, "young")
     await _keeps_thirty_days()
     ahead = now() + timedelta(days=40)
-    monkeypatch.setattr("app.use_cases.erase.now", lambda: ahead)  # whatever this process came to believe
+    monkeypatch.setattr("app.use_cases.erase.now", lambda: ahead)  # this process believes a wrong time
     await jobs.sweep_erasures({"runtime": runtime})
     assert (await known(young)).status == "active"
 
@@ -129,7 +129,7 @@ async def test_a_host_whose_clock_is_wrong_deletes_no_photos(runtime: Runtime, h
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-async def test_what_is_stored_has_mongodbs_time_whatever_the_hosts_is(
+async def test_stored_times_are_mongodbs_even_if_the_hosts_clock_is_wrong(
     runtime: Runtime, host: SetClock, wrong: float
 ) -> None:
     true = time.time()
@@ -141,7 +141,7 @@ async def test_what_is_stored_has_mongodbs_time_whatever_the_hosts_is(
         assert abs(moment.timestamp() - true) < 30
 
 
-async def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing(runtime: Runtime) -> None:
+async def test_times_stored_by_a_clock_that_was_ahead_block_nothing(runtime: Runtime) -> None:
     ahead = now() + timedelta(days=40)
     held = await Held.acquire("publish:x", "one who died meanwhile", 30)
     assert held is not None
@@ -165,7 +165,7 @@ async def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing(runtime: R
 
 @pytest.fixture
 async def steady(settings: Settings, redis_server: services.Server, database_name: str) -> AsyncIterator[SteadyWorker]:
-    """A worker with one sweep, every five seconds, that is driven by hand."""
+    """A worker with one sweep, every five seconds. The test runs its steps."""
 
     async def sweep(context: dict[str, Any]) -> None:
         del context
@@ -191,12 +191,12 @@ async def test_sweeps_neither_stop_nor_pile_up_when_the_clock_is_set(steady: Ste
     start = now()
     await queued(start + timedelta(seconds=5))
     assert await queued(start + timedelta(seconds=10)) == 1
-    assert await queued(start + timedelta(days=40)) == 1, "not one for each five seconds of forty days"
-    assert await queued(start + timedelta(seconds=20)) == 0, "set back: it is not due yet"
+    assert await queued(start + timedelta(days=40)) == 1, "one sweep, and not one for each five seconds of forty days"
+    assert await queued(start + timedelta(seconds=20)) == 0, "the clock was set back: the sweep is not due yet"
     assert await queued(start + timedelta(seconds=26)) == 1
 
 
-async def test_of_two_workers_one_carries_out_a_sweep(steady: SteadyWorker) -> None:
+async def test_only_one_of_two_workers_carries_out_a_sweep(steady: SteadyWorker) -> None:
     await steady.pool.delete(steady.queue_name)
     due = now() + timedelta(seconds=5)
     job = steady.cron_jobs[0]
@@ -225,7 +225,7 @@ async def test_a_worker_that_no_longer_looks_at_its_queue_has_no_heartbeat(
         assert first != await beaten()
         await asyncio.sleep(0.6)
         last = await beaten()
-        assert last == await beaten(), "the process lives, and nobody looks"
+        assert last == await beaten(), "the process runs, but does not look at its queue"
     assert await Heartbeat.count() == 0
 
 
@@ -308,7 +308,7 @@ async def test_ready_says_how_far_a_workers_clock_is_off(runtime: Runtime, doors
 
 @pytest.fixture
 def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A host with a time zone, as a developer's has."""
+    """A host with a time zone, like a developer's."""
     with monkeypatch.context() as patched:
         patched.setenv("TZ", "Asia/Tokyo")
         time.tzset()
@@ -317,7 +317,7 @@ def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def test_the_time_is_that_of_a_real_mongod_in_any_time_zone(runtime: Runtime, in_tokyo: None) -> None:
-    clock = Clock(lambda: 0.0)  # a host that believes in 1970
+    clock = Clock(lambda: 0.0)  # a host whose clock says 1970
     await clock.measure(runtime.mongo)
     assert abs(clock.time() - time.time()) < 2
     assert not clock.agrees
@@ -328,7 +328,7 @@ async def test_the_time_is_that_of_a_real_mongod_in_any_time_zone(runtime: Runti
 
 @dataclass(slots=True)
 class Hosts:
-    """Two API processes and a worker, each with a clock of its own."""
+    """Two API processes and a worker, each with its own clock."""
 
     clocks: dict[str, skew.Skew]
     ports: dict[str, int]
@@ -350,7 +350,7 @@ class Hosts:
         return token
 
     async def enrol(self, api: str, token: str) -> float:
-        """Enrol somebody new; how many seconds the verdict took."""
+        """Enrol a new person. Returns how many seconds the verdict took."""
         self.people += 1
         began = time.monotonic()
         answer = await self.http.post(
@@ -362,7 +362,7 @@ class Hosts:
         return time.monotonic() - began
 
     async def until(self, api: str, check: str, status: str) -> dict[str, Any]:
-        """What /ready says of one check, once it has that status."""
+        """Wait until a check of /ready has this status. Returns the check."""
         seen: dict[str, Any] = {}
         async with asyncio.timeout(SEEN_WITHIN_SECONDS):
             while seen.get("status") != status:
@@ -459,15 +459,15 @@ async def test_while_every_hosts_clock_is_wrong_no_head_is_signed_and_afterwards
 ) -> None:
     token = await hosts.log_in("api-1")
     hosts.set(wrong)
-    await asyncio.sleep(1)  # a head may be on its way
+    await asyncio.sleep(1)  # a head may be in progress
     async with open_runtime(hosts.settings, FakeEngine()):
         signed = await TreeHead.count()
         assert await hosts.enrol("api-2", token) < VERDICT_SECONDS
         await asyncio.sleep(2)
         assert await TreeHead.count() == signed
-        assert await AuditEvent.unnumbered(1) == [], "events have their numbers none the less"
+        assert await AuditEvent.unnumbered(1) == [], "events are numbered in spite of the clocks"
         checkpoint = await hosts.get("api-1", "/v1/audit/checkpoint", token)
-        assert checkpoint.is_success, "the newest that there is"
+        assert checkpoint.is_success, "the answer is the newest head that exists"
         hosts.set(0)
         async with asyncio.timeout(SEEN_WITHIN_SECONDS):
             while (tree := await AuditTree.current()).signed_size != tree.size:

@@ -219,7 +219,7 @@ async def test_the_crop_that_is_compared_can_be_seen_and_each_view_is_an_event(
     assert np.array_equal(pixels_of_bytes(crop), whole)
     events = await AuditEvent.find({"action": "identity.photo.view"}).sort("_id").to_list()
     assert [event.detail for event in events] == [{"sample_id": sample.id}, {"sample_id": sample.id, "crop": True}]
-    # A sample of an older version does not say where its face lies: it is looked for again.
+    # A sample of an older version does not say where its face is, so the face is searched for again.
     old = ann.model_copy(update={"samples": [sample.model_copy(update={"landmarks": None})]})
     small, large = (
         Face((0.0, 0.0, side, side), (TEMPLATE * side / CROP_SIDE).astype(np.float32), 0.9) for side in (50.0, 100.0)

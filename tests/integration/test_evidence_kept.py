@@ -1,4 +1,4 @@
-"""The evidence store is kept whole, and does not grow by a file a second."""
+"""The evidence store is kept complete, and does not grow by a file a second."""
 
 import asyncio
 import shutil
@@ -31,7 +31,7 @@ async def _kept(runtime: Runtime) -> dict[str, bytes]:
 
 
 async def _with_evidence(runtime: Runtime) -> dict[str, bytes]:
-    """A key, two heads, and the line of somebody who was erased."""
+    """A key, two heads, and the line of a person who was erased."""
     gallery: Gallery = await default_gallery()
     ann = await active(runtime, "ann")
     for _ in range(2):
@@ -56,7 +56,7 @@ async def test_r5_a_lost_evidence_store_is_found_by_the_check_and_written_again_
     found = await _findings(runtime)
     assert found.counts["evidence-missing"] == len(before)
     assert found.standing >= len(before)
-    assert await _kept(runtime) == {}, "looking writes nothing"
+    assert await _kept(runtime) == {}, "a check without repair writes nothing"
     mended = await _findings(runtime, repair=True)
     assert mended.counts["evidence-missing"] == len(before)
     assert await _kept(runtime) == before, "byte by byte"
@@ -66,7 +66,7 @@ async def test_r5_a_lost_evidence_store_is_found_by_the_check_and_written_again_
 async def test_r5_a_lost_evidence_store_is_written_again_by_itself(runtime: Runtime) -> None:
     before = await _with_evidence(runtime)
     shutil.rmtree(runtime.settings.evidence_path)
-    # Something new is delivered first: the store looks alive again.
+    # A new head is delivered first, so the store is no longer empty.
     await _told(runtime)
     while await sequence.grow(runtime):
         pass
@@ -87,7 +87,7 @@ async def test_r5_one_lost_file_of_each_kind_is_written_again_once_a_day(runtime
     assert await keep_evidence(runtime, whole=True) == 0
 
 
-async def test_an_evidence_store_that_is_away_is_not_taken_for_lost(
+async def test_an_evidence_store_that_does_not_answer_does_not_count_as_lost(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await _with_evidence(runtime)
@@ -104,8 +104,8 @@ async def test_an_evidence_store_that_is_away_is_not_taken_for_lost(
     assert await _kept(runtime) == before
 
 
-async def test_r11_one_head_a_minute_goes_outside_however_many_are_signed(runtime: Runtime) -> None:
-    """86,400 files a day were the old count: one for each second with an event."""
+async def test_r11_one_head_a_minute_is_uploaded_however_many_are_signed(runtime: Runtime) -> None:
+    """Earlier, there was a file for each second with an event: up to 86,400 a day."""
     runtime.settings.audit_head_seconds = 0.05
     runtime.settings.audit_checkpoint_seconds = 60
     async with sequence.kept_up(runtime), asyncio.timeout(60):
@@ -114,7 +114,7 @@ async def test_r11_one_head_a_minute_goes_outside_however_many_are_signed(runtim
             await asyncio.sleep(0.02)
         assert len(await runtime.evidence.names(HEADS)) == 1
         assert await TreeHead.waiting() >= 6
-        # A minute later the newest one goes outside, and proves those before it.
+        # A minute later, the newest head is uploaded. It proves the heads before it.
         (first,) = [head async for head in TreeHead.outside()]
         past = {"$set": {"time": now() - timedelta(seconds=61)}}
         await TreeHead.get_pymongo_collection().update_one({"_id": first.id}, past)

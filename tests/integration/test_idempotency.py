@@ -84,7 +84,7 @@ async def _let_the_lease_run_out() -> None:
 
 
 async def _until_it_would_be_over() -> None:
-    """Wait for as long as the lease lasts that the key has at the moment."""
+    """Wait as long as the key's present lease lasts."""
     claim = await IdempotencyClaim.find_one()
     assert claim is not None
     await asyncio.sleep((claim.lease_until - now()).total_seconds() + 0.01)
@@ -189,7 +189,7 @@ def slow_reading(monkeypatch: pytest.MonkeyPatch) -> SlowReading:
 
 
 async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, slow_reading: SlowReading) -> None:
-    """It held the key for longer than the lease, and somebody else completed the request meanwhile."""
+    """It had the key for longer than the lease, and another request completed the work."""
     first = asyncio.create_task(door.enrol("key-1", "ann"))
     await slow_reading.begun.wait()
     await _let_the_lease_run_out()
@@ -204,7 +204,7 @@ async def test_a_slow_first_request_that_lost_its_key_does_nothing(door: Door, s
 async def test_r6_a_key_is_held_for_as_long_as_its_request_runs_and_free_soon_after_its_owner_died(
     door: Door, slow_reading: SlowReading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It is renewed ten times while it lasts, so that a busy machine may be late.
+    # The lease is renewed ten times in its life, so that a busy machine may be late.
     monkeypatch.setattr(claims, "CLAIM_LEASE", timedelta(seconds=1.5))
     monkeypatch.setattr(dependencies, "RENEW_SECONDS", 0.15)
     first = asyncio.create_task(door.enrol("key-1", "ann"))
@@ -212,7 +212,7 @@ async def test_r6_a_key_is_held_for_as_long_as_its_request_runs_and_free_soon_af
     await _until_it_would_be_over()
     meanwhile = await door.enrol("key-1", "ann")
     assert (meanwhile.status_code, _slug(meanwhile)) == (409, "idempotency-in-progress")
-    first.cancel()  # as if its process had died: nobody renews any more
+    first.cancel()  # as if its process had died: the lease is no longer renewed
     await asyncio.gather(first, return_exceptions=True)
     await _in_progress()
     await _until_it_would_be_over()

@@ -58,7 +58,7 @@ CLOSE = 0.01
 class Sample:
     """A photo as the model knows it. is_new: it waits for its screening, or for a decision about it.
 
-    is_gone: it was removed, and stays here so that the others keep their places.
+    is_gone: it was removed. It stays in the list, so that the other samples keep their indexes.
     """
 
     seq: int
@@ -82,7 +82,7 @@ class Person:
 
     @property
     def anchor(self) -> Embedding:
-        """The one photo that everybody here is enrolled by."""
+        """The enrolment photo. In this model, each person is enrolled by one photo."""
         return self.samples[0].vector
 
 
@@ -125,7 +125,7 @@ class Model:
         return float(one @ other) >= self.threshold
 
     def candidates(self, identity_id: str, index: int) -> dict[str, float]:
-        """Whom the sample looks like, and how much, among all that came before it and are not erased or removed."""
+        """The people whom the sample looks like, with scores, among earlier samples that are not erased or removed."""
         mine = self.people[identity_id].samples[index]
         found = {}
         for other, person in self.people.items():
@@ -135,7 +135,7 @@ class Model:
         return found
 
     def is_distinct(self, *two: str) -> bool:
-        """Whether somebody called the two distinct, on a score that is not far below the best one seen."""
+        """Whether an officer called the two distinct, on a score that is not far below the best one seen."""
         known = self.pairs.get(frozenset(two))
         return known is not None and known.decision == "distinct" and known.score <= known.made_on + self.margin
 
@@ -145,7 +145,7 @@ class Model:
         return {o for o in others if not self.is_distinct(identity_id, o) and self.people[o].status == "active"}
 
     def score_with(self, person: Person, vector: Embedding) -> float:
-        """The score that counts: with the best photo, where it reaches the anchor's threshold with the enrolment."""
+        """The score that counts: with the best photo, if the score with the enrolment photo reaches the anchor's threshold."""
         best = max(float(one @ vector) for one in person.references)
         anchor = float(person.anchor @ vector)
         return best if anchor >= self.limits.anchor else min(best, anchor)

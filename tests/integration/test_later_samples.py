@@ -58,7 +58,7 @@ async def test_a_photo_of_somebody_else_is_refused_at_once(runtime: Runtime) -> 
 
 
 async def _walked(runtime: Runtime) -> tuple[Identity, list[bool]]:
-    """Ann after photos that show her less and less, and bob at last; which of them were taken."""
+    """Ann after photos that show her less and less, and at last bob. Also returns which photos were taken."""
     ann, taken = await active(runtime, "ann"), []
     for number, parts in enumerate([("ann", "ann", "bob"), ("ann", "bob"), ("ann", "bob", "bob"), ("bob",)]):
         try:
@@ -72,7 +72,7 @@ async def _walked(runtime: Runtime) -> tuple[Identity, list[bool]]:
 
 async def test_small_steps_do_not_lead_to_another_person(runtime: Runtime) -> None:
     ann, taken = await _walked(runtime)
-    assert taken == [True, True, True, False], "each is compared with the enrolment, not with the one before"
+    assert taken == [True, True, True, False], "each photo is compared with the enrolment, not with the photo before"
     assert len(ann.active_samples) == 4
 
 
@@ -81,14 +81,14 @@ async def test_another_person_does_not_match_by_samples_that_show_both(runtime: 
     answer = await verified(runtime, ann, "bob")
     assert not answer.match
     assert answer.score is not None
-    assert answer.score < answer.threshold, "what is shown is the score with the enrolment"
+    assert answer.score < answer.threshold, "the answer shows the score with the enrolment"
     assert (await identified(runtime, "bob")).candidates == []
     assert (await verified(runtime, ann, "ann")).match
     assert [c.identity_id for c in (await identified(runtime, "ann")).candidates] == [ann.id]
 
 
 async def test_every_photo_of_the_enrolment_counts(runtime: Runtime) -> None:
-    """Of two photos that somebody was enrolled by, one shows an accomplice as well."""
+    """A person was enrolled by two photos. One of them also shows an accomplice."""
     photos = [portrait("ann"), portrait("ann", "bob", capture=1)]
     action = by_officer("identity.enrol")
     ann = await screened(runtime, await enrol.enrol(runtime, action, await default_gallery(), photos, Attributes()))
@@ -162,7 +162,7 @@ async def test_a_look_alike_called_distinct_before_holds_no_later_sample_back(ru
 
 
 async def _distinct_by_a_low_score(runtime: Runtime) -> tuple[Identity, Identity, Pair]:
-    """Ann, and somebody who looks a little like her, and whom a person called distinct from her."""
+    """Ann, and a person who looks a little like her. An officer called the two distinct."""
     ann = await active(runtime, "ann")
     cid, case = await suspected(runtime, "ann", "bob", "cid", "dan")
     await decided(runtime, case, "distinct")
@@ -206,19 +206,19 @@ async def test_an_equal_score_is_covered_and_the_decision_is_not_made_wider_by_i
     assert pair.decided_score == before.score
 
 
-async def test_a_score_of_another_model_asks_again_and_what_stands_stays(runtime: Runtime) -> None:
+async def test_a_score_of_another_model_asks_again_and_earlier_decisions_stay(runtime: Runtime) -> None:
     ann, cid, before = await _distinct_by_a_low_score(runtime)
     other = {"$set": {"decided_contract": "sha256:other", "contract": "sha256:other"}}
     await Pair.get_pymongo_collection().update_one({"_id": before.id}, other)
     await revoked(runtime, cid)
-    assert (await reinstated(runtime, cid)).status == "active", "nothing was measured since"
+    assert (await reinstated(runtime, cid)).status == "active", "no score was measured since"
     cid = await with_sample(runtime, cid, "ann", "bob", "cid", "dan", capture=6)
     assert (await case_about(cid)).candidates[0].identity_id == ann.id
     (pair,) = await Pair.of(ann.id)
     assert pair.contract == runtime.engine.card.contract, "scores of two models are not compared"
 
 
-async def test_a_pair_that_is_measured_anew_keeps_its_decision(runtime: Runtime) -> None:
+async def test_a_pair_that_is_measured_again_keeps_its_decision(runtime: Runtime) -> None:
     ann, cid, before = await _distinct_by_a_low_score(runtime)
     other = {
         "$set": {"decided_contract": "sha256:other", "contract": "sha256:other", "decided_score": 0.9, "score": 0.9}

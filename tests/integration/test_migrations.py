@@ -1,4 +1,4 @@
-"""Stored documents of older versions are brought into today's shape at the start."""
+"""Stored documents of older versions are migrated at the start."""
 
 import asyncio
 from typing import Any
@@ -15,7 +15,7 @@ from tests.fakes import FakeEngine
 
 
 async def make_old(runtime: Runtime, name: str, share: float) -> None:
-    """A gallery as the version before left it."""
+    """A gallery as the version before stored it."""
     gallery = await runtime.create_gallery(name, GalleryPolicy(quality="strict"))
     await Gallery.get_pymongo_collection().update_one(
         {"_id": gallery.id},
@@ -53,7 +53,7 @@ async def test_a_policy_keeps_a_share_set_by_hand_and_gets_the_new_default_other
 
 async def test_processes_that_start_together_migrate_once(old_store: Settings) -> None:
     async def start() -> None:
-        # The step alone: in one process the models are bound to one client.
+        # Only the migration step, because the models of one process are bound to one client.
         async with pymongo.AsyncMongoClient[dict[str, Any]](old_store.mongodb_uri) as client:
             await migrations.migrate(client[old_store.mongodb_database])
 
@@ -63,7 +63,7 @@ async def test_processes_that_start_together_migrate_once(old_store: Settings) -
     }  # fmt: skip
 
 
-async def test_what_an_older_process_writes_meanwhile_is_read_and_migrated_by_the_next_start(
+async def test_documents_of_an_older_process_are_read_and_migrated_at_the_next_start(
     settings: Settings,
 ) -> None:
     async with open_runtime(settings, FakeEngine()) as runtime:

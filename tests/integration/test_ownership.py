@@ -1,4 +1,4 @@
-"""Whose folders and buckets these are: two databases beside the same places, foreign files in them, drills and copies."""
+"""Owners of folders and buckets: two databases with the same places, foreign files, restore drills and copied databases."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ from tests.support.services import Server
 from workers import jobs
 
 DAYS_AGO = time.time() - 2 * 24 * 3600
-#: What the reports found deleted, and variants.
+#: Files that earlier versions deleted according to reports, and variants.
 FOREIGN_FILES = (
     "gallery/identity/sample", "home/ann/thesis.txt", "notes.txt", "notes", "deep/a/b/c/d/e/f", "photos/a", "other_index/b",
     f"{new_id()}/{new_id()}/{new_id()}", f"{new_id()}/{new_id()}-3/MANIFEST.json", f"{new_id().upper()}/x", "empty/folder/",
@@ -44,7 +44,7 @@ FOREIGN_FILES = (
 
 
 def plant(root: Path, names: tuple[str, ...] = FOREIGN_FILES) -> set[str]:
-    """Put foreign files there that are two days old; what lies there now."""
+    """Put foreign files there that are two days old. Returns the content afterwards."""
     for name in names:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def plant(root: Path, names: tuple[str, ...] = FOREIGN_FILES) -> set[str]:
 
 
 def content(root: Path) -> set[str]:
-    """Every file, link and folder below it, but what the store itself keeps beside them."""
+    """Every file, link and folder below it, except files that only serve the store itself."""
     found = {str(path.relative_to(root)) for path in root.rglob("*")}
     return {name for name in found if name != ".incoming" and not name.startswith(MARK) and not name.endswith(".lock")}
 
@@ -66,7 +66,7 @@ def places(settings: Settings) -> list[Path]:
 
 
 async def swept(runtime: Runtime) -> None:
-    """All that deletes by itself."""
+    """Run everything that deletes files without being asked."""
     await jobs.sweep_orphan_photos(jobs.Context(runtime=runtime))
     await keep_promises(runtime)
     published = {gallery.id for gallery in await Gallery.find_all().to_list() if gallery.published is not None}
@@ -83,7 +83,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def another(settings: Settings) -> Iterator[Settings]:
-    """The settings of another database beside the same places."""
+    """The settings of another database with the same places."""
     name = settings.mongodb_database.replace("test", "two")
     yield settings.model_copy(update={"mongodb_database": name})
     with pymongo.MongoClient[dict[str, object]](settings.mongodb_uri) as client:
@@ -92,7 +92,7 @@ def another(settings: Settings) -> Iterator[Settings]:
 
 @pytest.fixture
 async def published(settings: Settings) -> set[str]:
-    """A store with people, photos, index and copies, which does not run at the moment; what lies in its places."""
+    """The content of a stopped store's places. The store has people, photos, an index and copies."""
     async with open_runtime(settings, FakeEngine()) as runtime:
         await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
         await active(runtime, "ann")
@@ -106,7 +106,7 @@ async def published(settings: Settings) -> set[str]:
     return {f"{root}/{name}" for root in places(settings) for name in content(root)}
 
 
-async def test_a_second_database_beside_the_same_places_does_not_start(
+async def test_a_second_database_with_the_same_places_does_not_start(
     settings: Settings, another: Settings, published: set[str]
 ) -> None:
     with pytest.raises(PlaceRefused) as refused:
@@ -172,7 +172,7 @@ async def test_existing_places_without_marks_are_taken_into_use_without_an_opera
         assert (await identified(runtime, "ann")).candidates
 
 
-async def test_one_folder_for_everything_is_one_stores(settings: Settings, tmp_path: Path) -> None:
+async def test_one_folder_for_everything_belongs_to_one_store(settings: Settings, tmp_path: Path) -> None:
     one = tmp_path / "one"
     paths = {"storage_path": one, "vector_db_path": one, "index_cache_path": one / "copies", "evidence_path": one}
     together = settings.model_copy(update=paths)
@@ -223,7 +223,7 @@ async def test_a_drill_reads_the_photos_of_another_store_and_changes_nothing(
     assert {f"{root}/{name}" for root in places(settings) for name in content(root)} == published
     async with open_runtime(settings, FakeEngine()) as runtime:
         assert not [name for name in await runtime.evidence.names(LEDGER) if ann.id in name], (
-            "nobody is erased here by it"
+            "the ledger erases no one here"
         )
         assert (await identified(runtime, "ann")).candidates
 
@@ -231,7 +231,7 @@ async def test_a_drill_reads_the_photos_of_another_store_and_changes_nothing(
 async def test_a_copied_database_is_a_store_of_its_own(
     settings: Settings, another: Settings, published: set[str]
 ) -> None:
-    """As mongodump and mongorestore copy it, with the id of the store."""
+    """As mongodump and mongorestore copy it. The copy has the same store id."""
     with pymongo.MongoClient[dict[str, Any]](settings.mongodb_uri) as client:
         source, target = client[settings.mongodb_database], client[another.mongodb_database]
         for name in source.list_collection_names():
@@ -269,7 +269,7 @@ async def test_a_restore_in_place_keeps_the_store_and_its_proofs(settings: Setti
         assert [photo.key async for photo in runtime.photos.list()] == [ann.samples[0].photo_key]
 
 
-async def test_proofs_of_enrolments_go_when_they_are_needed_no_more(
+async def test_proofs_of_enrolments_are_deleted_when_they_are_no_longer_needed(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann = await active(runtime, "ann")
@@ -281,7 +281,7 @@ async def test_proofs_of_enrolments_go_when_they_are_needed_no_more(
     assert await EnrolmentBegun.find_all().count() == 0
 
 
-async def test_index_files_of_a_removed_gallery_go_and_foreign_ones_beside_them_stay(runtime: Runtime) -> None:
+async def test_index_files_of_a_removed_gallery_are_deleted_and_foreign_files_stay(runtime: Runtime) -> None:
     gallery = await galleries.create(runtime, by_officer("gallery.create"), "north", None, runtime.starting_policy())
     await publish(runtime, by_system("index.publish"), gallery.id, holder="test")
     share = runtime.settings.vector_db_path
@@ -330,7 +330,7 @@ async def test_the_evidence_of_another_store_is_read_and_never_written(settings:
             await runtime.evidence.append("heads/2026-11-21/three.json", b"theirs")
 
 
-async def test_a_bucket_that_staging_and_production_share_is_productions(
+async def test_a_bucket_that_staging_and_production_share_belongs_to_production(
     settings: Settings, another: Settings, s3_server: Server
 ) -> None:
     server: dict[str, object] = {
@@ -347,7 +347,7 @@ async def test_a_bucket_that_staging_and_production_share_is_productions(
     with pytest.raises(PlaceRefused, match=r"^MINIO_BUCKET photos-.* belongs to another store"):
         async with open_runtime(staging, FakeEngine()):
             pass
-    # Away when staging starts: then it is asked before the first change.
+    # The S3 server does not answer when staging starts, so the owner is checked before the first change.
     closed = staging.model_copy(update={"minio_endpoint": "127.0.0.1:1"})
     async with open_runtime(closed, FakeEngine()) as runtime:
         with pytest.raises(PhotoStoreUnavailable):
@@ -364,16 +364,18 @@ async def test_a_bucket_that_staging_and_production_share_is_productions(
         assert await runtime.photos.get(ann.samples[0].photo_key)
 
 
-async def test_the_default_place_of_copies_is_each_stores_own(settings: Settings, another: Settings) -> None:
+async def test_each_store_has_its_own_default_place_of_copies(settings: Settings, another: Settings) -> None:
     fields = settings.model_dump(exclude={"index_cache_path"}, exclude_unset=True)
     default = Settings(_env_file=None, **fields)  # type: ignore[call-arg]
     first, second = default.index_copies_of("one"), default.index_copies_of("two")
     assert first != second
     assert first.parent == second.parent == default.index_cache_path
-    assert settings.index_copies_of("one") == settings.index_cache_path, "what an operator names is taken as it is"
+    assert settings.index_copies_of("one") == settings.index_cache_path, (
+        "a path that an operator sets is used unchanged"
+    )
 
 
-async def test_copies_that_a_former_version_left_in_the_default_place_go(
+async def test_copies_of_an_earlier_version_in_the_default_place_are_deleted(
     settings: Settings, published: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -394,7 +396,7 @@ async def test_copies_that_a_former_version_left_in_the_default_place_go(
 
 
 async def test_a_deletion_that_the_ledger_alone_knows_proves_a_photo(runtime: Runtime) -> None:
-    """An erased person of a gallery that is no more: the documents have forgotten them."""
+    """An erased person of a deleted gallery. Only the ledger still knows them."""
     gallery = await default_gallery()
     identity_id = new_id()
     await Deletion(id=identity_id, gallery_id=gallery.id, erased_at=gallery.created_at, event_id=new_id()).insert()
@@ -404,7 +406,7 @@ async def test_a_deletion_that_the_ledger_alone_knows_proves_a_photo(runtime: Ru
     assert await sweep_photos.sweep_photos(runtime) == 1
 
 
-async def test_backups_of_another_store_in_the_same_folder_are_left_alone(
+async def test_backups_of_another_store_in_the_same_folder_stay(
     settings: Settings, another: Settings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "backups"

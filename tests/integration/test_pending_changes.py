@@ -26,7 +26,7 @@ Page = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Callers:
-    """Who has to do with a policy. both: an admin who is an officer too."""
+    """Callers who act on a policy. both: an admin who is also an officer. stranger: an officer of another gallery."""
 
     admin: httpx.AsyncClient
     officer: httpx.AsyncClient
@@ -37,7 +37,7 @@ class Callers:
 
 @pytest.fixture
 async def callers(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Callers]:
-    """An admin, an officer, an officer of another gallery, somebody with both roles, and an application that is an officer."""
+    """An admin, an officer, an officer of another gallery, a user with both roles, and an application with the officer's role."""
     app = app_on(runtime)
     tokens = [
         await token_of(runtime, app, "ada", "admin", None),
@@ -99,11 +99,11 @@ async def test_a6_a_retention_erases_nobody_before_its_time_and_without_a_second
     assert timedelta(days=7) - timedelta(seconds=60) < wait <= timedelta(days=7)
     assert (await callers.officer.get(PATH)).json()["pending"] == pending
     await _swept(runtime)
-    assert (await known(old)).status == "active", "neither the time has come nor has anybody agreed"
+    assert (await known(old)).status == "active", "it is too early, and no officer has agreed"
 
     await _let_the_time_come()
     await _swept(runtime)
-    assert (await known(old)).status == "active", "nobody has agreed"
+    assert (await known(old)).status == "active", "no officer has agreed"
 
     answer = await _agreed(callers.officer)
     assert answer.status_code == 200, answer.text
@@ -139,7 +139,7 @@ async def test_the_wait_goes_by_mongodb_s_clock_and_not_by_the_host_s(
     assert await galleries.take_effect(runtime) == 0
 
 
-async def test_a6_an_event_tells_each_step_with_old_and_new_values(runtime: Runtime, callers: Callers) -> None:
+async def test_a6_an_event_records_each_step_with_old_and_new_values(runtime: Runtime, callers: Callers) -> None:
     await _patched(callers.admin, retention_days=3000, verify_threshold=0.6)
     await _agreed(callers.officer, field="retention_days", value=3000, reason="as the law asks")
     await _let_the_time_come()
@@ -159,8 +159,8 @@ async def test_a6_an_event_tells_each_step_with_old_and_new_values(runtime: Runt
 async def test_who_may_agree(callers: Callers) -> None:
     await _patched(callers.both, retention_days=30)
     for caller, status in (
-        (callers.admin, 403),  # no officer
-        (callers.machine, 403),  # no person
+        (callers.admin, 403),  # not an officer
+        (callers.machine, 403),  # not a person
         (callers.stranger, 404),  # of another gallery
         (callers.both, 409),  # asked for it
     ):
@@ -204,7 +204,7 @@ async def test_switching_second_review_off_waits_as_well(runtime: Runtime, calle
     assert (await default_gallery()).policy.second_review is False
 
 
-async def test_null_is_no_way_around_the_wait(callers: Callers) -> None:
+async def test_null_does_not_avoid_the_wait(callers: Callers) -> None:
     await _patched(callers.admin, second_review=True)
     page = await _patched(callers.admin, second_review=None)
     assert (page["policy"]["second_review"], page["pending"]["field"]) == (True, "second_review")
@@ -226,7 +226,7 @@ async def test_one_change_waits_at_a_time(callers: Callers) -> None:
     assert again["policy"]["verify_threshold"] == 0.5
 
 
-async def test_a_longer_retention_holds_at_once_and_ends_a_pending_shorter_one(callers: Callers) -> None:
+async def test_a_longer_retention_applies_at_once_and_cancels_a_pending_shorter_one(callers: Callers) -> None:
     await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.retention_days": 100}})
     shorter = await _patched(callers.admin, retention_days=50)
     assert (shorter["policy"]["retention_days"], shorter["pending"]["value"]) == (100, 50)
@@ -239,7 +239,7 @@ async def test_a_longer_retention_holds_at_once_and_ends_a_pending_shorter_one(c
     assert [one["new"] for one in cancelled if isinstance(one, dict)] == [50, 150]
 
 
-async def test_a_new_gallery_s_retention_holds_at_once_for_nobody_is_in_it(callers: Callers) -> None:
+async def test_the_retention_of_a_new_gallery_applies_at_once_because_it_is_empty(callers: Callers) -> None:
     made = await callers.admin.post("/v1/galleries", json={"name": "young", "policy": {"retention_days": 30}})
     assert (made.json()["policy"]["retention_days"], made.json()["pending"]) == (30, None)
     (event,) = await _events("gallery.create")

@@ -1,4 +1,4 @@
-"""Where a gallery asks for two officers, erasures and changed references are proposed first."""
+"""If a gallery asks for two officers, erasures and changes of references are proposed first."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ Page = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Two officers, one of another gallery, and an application that is an officer."""
+    """Two officers, an officer of another gallery, and an application with the officer's role."""
 
     one: httpx.AsyncClient
     two: httpx.AsyncClient
@@ -130,7 +130,7 @@ async def test_an_application_s_proposal_needs_a_person(runtime: Runtime, desk: 
     assert (await _agreed(desk.one, proposal_id)).status_code == 200
 
 
-async def test_what_was_changed_since_is_not_agreed_to(runtime: Runtime, desk: Desk) -> None:
+async def test_a_proposal_about_a_changed_identity_cannot_be_agreed_to(runtime: Runtime, desk: Desk) -> None:
     ann = await active(runtime, "ann")
     first = await _proposed(await _erasure(desk.one, ann))
     changed = await desk.one.patch(f"/v1/identities/{ann.id}", json={"full_name": "Ann Other"})
@@ -144,7 +144,7 @@ async def test_what_was_changed_since_is_not_agreed_to(runtime: Runtime, desk: D
     assert (await _agreed(desk.two, second)).status_code == 200
 
 
-async def test_the_same_proposed_again_is_the_same_proposal(runtime: Runtime, desk: Desk) -> None:
+async def test_proposing_the_same_again_gives_the_same_proposal(runtime: Runtime, desk: Desk) -> None:
     ann = await active(runtime, "ann")
     first = await _proposed(await _erasure(desk.one, ann))
     assert await _proposed(await _erasure(desk.one, ann)) == first
@@ -196,7 +196,7 @@ async def test_a19_a_reference_is_set_changed_and_removed_by_two_officers(
     proposal_id = await _proposed(answer)
     assert (await desk.one.get(path)).json() | {"external_ref": before, "full_name": None} == (
         await desk.one.get(path)
-    ).json(), "nothing of the patch holds yet"
+    ).json(), "no part of the patch applies yet"
     (listed,) = (await desk.two.get("/v1/proposals", params={"state": "open", "gallery": "default"})).json()["items"]
     assert listed["changes"]["external_ref"] == {"old": before, "new": after}
     assert (await _agreed(desk.two, proposal_id)).status_code == 200
@@ -206,7 +206,7 @@ async def test_a19_a_reference_is_set_changed_and_removed_by_two_officers(
     assert (event.actor.id, event.detail["proposed_by"]) == (await _id_of(desk.two), await _id_of(desk.one))
 
 
-async def test_the_same_reference_written_again_needs_nobody_else(runtime: Runtime, desk: Desk) -> None:
+async def test_the_same_reference_written_again_needs_no_second_officer(runtime: Runtime, desk: Desk) -> None:
     ann = await _with_reference(runtime, "ann", "NID-1")
     answer = await desk.one.patch(f"/v1/identities/{ann.id}", json={"external_ref": "NID-1", "full_name": "Ann"})
     assert answer.status_code == 200
@@ -219,7 +219,7 @@ async def test_another_change_waits_for_the_first_one(runtime: Runtime, desk: De
     assert (await desk.two.patch(path, json={"external_ref": "NID-3"})).status_code == 409
 
 
-async def test_a_reference_that_was_taken_meanwhile_is_not_given_twice(runtime: Runtime, desk: Desk) -> None:
+async def test_a_reference_that_was_given_before_the_agreement_is_not_given_twice(runtime: Runtime, desk: Desk) -> None:
     ann, bob = await _with_reference(runtime, "ann", None), await _with_reference(runtime, "bob", "NID-1")
     taken = await desk.one.patch(f"/v1/identities/{ann.id}", json={"external_ref": "nid-1"})
     assert (taken.status_code, taken.json()["type"].rpartition("/")[2]) == (409, "external-ref-taken")
@@ -230,7 +230,7 @@ async def test_a_reference_that_was_taken_meanwhile_is_not_given_twice(runtime: 
     assert (answer.status_code, answer.json()["type"].rpartition("/")[2]) == (409, "external-ref-taken")
 
 
-async def test_proposals_go_with_the_person(runtime: Runtime, desk: Desk) -> None:
+async def test_an_erasure_ends_the_proposals_about_the_person(runtime: Runtime, desk: Desk) -> None:
     ann = await _with_reference(runtime, "ann", "NID-1")
     change = await _proposed(await desk.one.patch(f"/v1/identities/{ann.id}", json={"external_ref": "NID-SECRET"}))
     erasure = await _proposed(await _erasure(desk.one, ann))
@@ -261,9 +261,7 @@ def _personal(event: AuditEvent) -> Personal:
     return event.personal
 
 
-async def test_a19_the_log_tells_which_reference_was_lent_to_whom_and_forgets_it_with_the_person(
-    runtime: Runtime, desk: Desk
-) -> None:
+async def test_a19_the_log_shows_who_had_a_reference_until_the_person_is_erased(runtime: Runtime, desk: Desk) -> None:
     await _second_review(needed=False)
     ann, bob = await _with_reference(runtime, "ann", "NID-7"), await _with_reference(runtime, "bob", None)
     for identity, reference in ((ann, None), (bob, "NID-7")):
@@ -290,7 +288,7 @@ async def test_a19_the_log_tells_which_reference_was_lent_to_whom_and_forgets_it
     assert (claimed.subject.id, claimed.detail["external_ref"]) == (bob.id, hashed(claimed))
     assert unnamed.detail["external_ref"] is None
     assert [event.detail["external_ref"] for event in enrolments] == [hashed(enrolments[0]), None]
-    assert len({hashed(event) for event in (taken, given, claimed)}) == 3, "each event has a salt of its own"
+    assert len({hashed(event) for event in (taken, given, claimed)}) == 3, "each event has its own salt"
     stored = [event.model_dump_json().lower() for event in await AuditEvent.find_all().to_list()]
     assert not any("nid-7" in text or ref_hash.hex() in text for text in stored)
     traced = [(named.event.id, named.place) async for named in trace_reference(runtime, "default", "nid-7")]
@@ -312,7 +310,9 @@ async def test_a14_many_erasures_of_one_officer_raise_an_alarm(
     proposal_id = await _proposed(await _erasure(desk.one, await active(runtime, "dan")))
     assert (await _agreed(desk.two, proposal_id)).status_code == 200
     alarms = await _events("identity.erase.alarm")
-    assert [event.detail["erasures"] for event in alarms] == [2, 4], "who proposed it counts as well"
+    assert [event.detail["erasures"] for event in alarms] == [2, 4], (
+        "the erasure counts for the officer who proposed it too"
+    )
     assert await Erasures.find_all().count() == 2
 
 
@@ -332,7 +332,7 @@ async def test_a_sample_is_removed_by_two_officers(runtime: Runtime, desk: Desk)
     ann = await with_sample(runtime, await active(runtime, "ann"), "ann")
     path = f"/v1/identities/{ann.id}/samples/{ann.samples[1].id}"
     last = await desk.one.delete(f"/v1/identities/{ann.id}/samples/{ann.samples[0].id}", params={"reason": "x"})
-    assert last.status_code == 409, "what nobody could agree to is not proposed"
+    assert last.status_code == 409, "an action that must be refused is not proposed"
     headers = {"Idempotency-Key": "remove-1"}
     answers = [await desk.one.delete(path, params={"reason": "not hers"}, headers=headers) for _ in range(2)]
     proposal_id = await _proposed(answers[0])

@@ -48,7 +48,7 @@ CONNECTIONS = int(re.findall(r"limit_conn addresses (\d+);", CONFIGURATION)[0])
 OF_DATA = {"Cache-Control": "no-store", "Content-Security-Policy": DATA_POLICY}
 #: A slow caller is let go after so many seconds; a tenth of it here, so that nobody waits.
 PATIENCE_SECONDS = 1
-#: Without progress, after which a body is given up here; ten in production.
+#: A body without progress for this long is given up. In production it is ten seconds.
 BODY_SECONDS = 1.0
 #: A name is looked up again after two seconds.
 FOUND_WITHIN_SECONDS = 10.0
@@ -151,7 +151,7 @@ def accepts(port: int) -> Callable[[Callable[[], bool]], None]:
 def running_nginx(
     folder: Path, *, upstream: int | str, patience_seconds: int = PATIENCE_SECONDS, resolver: str = "127.0.0.1:9"
 ) -> Iterator[int]:
-    """The proxy as it is shipped, in front of an upstream's port or name; gives its own port."""
+    """The proxy as it is shipped, in front of an upstream's port or name. Yields the proxy's port."""
     listen = free_port()
     configuration = rendered(
         folder, listen=listen, upstream=upstream, patience_seconds=patience_seconds, resolver=resolver
@@ -450,7 +450,7 @@ class Names(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def naming(address: str) -> AsyncIterator[tuple[Names, str]]:
-    """A name server on loopback, and where it is."""
+    """A name server on loopback, and its address."""
     loop = asyncio.get_running_loop()
     transport, names = await loop.create_datagram_endpoint(lambda: Names(address), ("127.0.0.1", 0))
     try:
@@ -482,7 +482,7 @@ async def test_i5_an_api_that_came_back_with_another_address_is_found(tmp_path: 
 
 
 def guarded_api() -> FastAPI:
-    """What reads bodies as the API does: with its limits, and by callers; a caller without a name is refused unread."""
+    """An app that reads bodies as the API does: with its limits, by caller. Refuses a caller without a token unread."""
     app = FastAPI()
     problems.install(app)
 
@@ -507,7 +507,7 @@ def spooled(folder: Path) -> int:
 
 @pytest.mark.parametrize("token", ["", "attacker"], ids=["a stranger", "a caller"])
 async def test_a4_nobody_fills_the_proxy_with_photos_that_never_end(tmp_path: Path, token: str) -> None:
-    """57 connections that send most of a photo and then trickle; another client's photo of 3 MB still gets in."""
+    """57 connections send most of a photo quickly and the rest slowly. Another client's photo of 3 MB still gets through."""
     async with serving(guarded_api()) as upstream:
         with running_nginx(tmp_path, upstream=upstream, patience_seconds=10) as port:
             load = under_load("hold", port, connections=57, size=2_000_000, token=token, trickle_seconds=0.5)
@@ -522,13 +522,13 @@ async def test_a4_nobody_fills_the_proxy_with_photos_that_never_end(tmp_path: Pa
                     await asyncio.sleep(0.3)
             await asyncio.sleep(2.5 if token else 0)  # until the first ones are given up
             await asyncio.to_thread(load.__exit__, None, None, None)
-    # The slow ones are ended, and those without room or without a name are told so.
+    # Slow bodies are ended. Callers without room or without a token get an answer.
     assert running.answers.keys() & ({"408", "429"} if token else {"401"}), running.answers
 
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[int]:
-    """The app behind the API's own server; gives its port."""
+    """The app behind the API's own server. Yields its port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = configuration(Settings(_env_file=None, log_level="error"), app=app)

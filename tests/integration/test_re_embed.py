@@ -1,4 +1,4 @@
-"""A gallery moves to another model from its photos: whole, once, whatever happens meanwhile."""
+"""A gallery moves to another model with its stored photos: completely, once, and in spite of interruptions."""
 
 import asyncio
 import os
@@ -47,7 +47,7 @@ async def new(old: Runtime) -> AsyncIterator[Runtime]:
 
 
 class Cut(Exception):
-    """The move was cut off here."""
+    """The move is interrupted here."""
 
 
 def at(stage: Stage) -> Tell:
@@ -64,7 +64,7 @@ async def move(new: Runtime, tell: Tell | None = None, *, accept_losses: bool = 
 
 
 async def found(process: Runtime, *people: str) -> list[str]:
-    """Whom a search with a fresh photo names."""
+    """The ids of the people that a search with a fresh photo finds."""
     photo = photo_of(*people, capture=8)
     answer = await identify(process, by_officer("face.identify"), await default_gallery(), photo, 10)
     return [candidate.identity_id for candidate in answer.candidates]
@@ -100,7 +100,7 @@ async def test_a_moved_gallery_serves_the_new_model_at_once_and_in_every_process
 
 
 @pytest.mark.parametrize("stage", ["reading photos", "closing", "replacing templates", "measuring pairs"])
-async def test_a_move_that_was_cut_off_goes_on(old: Runtime, new: Runtime, stage: Stage) -> None:
+async def test_an_interrupted_move_continues(old: Runtime, new: Runtime, stage: Stage) -> None:
     ann = await person(old, "ann", photos=2)
     bob, twin = await person(old, "bob"), await person(old, "bob", capture=5)
     with pytest.raises(Cut):
@@ -108,7 +108,7 @@ async def test_a_move_that_was_cut_off_goes_on(old: Runtime, new: Runtime, stage
     if stage == "reading photos":
         assert await found(old, "ann") == [ann.id]
     else:
-        for process in (old, new):  # closed: nobody is compared with half a gallery
+        for process in (old, new):  # closed: no photo is compared with half a gallery
             with pytest.raises(NotReady, match="re-embed"):
                 await found(process, "ann")
     moved = await move(new)
@@ -146,7 +146,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("stage", ["replacing templates"])
-async def test_a_move_that_was_killed_goes_on(old: Runtime, new: Runtime, settings: Settings, stage: str) -> None:
+async def test_a_killed_move_continues(old: Runtime, new: Runtime, settings: Settings, stage: str) -> None:
     ann = await person(old, "ann", photos=2)
     bob = await person(old, "bob")
     secret = settings.key_encryption_key
@@ -162,14 +162,14 @@ async def test_a_move_that_was_killed_goes_on(old: Runtime, new: Runtime, settin
             assert line.strip() == stage
         finally:
             child.send_signal(signal.SIGKILL)
-    await asyncio.sleep(1.2)  # the lease of the dead runs out
+    await asyncio.sleep(1.2)  # the lease of the killed process runs out
     moved = await move(new)
     assert moved is not None
     assert moved.samples == 3
     assert (await found(new, "ann"), await found(new, "bob")) == ([ann.id], [bob.id])
 
 
-async def test_whoever_is_enrolled_or_erased_meanwhile_is_or_is_not_there(old: Runtime, new: Runtime) -> None:
+async def test_people_enrolled_during_a_move_are_moved_and_erased_people_are_not(old: Runtime, new: Runtime) -> None:
     ann, bob, cid = [await person(old, name) for name in ("ann", "bob", "cid")]
     came: list[Identity] = []
 
@@ -216,7 +216,7 @@ async def test_losses_are_refused_unless_they_are_accepted(old: Runtime, new: Ru
     assert [sample.is_lost for sample in (await known(ann)).samples] == [True, False]
 
 
-async def test_a_loss_that_shows_only_when_the_gallery_is_closed_opens_it_again(old: Runtime, new: Runtime) -> None:
+async def test_a_loss_that_is_found_after_closing_opens_the_gallery_again(old: Runtime, new: Runtime) -> None:
     ann = await person(old, "ann")
 
     async def meanwhile(stage: Stage, _: int, __: int) -> None:

@@ -1,4 +1,4 @@
-"""One sample of an identity is removed: it answers nothing any more, and everything else stays."""
+"""One sample of an identity is removed: no search finds it any more, and everything else stays."""
 
 from datetime import timedelta
 
@@ -40,7 +40,7 @@ from tests.builders import (
 
 
 async def removed(runtime: Runtime, identity: Identity, number: int) -> SampleRemoval:
-    """The removal of the identity's sample of that number."""
+    """Remove the identity's sample with this number."""
     sample = (await known(identity)).samples[number]
     gallery = await default_gallery()
     return await remove_sample(runtime, by_officer("sample.remove"), gallery, identity.id, sample.id, "not the person")
@@ -79,7 +79,7 @@ async def test_a_removed_sample_answers_nothing_at_once_on_every_process(runtime
     assert await findings(runtime) == {}
 
 
-async def test_a_removal_has_the_index_files_that_hold_the_vector_purged(runtime: Runtime) -> None:
+async def test_a_removal_purges_the_index_files_with_the_vector(runtime: Runtime) -> None:
     ann = await _ann_with_two(runtime)
     await publish(runtime, by_system("index.publish"), (await default_gallery()).id, holder="test")
     removal = await removed(runtime, ann, 1)
@@ -95,7 +95,7 @@ async def test_a_removal_has_the_index_files_that_hold_the_vector_purged(runtime
     assert await findings(runtime) == {}
 
 
-async def test_the_last_sample_that_somebody_was_enrolled_by_stays(runtime: Runtime) -> None:
+async def test_the_last_sample_of_an_enrolment_cannot_be_removed(runtime: Runtime) -> None:
     gallery = await default_gallery()
     ann = await screened(runtime, await enrolled(runtime, "ann", photos=2))
     ann = await with_sample(runtime, ann, "ann")
@@ -130,7 +130,7 @@ async def test_a_sample_stays_while_a_case_about_it_is_open(runtime: Runtime) ->
 async def test_a_case_about_the_person_as_a_whole_keeps_every_sample(runtime: Runtime) -> None:
     ann = await _ann_with_two(runtime)
     bob, case = await suspected(runtime, "bob", "ann")
-    await removed(runtime, ann, 1)  # the case is about the newcomer, whoever looks like it
+    await removed(runtime, ann, 1)  # the case is about the newcomer, and ann is only a candidate
     await Case.get_pymongo_collection().update_one({"_id": case.id}, {"$set": {"newcomer_id": ann.id}})
     ann = await with_sample(runtime, ann, "ann", capture=7)
     with pytest.raises(Conflict, match="case"):
@@ -138,7 +138,7 @@ async def test_a_case_about_the_person_as_a_whole_keeps_every_sample(runtime: Ru
     assert bob.id
 
 
-async def test_samples_of_active_and_revoked_identities_only_are_removed(runtime: Runtime) -> None:
+async def test_only_samples_of_active_and_revoked_identities_can_be_removed(runtime: Runtime) -> None:
     held = await screened(runtime, await enrolled(runtime, "ann", photos=2))
     other = await screened(runtime, await enrolled(runtime, "ann", photos=2, capture=5))
     assert (held.status, other.status) == ("active", "suspected_duplicate")
@@ -165,7 +165,7 @@ async def test_a_sample_that_waits_for_its_screening_is_removed_with_it(runtime:
     assert await findings(runtime) == {}
 
 
-async def test_whoever_had_a_sample_removed_is_erased_like_anybody(runtime: Runtime) -> None:
+async def test_a_person_with_a_removed_sample_can_be_erased(runtime: Runtime) -> None:
     ann = await _ann_with_two(runtime)
     await removed(runtime, ann, 1)
     receipt = await erased(runtime, ann)
@@ -193,7 +193,7 @@ async def test_a_photo_that_the_store_could_not_delete_is_deleted_later(
         )
         assert await settle_removals(runtime) == 0
     assert await runtime.photos.get(key)
-    assert await settle_removals(runtime) == 0, "put off, so that others come first"
+    assert await settle_removals(runtime) == 0, "the removal is put off, so that others come first"
     await SampleRemoval.get_pymongo_collection().update_many(
         {}, {"$set": {"unsettled_since": ann.created_at - timedelta(minutes=1)}}
     )
@@ -205,8 +205,8 @@ async def test_a_photo_that_the_store_could_not_delete_is_deleted_later(
     assert (settled.photo_key, settled.unsettled_since) == (None, None)
 
 
-async def test_of_a_removal_and_a_verdict_at_once_each_finds_the_other(runtime: Runtime) -> None:
-    """A job that began before the removal writes no verdict about a sample that is gone."""
+async def test_a_verdict_after_a_removal_leaves_the_removed_sample_out(runtime: Runtime) -> None:
+    """A screening that was asked for before the removal writes no verdict about the removed sample."""
     ann = await active(runtime, "ann")
     await active(runtime, "bob")
     photo = portrait("ann", "bob", capture=5)

@@ -883,7 +883,7 @@ async def test_a_scan_asks_again_about_a_pair_whose_score_is_far_above_the_one_d
     await cases_of(runtime, scan)
     case = await decided(runtime, await case_about(people["bob-2"]), "distinct")
     assert (await cases_of(runtime, scan)).decided == 1
-    # As if the decision had been made on two photos that were hardly alike.
+    # As if the decision had been made on two photos with a low score.
     pair = {"_id": ":".join(sorted((people["bob"].id, people["bob-2"].id)))}
     await Pair.get_pymongo_collection().update_one(pair, {"$set": {"decided_score": 0.3}})
     assert await cases_of(runtime, scan) == Opened(opened=1, existing=2, decided=0)

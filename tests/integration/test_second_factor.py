@@ -23,7 +23,7 @@ class Clock:
         self.now = float(int(time.time()) // STEP_SECONDS * STEP_SECONDS)
 
     def present(self) -> datetime:
-        """The present, as documents are stamped with it."""
+        """The present time, as it is stored in documents."""
         return datetime.fromtimestamp(self.now, UTC)
 
     def next_step(self) -> None:

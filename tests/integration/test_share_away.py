@@ -231,7 +231,7 @@ async def test_whatever_the_share_does_to_a_publication_the_index_is_right_after
 
 
 async def _removed_and_made_anew(runtime: Runtime, remove: Callable[[], None]) -> bool:
-    """Whether the worker's sweep finds that files were removed, and a publication puts them back."""
+    """Whether the worker's sweep notices that files were removed, and a publication writes them again."""
     remove()
     await keep_promises(runtime)
     if not await due(runtime):
@@ -240,14 +240,14 @@ async def _removed_and_made_anew(runtime: Runtime, remove: Callable[[], None]) -
     return await runtime.search.shares(await default_gallery())
 
 
-async def test_a_folder_of_the_index_that_was_removed_is_made_anew(runtime: Runtime) -> None:
+async def test_a_removed_index_folder_is_written_again(runtime: Runtime) -> None:
     await active(runtime, "ann")
     await _published(runtime)
     assert await _removed_and_made_anew(runtime, lambda: shutil.rmtree(runtime.settings.vector_db_path))
     assert (await identified(runtime, "ann")).candidates
 
 
-async def test_files_that_were_removed_under_the_stores_own_mark_are_made_anew(runtime: Runtime) -> None:
+async def test_removed_files_of_a_marked_index_folder_are_written_again(runtime: Runtime) -> None:
     await active(runtime, "ann")
     generation = await _published(runtime)
     gallery = await default_gallery()

@@ -1,4 +1,4 @@
-"""A process that cannot start says why in one sentence, ends with status 78, and heeds SIGTERM meanwhile."""
+"""A process that cannot start says why in one sentence and ends with status 78. SIGTERM ends it while it waits."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.support import services
 CONFIGURATION = 78
 #: The promise is ten seconds on an idle machine; the tests' machine is busy.
 ENDS_WITHIN_SECONDS = 60.0
-#: How long it waits for MongoDB where nobody ends it, and what a busy machine may need to end it: far less.
+#: How long it waits for MongoDB if it is not ended, and how long a busy machine may need to end it (far less).
 WAITS_SECONDS, HEEDS_SIGTERM_WITHIN_SECONDS = 60, 15.0
 REASONS = ("MONGODB_URI: ", "REDIS_URL: ", "The face model cannot be used: ")
 MISSING_PACK = {"FACE_MODEL": "buffalo_l"}
@@ -95,7 +95,7 @@ def test_i3_a_process_that_cannot_start_says_one_sentence_and_ends_with_status_7
 def test_i3_a_process_that_waits_for_its_stores_ends_at_once_on_sigterm(
     tmp_path: Path, mongo_server: services.Server, workers: str
 ) -> None:
-    """MongoDB hangs: connections are taken, nothing is answered."""
+    """MongoDB hangs: it accepts connections and answers nothing."""
     environment = _environment(tmp_path, WORKERS=workers, MONGODB_URI=mongo_server.url)
     mongo_server.process.freeze()
     try:

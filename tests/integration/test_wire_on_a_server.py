@@ -31,9 +31,9 @@ BODY_SECONDS = 0.4
 SLACK_SECONDS = 2.0
 IDLE_CONNECTIONS = 300
 LATE_SECONDS = 2
-#: An idle machine accepts a hundred connections in some milliseconds.
+#: Far longer than needed: an idle machine accepts a hundred connections in some milliseconds.
 SERVED_WITHIN_SECONDS = 10.0
-#: What one connection takes of the event loop at a time, in processor time, so that a busy machine does not matter. It was 1.6.
+#: Most time of the event loop for one connection at a time. It is processor time, so a busy machine does not matter. It was 1.6.
 TURN_SECONDS = 0.25
 
 
@@ -315,7 +315,7 @@ async def test_h104_idle_connections_cost_the_others_little() -> None:
 
 @asynccontextmanager
 async def loaded(kind: str, server: Server, **options: object) -> AsyncIterator[Running]:
-    """Meanwhile, the load runs in a process of its own."""
+    """While the body runs, the load runs in another process."""
     load = under_load(kind, server.port, **options)
     running = await asyncio.to_thread(load.__enter__)
     try:
@@ -325,7 +325,7 @@ async def loaded(kind: str, server: Server, **options: object) -> AsyncIterator[
 
 
 async def _all_are_served(server: Server, seconds: float) -> None:
-    """Those who connect and ask, for so many seconds; asked by a thread."""
+    """For this many seconds, a thread opens connections and asks. Each request must be answered."""
 
     def ask() -> None:
         until = time.monotonic() + seconds
@@ -368,7 +368,7 @@ async def test_a3_small_pieces_do_not_keep_others_waiting(
     assert not statuses or attackers.answers.keys() & statuses, attackers.answers
 
 
-async def test_a3_who_streams_in_small_chunks_is_served_as_long_as_they_are_not_tiny(server: Server) -> None:
+async def test_a3_a_stream_of_small_chunks_is_served_unless_they_are_tiny(server: Server) -> None:
     async def pieces(count: int, size: int) -> AsyncIterator[bytes]:
         for _ in range(count):
             yield b"x" * size
@@ -402,7 +402,7 @@ async def test_a3_a_request_whose_trailers_are_refused_never_reaches_the_applica
 
 
 async def test_a3_requests_whose_callers_leave_do_not_pile_up(server: Server) -> None:
-    """Each takes LATE_SECONDS. Those beyond the limit are cancelled, the oldest first."""
+    """Each request takes LATE_SECONDS. Requests beyond the limit are cancelled, the oldest first."""
     for _ in range(3 * MOST_ABANDONED):
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"GET /late HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -426,7 +426,7 @@ async def test_a_header_may_come_byte_by_byte(server: Server) -> None:
 
 
 async def test_an_answer_reaches_a_caller_who_is_still_sending(server: Server) -> None:
-    """Without the connection being reset, which would take the answer away."""
+    """The connection must not be reset: the caller would lose the answer."""
     for _ in range(5):
         async with server.client() as client:
             answer = await client.post("/deaf", content=b"x" * 2_000_000)
@@ -439,7 +439,7 @@ class Crowded(Connection):
 
     @staticmethod
     def limits() -> Connections:
-        """As shipped, smaller."""
+        """Smaller limits than shipped."""
         return Connections(most=100, most_of_an_address=80)
 
 
@@ -448,7 +448,7 @@ async def test_a15_idle_connections_make_room_for_others() -> None:
         async with loaded("idle", server, connections=300, path="/who") as crowd:
             await _all_are_served(server, 1.0)
             assert len(server.uvicorn.server_state.connections) <= 80
-            # Whoever comes from the crowd's own address, on a connection that was idle for long, is served as well.
+            # A caller from the crowd's own address is served too, on a connection that was idle for long.
             assert (await kept.get("/who")).status_code == 200
             async with loaded("idle", server, connections=100, source="127.0.0.2", path="/who"):
                 await _all_are_served(server, 0.5)
@@ -456,7 +456,7 @@ async def test_a15_idle_connections_make_room_for_others() -> None:
         assert crowd.answers["closed"] >= 100
 
 
-async def test_a15_busy_connections_are_kept_and_a_newcomer_without_room_is_told_so() -> None:
+async def test_a15_busy_connections_are_kept_and_a_newcomer_without_room_gets_an_answer() -> None:
     async with running(connection=Crowded) as server:
         busy = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(80)]
         for _, writer in busy:

@@ -1,4 +1,4 @@
-"""Callers of the whole application without servers in between: users and clients who are logged in."""
+"""Users and applications that are logged in. They call the whole application without a server in between."""
 
 from functools import cache
 
@@ -28,7 +28,7 @@ def app_on(runtime: Runtime) -> FastAPI:
 
 
 def http_of(app: FastAPI, token: str | None) -> httpx.AsyncClient:
-    """The application as a caller with this access token reaches it."""
+    """An HTTP client of the application with this access token."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
     return httpx.AsyncClient(transport=transport, base_url="http://idem.test", headers=headers)

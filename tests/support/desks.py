@@ -365,7 +365,7 @@ async def broken_log(runtime: Runtime) -> list[str]:
     outside = [h for h in heads if h.evidence[0] in kept]
     for head in heads:
         if head.is_superseded and not any(h.key_id == head.key_id and h.size >= head.size for h in outside):
-            broken.append(f"the head of {head.size} is proved by none outside")
+            broken.append(f"no head outside proves the head of {head.size}")
         if head.is_delivered and not head.is_superseded and head.evidence[0] not in kept:
             broken.append(f"the head of {head.size} is not outside")
     return broken

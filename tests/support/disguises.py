@@ -1,7 +1,7 @@
-"""Disguised photos: people and averaging readers see one face, a reader of single pixels sees another.
+"""Disguised photos: people and programs that average pixels see one face, a program that reads single pixels sees another.
 
-An image-scaling attack (Xiao et al., "Seeing is Not Believing", 2019) aimed at a crop that warps a large photo bilinearly:
-such a crop reads four photo pixels for each of its own. Those pixels get the colours of the other face.
+An image-scaling attack (Xiao et al., "Seeing is Not Believing", 2019) on a crop that warps a large photo bilinearly. Such a crop
+reads only four photo pixels for each pixel of its own. The attack gives these pixels the colours of the other face.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def enlarged(pixels: Pixels, long_side: int) -> Pixels:
 def disguised(shown: Pixels, hidden_crop: Pixels, find_landmarks: FindLandmarks, rounds: int = 4) -> Pixels:
     """`shown`, with the pixels that a bilinear crop reads replaced by those of `hidden_crop`, an aligned crop.
 
-    find_landmarks: as the product finds them. The changed pixels move the landmarks a little, so it takes some rounds.
+    find_landmarks: as the product finds them. The changed pixels move the landmarks a little, so several rounds are needed.
     """
     side = hidden_crop.shape[0]
     photo, landmarks = shown, find_landmarks(shown)

@@ -1,4 +1,4 @@
-"""Two models that read the same photos and agree on nothing, and photos that outlast the JPEG that is stored."""
+"""Two models that read the same photos and make unrelated embeddings, and photos that JPEG does not change too much."""
 
 import io
 from dataclasses import replace
@@ -15,7 +15,7 @@ from app.use_cases.verify import Claim, Verification, verify
 from tests.builders import by_app, by_officer, default_gallery, known, screened
 from tests.fakes import CARD, CROP_SIDE, FACE_AT, SIDE, TEMPLATE, FakeEngine, embedding_of
 
-#: Pixels of a square that holds one bit: as large as JPEG's own.
+#: Side of the square that encodes one bit, in pixels: that of JPEG's own blocks.
 _SQUARE = 8
 OLD, NEW = CARD, replace(CARD, pack="fake-2", contract="sha256:fake-2", licence="other")
 
@@ -41,14 +41,14 @@ def _written_on(pixels: Pixels) -> str:
 
 
 class SquaresEngine(FakeEngine):
-    """Reads `photo_of`. Each model has a direction of its own for each person."""
+    """Reads photos made by `photo_of`. Each model has its own direction for each person."""
 
     def __init__(self, card: ModelCard) -> None:
         super().__init__(card)
         self.blind_to: set[str] = set()
 
     def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """One face, unless nobody is there, the model is blind to them, or the photo is turned or inverted."""
+        """One face. None if the photo has no person, the model is blind to the person, or the photo is turned or inverted."""
         del quick
         text = _written_on(pixels)
         if "|" not in text or text.split("|")[0] in self.blind_to:
@@ -57,14 +57,14 @@ class SquaresEngine(FakeEngine):
         return [Face((float(FACE_AT), float(FACE_AT), float(CROP_SIDE), float(CROP_SIDE)), landmarks, 0.99)]
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
-        """Of the model's own making."""
+        """The embedding, in the model's own direction for the person."""
         del face
         people, capture = _written_on(pixels).split("|")
         return embedding_of(tuple(f"{self.card.pack}/{one}" for one in people.split("+")), int(capture)), 20.0
 
 
 async def person(runtime: Runtime, *people: str, capture: int = 0, photos: int = 1) -> Identity:
-    """Somebody enrolled from such photos, and screened."""
+    """A person who is enrolled from such photos, and screened."""
     given = [photo_of(*people, capture=capture + number) for number in range(photos)]
     gallery = await default_gallery()
     identity = await enrol.enrol(runtime, by_officer("identity.enrol"), gallery, given, Attributes())

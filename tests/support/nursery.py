@@ -39,7 +39,7 @@ class Nursery:
     async def open(
         cls, logs: Path, on_end: Callable[[str], None], environment: Mapping[str, str] | None = None
     ) -> Self:
-        """With everything imported once the first child is asked for. environment: of all, besides this process's own."""
+        """Open the nursery. It imports everything before the first child. environment: further variables, for all of them."""
         with (logs / "nursery.log").open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", __name__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,

@@ -1,5 +1,5 @@
-/* Moves the wall clock of one process, as somebody who sets its host's clock does. Monotonic clocks stay as they are.
-   `skew_follow` names a file that holds a double: how many seconds the clock is ahead. It is read at every call. */
+/* Moves the wall clock of one process, as if the clock of its host were set. Monotonic clocks stay as they are.
+   `skew_follow` names a file with one double: how many seconds the clock is ahead. Every call reads it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,7 +1,8 @@
-"""The wall clock of a process, set to any time while it runs; everybody else's stays as it is.
+"""Sets the wall clock of one process to any time while the process runs. The clocks of other processes stay as they are.
 
-With a C compiler a preloaded library moves it for all of the process (`skew.c`). Without one, what Python's own code reads is
-moved: `time.time`, and `datetime.now` as arq has it, which is all that the product reads. Either way the offset is a file.
+With a C compiler, a preloaded library (`skew.c`) moves the clock for the whole process. Without a compiler, only clocks that
+Python code reads are moved: `time.time`, and `datetime.now` in arq. The product reads no others. In both cases, a file has the
+offset.
 """
 
 import ctypes
@@ -27,13 +28,13 @@ class Skew:
         self.set(0)
 
     def set(self, seconds: float) -> None:
-        """Set the clock so far ahead of the true time; negative: behind."""
+        """Set the clock this far ahead of the true time; a negative value sets it behind."""
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.write(struct.pack("d", seconds))
 
 
 def preloaded(folder: Path) -> dict[str, str]:
-    """What the environment of a process needs so that it can `follow`; nothing where there is no compiler."""
+    """The environment variables that a process needs to `follow`; empty without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return {}
@@ -43,7 +44,7 @@ def preloaded(folder: Path) -> dict[str, str]:
 
 
 def follow(path: str) -> None:
-    """Have this process go by the clock of that file."""
+    """Make this process use the clock of this file."""
     try:
         move = ctypes.CDLL(None).skew_follow
     except AttributeError:

@@ -1,7 +1,7 @@
-"""What attacks on the wire cost others: `python -m tests.support.wire_costs [--checkout DIR] [--nofile N] [KIND...]`.
+"""What attacks on the wire cost other callers: `python -m tests.support.wire_costs [--checkout DIR] [--nofile N] [KIND...]`.
 
-Starts a whole stack with one API process, runs each load from a process of its own, and prints one line of JSON each: how long
-`/health` and another client's photo of 3 MB took, the API's memory, and what the attackers were answered.
+Starts a whole stack with one API process, and runs each load in its own process. Prints one line of JSON for each load: how long
+`/health` and another client's photo of 3 MB took, the API's memory, and the answers to the attackers.
 --checkout: another version of the product, to compare with.
 """
 
@@ -49,7 +49,7 @@ class Watch:
     photo: bytes
 
     def timed(self, ask: Callable[[], int], seconds: float, pause: float) -> tuple[list[float], dict[str, int]]:
-        """How long each answer took, and the statuses, for so many seconds."""
+        """Ask for this many seconds. Returns how long each answer took, and the statuses."""
         took: list[float] = []
         seen: dict[str, int] = {}
         until = time.monotonic() + seconds
@@ -65,7 +65,7 @@ class Watch:
         return took, seen
 
     def health(self) -> int:
-        """A new connection each time, as a probe has."""
+        """Ask `/health` on a new connection, as a probe does."""
         connection = http.client.HTTPConnection("127.0.0.1", int(self.service.url.rpartition(":")[2]), timeout=60)
         try:
             connection.request("GET", "/health")
@@ -74,11 +74,11 @@ class Watch:
             connection.close()
 
     def detect(self) -> int:
-        """Another client's photo."""
+        """Send another client's photo."""
         return self.service.app.post("/v1/faces/detect", files={"photo": ("p.jpg", self.photo)}).status_code
 
     def measure(self, seconds: float) -> dict[str, object]:
-        """All figures, while whatever runs runs."""
+        """Measure all figures for this many seconds. A load may run at the same time."""
         memory, is_over = [self.api.memory_info().rss], threading.Event()
 
         def look() -> None:
@@ -116,7 +116,7 @@ class Watch:
 
 
 def tokens(service: Service) -> str:
-    """The attacker's: another caller than the one whose photo is measured."""
+    """The attacker's token. The photo that is measured belongs to another caller."""
     return str(service.officer.headers["Authorization"]).removeprefix("Bearer ")
 
 
@@ -138,7 +138,7 @@ def loads(token: str) -> dict[str, dict[str, object]]:
 
 
 def measure(stack: RunningStack, wanted: list[str]) -> None:
-    """Each load, one after the other."""
+    """Measure one load after the other."""
     with open_service(stack.ready) as service:
         port = int(service.url.rpartition(":")[2])
         api = psutil.Process(next(pid for name, pid in stack.pids().items() if name.startswith("api")))
@@ -159,13 +159,13 @@ def measure(stack: RunningStack, wanted: list[str]) -> None:
 
 
 def tell(name: str, figures: dict[str, object]) -> None:
-    """One line."""
+    """Print one line."""
     sys.stdout.write(json.dumps({"load_name": name, **figures}) + "\n")
     sys.stdout.flush()
 
 
 def limit_files(most: int) -> None:
-    """Limit the open files of the stack, as soon as it runs, and so of all its processes; not those of the loads."""
+    """Limit the open files of the stack and all its processes, as soon as it runs. The loads have no such limit."""
     while not (started := psutil.Process().children()):
         time.sleep(0.01)
     resource.prlimit(started[0].pid, resource.RLIMIT_NOFILE, (most, most))

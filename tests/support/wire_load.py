@@ -1,6 +1,6 @@
-"""Loads on the wire, each from a process of its own: `python -m tests.support.wire_load KIND PORT [options]`.
+"""Loads on the wire, each in its own process: `python -m tests.support.wire_load KIND PORT [options]`.
 
-Each load prints one line `ready` when it is in full swing, and goes on until its standard input is closed or its time is over.
+Each load prints the line `ready` when all its connections work. It runs until its standard input is closed or its time is over.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 REPOSITORY = Path(__file__).parents[2]
-#: As the reviews had them: 24 connections with 390 kB of one-byte chunks each, and so on.
+#: As in the reviews: 24 connections send 390 kB each in one-byte chunks.
 CHUNKED: Final = 65_000
 MIB: Final = 2**20
 EPILOGUE: Final = b"\r\n--b0undary--\r\n"
@@ -27,7 +27,7 @@ PROLOGUE: Final = b'--b0undary\r\nContent-Disposition: form-data; name="photo"; 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to do."""
+    """The options of a load."""
 
     port: int
     connections: int
@@ -42,7 +42,7 @@ class Load:
         return f"GET {self.path or '/health'} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
     def head(self, *lines: str) -> bytes:
-        """The header of a POST, with a token where there is one."""
+        """The header of a POST, with the token if there is one."""
         all_ = [
             f"POST {self.path or '/v1/identities'} HTTP/1.1",
             "Host: x",
@@ -56,7 +56,7 @@ class Load:
 
 @asynccontextmanager
 async def connected(load: Load) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection; how it ends does not matter."""
+    """A connection. Errors at its end are ignored."""
     address = (load.source, 0) if load.source else None
     with contextlib.suppress(OSError, asyncio.IncompleteReadError):
         reader, writer = await asyncio.open_connection("127.0.0.1", load.port, local_addr=address)
@@ -73,7 +73,7 @@ async def drained(writer: asyncio.StreamWriter) -> None:
 
 
 async def pieces(load: Load, seen: Counter[str], body: bytes, *lines: str) -> None:
-    """Send the same request again and again, whatever is answered."""
+    """Send the same request again and again, without regard to the answers."""
     while True:
         async with connected(load) as (reader, writer):
             answer = asyncio.create_task(reader.read(12))
@@ -103,7 +103,7 @@ async def trailers(load: Load, seen: Counter[str]) -> None:
 
 
 async def gone(load: Load, seen: Counter[str]) -> None:
-    """Whole requests, whose callers leave before the answer."""
+    """Whole requests. The callers leave before the answer."""
     while True:
         async with connected(load) as (_, writer):
             writer.write(load.get())
@@ -136,13 +136,13 @@ async def header(load: Load, seen: Counter[str]) -> None:
 
 
 async def lines(load: Load, seen: Counter[str]) -> None:
-    """A multipart body of one-byte lines; it needs a token."""
+    """A multipart body of one-byte lines. Needs a token."""
     body = b"--b0undary\r\n" + b"X: 1\r\n" * (load.size // 6)
     await pieces(load, seen, body, f"Content-Length: {len(body)}")
 
 
 async def hold(load: Load, seen: Counter[str]) -> None:
-    """Most of a photo, quickly; then nothing, or a byte now and then."""
+    """Send most of a photo quickly; then nothing, or a byte now and then."""
     most = load.size * 19 // 20
     length = len(PROLOGUE) + load.size + len(EPILOGUE)
     while True:
@@ -163,7 +163,7 @@ async def hold(load: Load, seen: Counter[str]) -> None:
             seen[status] += 1
             seen[f"{status} seconds"] = max(seen[f"{status} seconds"], round(time.monotonic() - began))
         if load.trickle_seconds == 0:
-            await asyncio.Event().wait()  # once: what is held now is of interest
+            await asyncio.Event().wait()  # sent only once: the test looks at what the server keeps now
         await asyncio.sleep(0.2)
 
 
@@ -183,7 +183,7 @@ KINDS = {one.__name__: one for one in (chunks, extensions, trailers, gone, pipel
 
 
 async def run(kind: str, load: Load) -> Counter[str]:
-    """All connections at once, until the standard input ends. Returns what was answered, by status."""
+    """Run all connections at once until the standard input ends. Returns the number of answers by status."""
     seen: Counter[str] = Counter()
     tasks = []
     for number in range(load.connections):
@@ -201,7 +201,7 @@ async def run(kind: str, load: Load) -> Counter[str]:
 
 @dataclass(slots=True)
 class Running:
-    """A load in a process of its own. answers: by status, once it ended."""
+    """A load in its own process. answers: number by status, once the load has ended."""
 
     process: subprocess.Popen[str]
     answers: dict[str, int]
@@ -209,7 +209,7 @@ class Running:
 
 @contextmanager
 def under_load(kind: str, port: int, **options: object) -> Iterator[Running]:
-    """Meanwhile, the load runs."""
+    """While the body runs, the load runs."""
     command = [sys.executable, "-m", "tests.support.wire_load", kind, str(port)]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=20 * MIB)
     parser.add_argument("--path", default="")
     parser.add_argument("--token", default="")
-    parser.add_argument("--source", default="", help="The address to come from: 127.0.0.2, say.")
+    parser.add_argument("--source", default="", help="The address to connect from, for example 127.0.0.2.")
     parser.add_argument("--trickle-seconds", type=float, default=0)
     given = vars(parser.parse_args())
     kind = given.pop("kind")

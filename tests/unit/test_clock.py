@@ -1,4 +1,4 @@
-"""The platform's clock: MongoDB's time, whatever anybody does to the host's."""
+"""The platform's clock: MongoDB's time, even if the host's clock is set."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +13,7 @@ DAY = 86_400.0
 
 
 class Host:
-    """A host and a MongoDB server: seconds pass for both, and each may have its clock set."""
+    """A host and a MongoDB server. Time passes for both, and a test may set either clock."""
 
     def __init__(self) -> None:
         self.steady, self.wall, self.server = 500.0, START.timestamp(), START.timestamp()
@@ -25,7 +25,7 @@ class Host:
         self.server += seconds
 
     def measure(self, there: float = 0.001, back: float = 0.001) -> None:
-        """Ask the server, with so many seconds of travel each way."""
+        """Ask the server. there, back: how many seconds the request and the answer travel."""
         asked = self.steady
         self.wait(there)
         told = datetime.fromtimestamp(int(self.server * 1000) / 1000, UTC)
@@ -37,7 +37,7 @@ class Host:
         return self.clock.time() - self.server
 
 
-def test_before_the_first_measurement_it_is_the_hosts() -> None:
+def test_before_the_first_measurement_the_time_is_the_hosts() -> None:
     host = Host()
     assert host.clock.now() == START
     assert (host.clock.offset_seconds, host.clock.agrees, host.clock.measured_seconds_ago) == (0, True, None)
@@ -74,7 +74,7 @@ def test_a_jump_between_two_measurements_is_noticed_at_once_and_changes_no_time(
     assert host.clock.agrees
 
 
-def test_while_mongodb_is_away_the_steady_seconds_carry_its_time_on() -> None:
+def test_while_mongodb_does_not_answer_the_monotonic_clock_continues_its_time() -> None:
     host = Host()
     host.wall += 3600
     host.measure()
@@ -84,7 +84,7 @@ def test_while_mongodb_is_away_the_steady_seconds_carry_its_time_on() -> None:
     assert host.clock.measured_seconds_ago == pytest.approx(7200)
 
 
-def test_a_slow_answer_spoils_nothing_that_a_quick_one_taught() -> None:
+def test_a_slow_answer_does_not_spoil_a_quick_measurement() -> None:
     host = Host()
     host.measure()
     host.wait(5)
@@ -98,11 +98,13 @@ def test_another_primary_with_another_clock_is_followed() -> None:
     host.server -= 120
     host.measure()
     assert abs(host.error) < 0.01
-    assert not host.clock.agrees, "which of the two is wrong is not known"
+    assert not host.clock.agrees, "either of the two clocks may be wrong"
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.floats(0, 2), st.floats(-1e7, 1e7)), min_size=1, max_size=8))
-def test_it_is_never_further_off_than_the_travel_of_the_last_answer(steps: list[tuple[float, float, float]]) -> None:
+def test_the_error_is_never_larger_than_the_travel_time_of_the_last_answer(
+    steps: list[tuple[float, float, float]],
+) -> None:
     host = Host()
     for there, back, jump in steps:
         host.wall += jump
@@ -111,11 +113,11 @@ def test_it_is_never_further_off_than_the_travel_of_the_last_answer(steps: list[
         assert abs(host.error) <= there + back + 0.002
 
 
-def test_a_difference_is_told_in_words() -> None:
+def test_a_difference_is_put_into_words() -> None:
     assert in_words(40 * DAY + 1) == "40 days, 0:00:01 ahead of"
     assert in_words(-APART_SECONDS) == "0:01:00 behind"
 
 
-def test_a_moment_is_reckoned_by_mongodb_itself() -> None:
+def test_mongodb_computes_a_moment_itself() -> None:
     assert from_now(timedelta(minutes=10)) == {"$add": ["$$NOW", 600_000]}
     assert from_now(-timedelta(days=30)) == {"$add": ["$$NOW", -2_592_000_000]}

@@ -1,4 +1,4 @@
-"""Long work is shared fairly: whoever used the threads least is served next."""
+"""Callers share the threads fairly: the caller who has used them least is served next."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ WITHIN_SECONDS = 10.0
 
 
 class _Crowded(Exception):
-    """The work would wait."""
+    """The work would have to wait."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 class Work:
-    """Jobs that note their caller on the thread, in the order in which they run. One of them waits until it may go on."""
+    """Jobs that note their callers in the order in which they run. A stop job waits until `may_go_on`."""
 
     def __init__(self, executor: FairExecutor) -> None:
         self.executor = executor
@@ -39,11 +39,11 @@ class Work:
         self.may_go_on = threading.Event()
 
     def queue(self, caller: str, count: int, seconds: float) -> "list[asyncio.Task[None]]":
-        """So many jobs of a caller, each of which takes so long."""
+        """Queue `count` jobs of a caller. Each takes `seconds`."""
         return [asyncio.create_task(self.executor.run(caller, lambda: self._do(caller, seconds))) for _ in range(count)]
 
     def queue_stop(self, caller: str) -> "asyncio.Task[None]":
-        """A job that lasts until `may_go_on`."""
+        """Queue a job that lasts until `may_go_on`."""
         return asyncio.create_task(self.executor.run(caller, lambda: self._stop(caller)))
 
     def _do(self, caller: str, seconds: float) -> None:
@@ -55,7 +55,7 @@ class Work:
         self.may_go_on.wait(WITHIN_SECONDS)
 
 
-async def test_a_caller_with_a_hundred_jobs_holds_up_another_ones_job_by_one(one_thread: FairExecutor) -> None:
+async def test_a_hundred_jobs_of_one_caller_delay_another_caller_by_one_job(one_thread: FairExecutor) -> None:
     work = Work(one_thread)
     flood = [*work.queue("flood", 20, 0.001), work.queue_stop("flood"), *work.queue("flood", 79, 0.001)]
     await _until(lambda: len(work.ran) == 21)
@@ -63,13 +63,13 @@ async def test_a_caller_with_a_hundred_jobs_holds_up_another_ones_job_by_one(one
     await asyncio.sleep(0)
     work.may_go_on.set()
     await asyncio.gather(*flood, *other)
-    assert work.ran.index("other") == 21, "the next one after the job that was running"
+    assert work.ran.index("other") == 21, "its job is the next one after the job that was running"
 
 
 async def test_a_costly_job_counts_for_what_it_cost(one_thread: FairExecutor) -> None:
-    """Photos of 25 megapixels against many small ones: the small ones come first, after one large one.
+    """Few large photos against many small ones. After the first large one, the small ones come first.
 
-    A small one may take 13 ms here before a third large one comes first.
+    Each small job may take up to 13 ms here before a third large one would come first.
     """
     work = Work(one_thread)
     await asyncio.gather(*work.queue("costly", 4, 0.2), *work.queue("cheap", 30, 0.001))
@@ -77,8 +77,8 @@ async def test_a_costly_job_counts_for_what_it_cost(one_thread: FairExecutor) ->
     assert work.ran[:31].count("costly") <= 2, work.ran
 
 
-async def test_nobody_saves_up_time_by_staying_idle(one_thread: FairExecutor) -> None:
-    """Whoever comes late has used nothing; with the 200 ms of the other it could go first ten times and more."""
+async def test_an_idle_caller_does_not_save_up_time(one_thread: FairExecutor) -> None:
+    """A late caller has used no time. If that counted against the 200 ms of the other, it would go first more than ten times."""
     work = Work(one_thread)
     busy = [*work.queue("busy", 20, 0.01), work.queue_stop("busy"), *work.queue("busy", 20, 0.01)]
     await _until(lambda: len(work.ran) == 21)
@@ -100,7 +100,7 @@ async def test_when_the_lines_are_full_the_longest_one_gives_way() -> None:
             await executor.run("flood", lambda: None)
         other = asyncio.create_task(executor.run("other", lambda: "done"))
         await asyncio.sleep(0.01)
-        assert isinstance(flood[-1].exception(), TooMuchWaits), "the newest of the longest line"
+        assert isinstance(flood[-1].exception(), TooMuchWaits), "the newest job of the longest line is dropped"
         gate.set()
         assert await other == "done"
         await asyncio.gather(running, *flood[:-1])
@@ -124,7 +124,7 @@ async def test_a_caller_who_left_is_forgotten(one_thread: FairExecutor) -> None:
     assert begun == []
 
 
-async def test_errors_are_the_callers_and_the_thread_serves_on(one_thread: FairExecutor) -> None:
+async def test_errors_reach_the_caller_and_the_thread_goes_on(one_thread: FairExecutor) -> None:
     def broken() -> None:
         raise KeyError("x")
 
@@ -164,7 +164,7 @@ async def test_work_that_would_wait_gives_its_thread_to_others_and_starts_again(
         executor.shutdown()
 
 
-async def test_accounts_of_those_who_left_do_not_pile_up(one_thread: FairExecutor) -> None:
+async def test_accounts_of_callers_who_left_do_not_pile_up(one_thread: FairExecutor) -> None:
     gate = threading.Event()
     running = asyncio.create_task(one_thread.run("stays", gate.wait))
     await asyncio.sleep(0.01)

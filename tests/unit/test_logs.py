@@ -21,7 +21,7 @@ HOSTILE = [
 
 @pytest.fixture
 def logger(capsys: pytest.CaptureFixture[str]) -> Iterator[structlog.typing.FilteringBoundLogger]:
-    """The product's own logging to the captured output; what was there before is put back."""
+    """The product's own logging to the captured output. The former configuration is restored afterwards."""
     before, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     configure_logging("info")
@@ -75,7 +75,7 @@ for number in range(300):
         except ValueError:
             log.exception("failed")
             logging.getLogger("library").error("of a library", exc_info=True)
-raise RuntimeError("nobody catches this")
+raise RuntimeError("not caught")
 """
 
 

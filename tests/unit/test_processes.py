@@ -216,7 +216,7 @@ def test_a_parent_that_is_gone_already_is_noticed() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
-async def test_r3_a_child_is_watched_on_whatever_its_log_does(tmp_path: Path) -> None:
+async def test_r3_a_child_is_still_watched_when_its_log_fails(tmp_path: Path) -> None:
     """A full disk, a read-only folder and a removed folder refuse the log file."""
     deaths: list[str] = []
     async with watched(tmp_path, SLEEP, deaths) as child:

@@ -25,7 +25,7 @@ FORBIDDEN_CALLS = {
 CIPHERS = "cryptography.hazmat.primitives.ciphers"
 MAY_ENCRYPT = {"app/keys.py", "storage/archive.py"}
 
-#: Ways to ask the host's clock. `documents.base.now()` is what the platform goes by.
+#: Ways to read the host's clock. The platform's time is `documents.base.now()`.
 HOST_CLOCKS = {
     "time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "datetime.datetime.now", "date.today",
 }  # fmt: skip
@@ -82,12 +82,12 @@ def test_only_keys_and_archives_encrypt() -> None:
 
 
 def host_clocks_in(source: str) -> list[str]:
-    """Where a file asks the host's clock."""
+    """The places where a file reads the host's clock."""
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [name for name in calls if name in HOST_CLOCKS]
 
 
-def test_only_the_clock_asks_the_hosts_clock() -> None:
+def test_only_the_clock_reads_the_hosts_clock() -> None:
     found = {
         str(path.relative_to(ROOT))
         for path in SOURCES
@@ -97,7 +97,7 @@ def test_only_the_clock_asks_the_hosts_clock() -> None:
 
 
 @pytest.mark.parametrize("asking", ["time.time()", "datetime.now(UTC)", "datetime.datetime.now()", "time.time_ns()"])
-def test_each_question_to_the_hosts_clock_would_be_seen(asking: str) -> None:
+def test_every_use_of_the_hosts_clock_is_found(asking: str) -> None:
     assert host_clocks_in(asking)
 
 

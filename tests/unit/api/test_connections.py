@@ -38,7 +38,7 @@ def test_the_longest_idle_connection_of_the_address_makes_room() -> None:
     assert [line.is_closed for line in lines] == [False, True, False, False]
 
 
-def test_who_has_the_most_connections_makes_room_and_a_proxy_last() -> None:
+def test_the_address_with_the_most_connections_makes_room_and_a_proxy_last() -> None:
     all_ = Connections(8, 5)
     crowd, proxy, other = [Line(f"a{n}") for n in range(4)], [Line("p1"), Line("p2"), Line("p3")], Line("b")
     for line in proxy:
@@ -50,7 +50,7 @@ def test_who_has_the_most_connections_makes_room_and_a_proxy_last() -> None:
     assert [line.name for line in (*crowd, *proxy, other) if line.is_closed] == ["a0"]
 
 
-async def test_of_requests_that_callers_left_the_oldest_of_the_address_is_cancelled() -> None:
+async def test_the_oldest_request_that_callers_of_an_address_left_is_cancelled() -> None:
     all_, never = Connections(), asyncio.Event()
     mine = [asyncio.create_task(_waits(never)) for _ in range(MOST_ABANDONED + 2)]
     others = [asyncio.create_task(_waits(never)) for _ in range(MOST_ABANDONED)]
@@ -63,14 +63,14 @@ async def test_of_requests_that_callers_left_the_oldest_of_the_address_is_cancel
     assert not any(request.cancelled() for request in others)
     never.set()
     await asyncio.gather(*mine, *others, return_exceptions=True)
-    assert all_._abandoned == {}, "nothing is kept of those that ended"
+    assert all_._abandoned == {}, "requests that have ended are forgotten"
 
 
 async def _waits(event: asyncio.Event) -> None:
     await event.wait()
 
 
-def test_where_everybody_works_a_newcomer_is_refused() -> None:
+def test_a_newcomer_is_refused_when_all_connections_are_busy() -> None:
     all_, lines = Connections(4, 2), [Line("a1"), Line("a2"), Line("b1"), Line("b2")]
     for line in lines:
         assert all_.admit(line, line.name[0])
@@ -83,7 +83,7 @@ def test_where_everybody_works_a_newcomer_is_refused() -> None:
 
 
 @given(story=st.lists(st.tuples(st.sampled_from("awrl"), st.integers(0, 9), st.sampled_from(["x", "y", None]))))
-def test_whatever_happens_the_limits_hold(story: list[tuple[str, int, str | None]]) -> None:
+def test_the_limits_are_never_exceeded(story: list[tuple[str, int, str | None]]) -> None:
     all_, lines, here = Connections(6, 3), [Line(str(n)) for n in range(10)], dict[int, str | None]()
     for what, number, address in story:
         line = lines[number]
@@ -104,11 +104,11 @@ def test_whatever_happens_the_limits_hold(story: list[tuple[str, int, str | None
 
 
 @pytest.mark.parametrize("files", [256, 512, 1024, 4096, 20_000])
-def test_the_stores_keep_files_of_their_own(files: int) -> None:
+def test_open_files_are_reserved_for_the_stores(files: int) -> None:
     most = connections_within(files).most
     assert most + backlog(files) + RESERVED_FILES <= max(files, RESERVED_FILES + 48)
 
 
-def test_with_files_enough_the_limits_are_as_documented() -> None:
+def test_with_enough_files_the_limits_are_as_documented() -> None:
     assert connections_within(4096) == Connections(MOST_CONNECTIONS, MOST_OF_AN_ADDRESS)
     assert connections_within(1024).most == 640

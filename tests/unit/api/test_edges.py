@@ -1,4 +1,4 @@
-"""The edges of a process's life: requests that the end cuts off, and starts that fail."""
+"""The start and the end of a process: starts that fail, and requests that the end cuts off."""
 
 import asyncio
 import json
@@ -79,7 +79,7 @@ async def test_an_error_that_a_cancellation_became_is_a_503_too(becomes: Excepti
         await task
 
 
-async def test_a_fault_before_the_time_is_over_stays_a_fault() -> None:
+async def test_a_fault_before_the_end_of_the_grace_time_stays_a_fault() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("x")
 

@@ -139,7 +139,7 @@ async def test_h22_a_body_that_drips_is_given_up_in_time() -> None:
 
 
 async def test_g7_a_slow_body_that_keeps_coming_is_taken() -> None:
-    """800 kB at 30 KiB/s take 27 seconds. Here it is as fast, and takes longer than a body without progress may."""
+    """800 kB at 30 KiB/s take 27 seconds. This body is smaller, comes as fast, and takes longer than one without progress may."""
     piece, pieces, pause, body_seconds = b"x" * 160, 120, 0.005, 0.4
     assert len(piece) / pause > SLOWEST_BYTES_A_SECOND
     assert pieces * pause > body_seconds
@@ -150,13 +150,13 @@ async def test_g7_a_slow_body_that_keeps_coming_is_taken() -> None:
 
 
 @pytest.mark.parametrize("trickle", [b"", b"x"], ids=["nothing", "a byte now and then"])
-async def test_a5_the_bytes_that_came_buy_no_time_for_those_that_do_not(trickle: bytes) -> None:
+async def test_a5_bytes_that_came_earlier_give_no_more_time(trickle: bytes) -> None:
     pieces, pause = 100, 0.05
     began = time.monotonic()
     async with _client(_app(body_limit=2**24, body_seconds=0.1)) as client:
         answer = await client.post("/echo", content=_dripping(b"x" * 10**7, *[trickle] * pieces, seconds=pause))
     assert _is_problem(answer, 408, "request-timeout")
-    assert time.monotonic() - began < pieces * pause / 2, "the whole body was waited for"
+    assert time.monotonic() - began < pieces * pause / 2, "the server waited for the whole body"
 
 
 async def test_a5_no_body_takes_for_ever_however_steadily_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Room for bodies: never more bytes than there is room for, half of them for one caller, and everybody in turn."""
+"""Room for bodies: never more bytes than the room has, at most half of it for one caller, and callers in turn."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from app.api.room import NoRoom, Place, Room
 MOST = 100
 
 
-async def test_what_fits_is_taken_at_once_and_given_back() -> None:
+async def test_a_body_that_fits_takes_room_at_once_and_gives_it_back() -> None:
     room = Room(MOST)
     place = Place(room, "ann")
     await place.hold(20)
@@ -24,7 +24,7 @@ async def test_what_fits_is_taken_at_once_and_given_back() -> None:
 
 
 @pytest.mark.parametrize(("caller", "status"), [("ann", 429), ("cid", 503)])
-async def test_beyond_ones_own_half_it_is_429_and_beyond_the_whole_503(caller: str, status: int) -> None:
+async def test_a_caller_beyond_its_half_gets_429_and_beyond_the_whole_room_503(caller: str, status: int) -> None:
     room = Room(MOST, seconds=0.02)
     await room.take("ann", 50)
     await room.take("bob", 50)
@@ -81,7 +81,7 @@ Story = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, MOST), st.inte
 
 
 @given(story=Story)
-async def test_whatever_comes_and_goes_the_sum_is_right_and_everything_is_given_back(
+async def test_the_sum_is_always_right_and_all_room_is_given_back(
     story: list[tuple[str, int, int, bool]],
 ) -> None:
     room = Room(MOST, seconds=0.01)

@@ -61,13 +61,13 @@ def test_noise_and_halftone_are_no_hidden_face() -> None:
 
 
 def test_every_pixel_under_the_crop_has_about_the_same_weight() -> None:
-    """One bright pixel, wherever it lies, changes the crop by as much."""
+    """A bright spot changes the crop by the same amount at every position."""
     landmarks = (TEMPLATE * 7.3 + 40).astype(np.float32)
     side = round(CROP_SIDE * 7.3 + 80)
     weights = []
     for x, y in np.random.default_rng(4).integers(300, 600, (40, 2)):
         photo = np.zeros((side, side, 3), np.uint8)
-        photo[y - 3 : y + 4, x - 3 : x + 4] = 255  # 49 pixels: one alone would be rounded away
+        photo[y - 3 : y + 4, x - 3 : x + 4] = 255  # 49 pixels: a single one would be lost in rounding
         weights.append(float(aligned_crop(photo, landmarks).sum()))
     assert max(weights) < 1.25 * min(weights)
 

@@ -1,4 +1,4 @@
-"""Altered pictures are noticed by several signs; ordinary photos by none."""
+"""Several signs show that a picture is altered. Ordinary photos show none of them."""
 
 import cv2
 import numpy as np

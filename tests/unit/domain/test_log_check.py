@@ -242,7 +242,7 @@ def test_a_log_that_was_set_back_once_is_told_of_once() -> None:
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["the log says so", "the log does not"])
-def test_a_clock_that_was_ahead_is_no_fault_where_the_log_says_so(*, told: bool) -> None:
+def test_a_clock_that_was_ahead_is_no_fault_if_the_log_says_so(*, told: bool) -> None:
     log = Log(seed=5)
     ahead, keys = log.grow(4).sign(time="2027-01-09T10:00:00.000Z"), log.keys
     reason = "the clock was ahead: its heads are dated up to 2027-01-09T10:00:00.001Z" if told else "renewed"

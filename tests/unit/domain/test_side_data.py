@@ -1,4 +1,4 @@
-"""Side data of photos: what states the orientation is read, everything else is cut off unread."""
+"""Side data of photos: blocks that state the orientation are read, everything else is cut off unread."""
 
 import io
 import struct
@@ -156,7 +156,7 @@ def test_an_orientation_may_be_a_byte_a_short_or_a_long(value: int, kind: int, *
         webp_with(webp_chunk(b"XMP ", b"tiff:Orientation=6")),
     ],
 )
-def test_the_first_block_that_states_one_counts_and_rubbish_states_none(data: bytes) -> None:
+def test_the_first_block_with_an_orientation_counts_and_invalid_blocks_do_not(data: bytes) -> None:
     assert is_upright(data)
 
 
@@ -218,7 +218,7 @@ def test_the_animation_chunk_decides_whether_a_png_is_animated() -> None:
     other = png_chunk(b"fdAT", struct.pack(">I", 1) + zlib.compress(bytes(120 * 301)))
     assert np.array_equal(photo_of(png_with(PNG, one, frame_control(0))).pixels, PORTRAIT)
     assert np.array_equal(photo_of(png_with(PNG, none)).pixels, PORTRAIT)
-    # Without the animation chunk, frame data are a side chunk like any other; behind the pixels it does not count.
+    # Without the animation chunk, frame data are an ordinary side chunk. Behind the pixels, the animation chunk does not count.
     assert np.array_equal(photo_of(png_with(PNG, other, before=b"IEND")).pixels, PORTRAIT)
     assert np.array_equal(photo_of(png_with(PNG, two, before=b"IEND")).pixels, PORTRAIT)
     for animated in (png_with(PNG, two, frame_control(0)), png_with(png_with(PNG, one), other, before=b"IEND")):
@@ -295,7 +295,7 @@ def test_a_webp_keeps_nothing_but_its_picture() -> None:
     dressed = webp_with(webp_chunk(b"ICCP", b"secret" * 500), webp_chunk(b"EXIF", exif(1)), webp_chunk(b"odd ", b"x"))
     assert webp.still(dressed + b"appended").data == WEBP
     assert np.array_equal(photo_of(dressed + b"appended").pixels, photo_of(WEBP).pixels)
-    # What is cut behind the picture is not missing from it.
+    # The bytes that are missing here come after the picture, so the picture is complete.
     assert np.array_equal(photo_of(dressed[:-10]).pixels, photo_of(WEBP).pixels)
 
 

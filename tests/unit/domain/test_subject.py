@@ -1,4 +1,4 @@
-"""Which face of a photo is meant."""
+"""Which face of a photo is taken."""
 
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ def face(x: float, y: float, side: float, score: float = 0.8) -> PhotoFace:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a policy says."""
+    """The parts of a policy that the rule uses."""
 
     faces: Faces = "prominent"
     second_face_prominence: float = 0.33
@@ -45,7 +45,7 @@ def outcome(faces: list[PhotoFace], size: tuple[int, int] = SIZE, rule: Rule = R
         return problem.slug()
 
 
-def test_nobody_is_no_face() -> None:
+def test_a_photo_without_faces_is_refused() -> None:
     with pytest.raises(NoFace):
         find_main_face([], SIZE, RULE)
 
@@ -66,7 +66,7 @@ def test_a_face_alone_is_taken_wherever_it_is() -> None:
         assert (found.face, found.faces_found) == (only, 1)
 
 
-def test_a_bystander_as_large_at_the_edge_of_a_portrait_is_left_alone() -> None:
+def test_a_bystander_as_large_at_the_edge_of_a_portrait_is_ignored() -> None:
     subject, bystander = face(500, 400, 300), face(880, 220, 260)
     found = find_main_face([bystander, subject], SIZE, RULE)
     assert (found.face, found.faces_found) == (subject, 2)
@@ -78,17 +78,17 @@ def test_two_people_side_by_side_are_refused() -> None:
             find_main_face([face(500 - 0.7 * side, 400, side), face(500 + 0.7 * side, 400, side * 0.9)], SIZE, RULE)
 
 
-def test_the_middle_one_of_a_group_seen_from_afar_is_not_meant_by_standing_there() -> None:
+def test_a_place_in_the_middle_of_a_distant_group_does_not_make_a_subject() -> None:
     group = [face(150 + 175 * place, 350, 110) for place in range(5)]
     assert outcome(group) == "multiple-faces"
 
 
-def test_a_passer_by_nearer_the_middle_is_not_meant_by_walking_there() -> None:
+def test_a_smaller_passer_by_nearer_the_middle_is_not_taken() -> None:
     standing, passing = face(500, 180, 80), face(560, 400, 35)
     assert outcome([standing, passing]) is standing
 
 
-def test_a_large_face_cut_by_the_frame_is_not_meant() -> None:
+def test_a_large_face_cut_by_the_frame_is_not_taken() -> None:
     subject, cut = face(500, 400, 280), face(0, 400, 280)
     assert outcome([subject, cut]) is subject
 
@@ -99,14 +99,14 @@ def test_what_lies_outside_of_the_photo_does_not_count() -> None:
     assert (found.face, found.faces_found) == (subject, 1)
 
 
-def test_a_crease_that_the_detector_hardly_believes_refuses_nobody_and_counts_as_nobody() -> None:
+def test_a_doubtful_second_face_neither_refuses_the_photo_nor_counts_as_a_person() -> None:
     subject, crease = face(500, 400, 200, 0.85), face(520, 560, 190, 0.5)
     found = find_main_face([subject, crease], SIZE, RULE)
     assert (found.face, found.faces_found) == (subject, 1)
     assert outcome([subject, replace(crease, detection_score=0.8)]) == "multiple-faces"
 
 
-def test_a_second_portrait_of_the_same_person_is_left_alone_and_the_larger_one_taken() -> None:
+def test_a_second_portrait_of_the_same_person_is_ignored_and_the_larger_one_taken() -> None:
     large, small = face(300, 400, 200), face(600, 400, 140)
     assert outcome([large, small]) == "multiple-faces"
     assert find_main_face([small, large], SIZE, RULE, lambda _one, _other: True).face is large
@@ -124,7 +124,7 @@ def test_twins_side_by_side_stay_two_people() -> None:
         find_main_face([face(400, 400, 200), face(640, 400, 190)], SIZE, RULE, lambda _one, _other: True)
 
 
-def test_likeness_is_asked_only_where_it_decides() -> None:
+def test_likeness_is_measured_only_if_it_decides() -> None:
     def fails(_one: PhotoFace, _other: PhotoFace) -> bool:
         raise AssertionError
 
@@ -139,7 +139,7 @@ def test_a_third_person_is_not_hidden_by_a_second_portrait() -> None:
         find_main_face([large, portrait, other], SIZE, RULE, lambda one, two: other not in (one, two))
 
 
-def test_single_takes_nobody_with_company_and_no_second_portrait() -> None:
+def test_single_refuses_other_people_and_second_portraits() -> None:
     single = Rule(faces="single")
     subject = face(500, 400, 300)
     assert outcome([subject, face(150, 150, 75)], rule=single) == "multiple-faces"
@@ -186,7 +186,7 @@ def test_the_answer_is_the_same_for_a_larger_copy_of_the_photo(faces: list[Photo
 
     size = (round(SIZE[0] * factor), round(SIZE[1] * factor))
     ranked = prominences(faces, SIZE)
-    # Not on the threshold itself, where a rounded size may decide.
+    # Not at the threshold itself, where the rounding of a size may decide.
     assume(all(abs(share - 0.33) > 0.02 for _, share in ranked[1:]) and all(share < 0.98 for _, share in ranked[1:]))
     large = [grown(one) for one in faces]
     one, other = outcome(faces), outcome(large, size)

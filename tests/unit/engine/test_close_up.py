@@ -1,4 +1,4 @@
-"""A small face of a large photo is looked at again in pixels that are less reduced."""
+"""A small face in a large photo is read again from pixels that are less reduced."""
 
 import io
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from app.engine.reading import subject_in
 from tests.fakes import FakeEngine
 
 LIMIT = 25_000_000
-#: A face of this colour is what the engine below finds.
+#: The engine below takes areas of this colour for faces.
 RED = (250, 20, 20)
 
 
 @dataclass
 class RedSquares(FakeEngine):
-    """Takes each red square for a face, and remembers the pixels that it embedded."""
+    """Takes all red pixels for one face, and remembers the pixels that it embedded."""
 
     embedded: list[Pixels] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""A photo is turned upright by the face that it is about, and only where the first look is not sure."""
+"""A photo is turned upright by its main face, and only if the first look is not sure."""
 
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 400, 300
 
 @dataclass(frozen=True)
 class Seen:
-    """What the stub finds in one position: (score, length, side of the face); lying landmarks where it says so."""
+    """A face that the stub finds in one position: score, length, side. lies: whether its landmarks lie on their side."""
 
     score: float
     length: float
@@ -30,7 +30,7 @@ class Seen:
 
 @dataclass
 class Turning(FakeEngine):
-    """Sees other faces in each position of a photo. A white corner tells the position."""
+    """Finds other faces in each position of a photo. A white corner shows the position."""
 
     seen: dict[int, list[Seen]]
     inverted: list[Seen] = field(default_factory=list)
@@ -91,7 +91,9 @@ def test_a_sure_face_takes_one_search() -> None:
 def test_the_position_with_the_higher_score_and_the_longer_vector_is_taken(turns: int) -> None:
     engine = Turning({0: [DOUBTFUL], turns: [SURE]})
     assert position_of(engine) == turns
-    assert engine.searches == [False, True, True, True, False], "and searched as fully as an upright photo"
+    assert engine.searches == [False, True, True, True, False], (
+        "and the turned photo is searched as fully as an upright one"
+    )
 
 
 @pytest.mark.parametrize("turned", [Seen(0.55, 24), Seen(0.7, 14)])
@@ -99,16 +101,18 @@ def test_a_doubtful_photo_stays_where_no_turn_is_better_by_both(turned: Seen) ->
     assert position_of(Turning({0: [DOUBTFUL], 2: [turned]})) == 0
 
 
-def test_landmarks_that_lie_are_not_believed() -> None:
+def test_landmarks_of_a_lying_face_are_not_believable() -> None:
     lying = Seen(0.9, 24, lies=True)
     assert not is_believable(_face(lying))
     assert position_of(Turning({0: [lying], 1: [Seen(0.6, 22)]})) == 1
 
 
-def test_a_bystander_who_stands_does_not_hide_a_subject_who_lies() -> None:
+def test_an_upright_bystander_does_not_hide_a_lying_subject() -> None:
     bystander = Seen(0.85, 24, side=48, at=(10, 10))
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=150)]})) == 3
-    assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 15, side=150)]})) == 0, "what is found there is no face"
+    assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 15, side=150)]})) == 0, (
+        "the vector there is too short for a face"
+    )
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=60)]})) == 0, "it is not clearly larger"
 
 
