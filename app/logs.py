@@ -16,7 +16,7 @@ import structlog
 
 #: A field longer than this says nothing more.
 FIELD_CHARACTERS: Final = 256
-#: POSIX writes so many bytes to a pipe in one piece (PIPE_BUF of Linux). The line feed counts.
+#: The most bytes that POSIX writes to a pipe in one piece (PIPE_BUF of Linux). The line feed counts.
 LINE_BYTES: Final = 4096
 _LONG_FIELDS: Final = ("exception", "stack")
 

@@ -19,7 +19,7 @@ SCREEN: Final = "screen"
 PUBLISH: Final = "publish"
 SCAN: Final = "scan"
 CONNECT_SECONDS = 1
-#: What Redis keeps of a job that nobody takes; the sweeps ask for it again long before.
+#: How long Redis keeps a job that no worker takes. The sweeps ask for the work again long before that.
 KEPT_FOR: Final = timedelta(days=1)
 
 

@@ -49,7 +49,7 @@ class Member(Protocol):
 
 @dataclass(slots=True)
 class Connections:
-    """Open connections, by address. Address None stands for proxies, which many callers share: it has no limit of its own."""
+    """Open connections, by address. Address None stands for proxies: many callers share it, so it has no limit of connections."""
 
     most: int = MOST_CONNECTIONS
     most_of_an_address: int = MOST_OF_AN_ADDRESS
@@ -111,9 +111,10 @@ class Connections:
         OPEN.set(len(self))
 
     def abandon(self, request: "asyncio.Task[None]", address: str | None) -> None:
-        """The caller left before the request was answered. The request goes on, unless its address has too many of this kind.
+        """Note a request whose caller left before the answer. The request goes on.
 
-        The oldest one is cancelled then. Callers who do not wait for answers would otherwise make work without a limit.
+        If the address then has more such requests than allowed, the oldest one is cancelled. Without this limit, callers who do
+        not wait for answers could pile up work.
         """
         mine = self._abandoned.setdefault(address, OrderedDict())
         mine[request] = None
@@ -147,7 +148,7 @@ def backlog(files: int) -> int:
 
 
 def connections_within(files: int) -> Connections:
-    """The limits for a process that may have so many open files."""
+    """The limits for a process that may have `files` open files."""
     most = max(_FEWEST, min(MOST_CONNECTIONS, files - RESERVED_FILES - backlog(files)))
     return Connections(most, max(_FEWEST, min(MOST_OF_AN_ADDRESS, most * 3 // 4)))
 

@@ -28,7 +28,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 #: Of a request's headers, names and values: ten times what a browser sends. nginx allows half of it.
 HEADER_BYTES, MOST_HEADERS = 32 * 1024, 100
-#: The slowest body: so many bytes a second, on average over each stretch of BODY_TIMEOUT_SECONDS.
+#: The slowest body that is accepted, in bytes a second, on average over each stretch of BODY_TIMEOUT_SECONDS.
 SLOWEST_BYTES_A_SECOND = 2 * 1024
 #: No body takes longer than this to come in, however steadily it does.
 LONGEST_BODY_SECONDS = 300.0

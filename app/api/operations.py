@@ -37,7 +37,7 @@ from storage.photos import PhotoStoreUnavailable
 router = APIRouter(tags=["operations"])
 
 CHECK_SECONDS = 1.0
-#: A check names at most so many galleries.
+#: The most galleries that one check names.
 NAMED_AT_MOST = 5
 #: Due work starts within a second or two. A sweep finds lost work within fifteen.
 OVERDUE_SECONDS = 30.0

@@ -43,7 +43,7 @@ class Room:
         return self._taken.total()
 
     async def take(self, caller: str, size: int) -> None:
-        """Take so many bytes, as soon as they are free. Raises NoRoom.
+        """Take `size` bytes, as soon as they are free. Raises NoRoom.
 
         A body that is larger than the whole room is admitted when no other body is there.
         """

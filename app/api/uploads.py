@@ -27,7 +27,7 @@ FIELDS_BYTES = 64 * 1024
 MAXIMUM_FIELDS = 32
 #: Of a text in JSON, as it is spelt: a longer one is a photo's. Metadata, all of it escaped, has a little less.
 LONGEST_TEXT = 32 * 1024
-#: The parser of forms gets a body in slices. One slice takes about so many seconds, so that the event loop can serve others in
+#: The parser of forms gets a body in slices. One slice takes about SLICE_SECONDS, so that the event loop can serve others in
 #: between. The parser takes photos at gigabytes a second, and one-byte lines at a megabyte a second.
 SLICE_SECONDS, SMALLEST_SLICE, LARGEST_SLICE = 0.002, 1024, 256 * 1024
 #: What the parser of forms may work on one body; five photos take it a tenth. It walks through padding behind a boundary, and

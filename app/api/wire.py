@@ -30,12 +30,12 @@ from app.errors import HeadersTooLarge, NotReady, Problem, TooManyPieces, Unread
 
 #: A header comes within so long, and who reads an answer goes on reading within so long.
 HEADER_SECONDS, READING_SECONDS = 10.0, 10.0
-#: A connection parses at most so many pieces of a body before the event loop serves others. Each costs some 25 microseconds.
+#: The most pieces of a body that a connection parses before the event loop serves others. Each costs some 25 microseconds.
 PIECES_A_TURN: Final = 16
 #: A body may have FREE_CHUNKS chunks of any size. Each further chunk must bring BYTES_A_CHUNK bytes on average. Clients that
 #: stream send 4 to 64 KiB a chunk.
 FREE_CHUNKS, BYTES_A_CHUNK = 256, 512
-#: After an answer that ends its connection, so many bytes are read and discarded, for so long.
+#: After an answer that ends its connection, at most LINGER_BYTES are read and discarded, for at most LINGER_SECONDS.
 LINGER_BYTES, LINGER_SECONDS = 32 * 2**20, 2.0
 #: Pause between an answer and the next request, if that request came before the answer was sent.
 PIPELINE_SECONDS: Final = 0.05
@@ -47,7 +47,7 @@ UNREADABLE = Counter("idem_unreadable_requests", "Connections that brought no re
 _END: Final = b"\r\n\r\n"
 #: A line feed alone, a carriage return alone, a line that goes on in the next: two readers may read two requests.
 _AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\r(?![\n]|\Z)|\r\n[ \t]")
-#: A match of _AMBIGUOUS may begin so many bytes before the end of the bytes searched so far.
+#: How many bytes before the end of the bytes searched so far a match of _AMBIGUOUS may begin.
 _OVERLAP: Final = 3
 
 

@@ -20,7 +20,7 @@ ALIGNMENT = "arcface-112-similarity-2"
 CROP_SIDE = 112
 #: Samples per crop pixel, each way, where the photo is finer than the crop. The photo is averaged down to that grid first.
 OVERSAMPLING = 2
-#: Up to so many photo pixels per crop pixel, a crop that reads four pixels for each of its own leaves hardly any out.
+#: Photo pixels per crop pixel. Up to this number, a crop that reads four photo pixels for each of its own leaves out hardly any.
 _NOTHING_BETWEEN = 1.5
 #: Side, in crop pixels, of the squares in which two crops are compared.
 _COARSE = 7

@@ -114,7 +114,7 @@ class Photo:
         return face.in_pixels(self.reduction)
 
     def turned(self, quarters: int) -> Self:
-        """The photo turned counter-clockwise by so many quarters."""
+        """The photo turned counter-clockwise by this number of quarters."""
         pixels = np.ascontiguousarray(np.rot90(self.pixels, quarters))
         width, height = (self.height, self.width) if quarters % 2 else (self.width, self.height)
         return replace(self, pixels=pixels, width=width, height=height, quarters=(self.quarters + quarters) % 4)

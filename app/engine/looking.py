@@ -29,7 +29,7 @@ _TURNS = (2, 1, 3)
 PLAUSIBLE_ROLL_DEGREES = 60.0
 #: A face below this share of the long side may be an upright bystander, on a photo whose subject lies sideways.
 _SMALL = 0.2
-#: The area of a sideways subject is at least so many times that of the upright bystander.
+#: The area of a sideways subject is at least this multiple of the area of the upright bystander.
 _LARGER = 2.0
 #: A detection score that is higher by this much decides alone, without the lengths of the vectors.
 _FAR_SURER = 0.25

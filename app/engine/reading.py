@@ -57,8 +57,8 @@ class StoredFace:
 class Subject:
     """The face that a photo is about.
 
-    photo: turned so that the face stands upright, by so many quarters counter-clockwise; or a part of it. face: where it lies in
-    the photo's pixels. main: where it lies on the photo as it was sent. vector: embedding and raw length.
+    photo: the photo, or a part of it, turned by quarters counter-clockwise until the face is upright. face: where the face is in
+    the pixels of `photo`. main: where the face is on the photo as it was sent. vector: embedding and raw length.
     """
 
     photo: Photo
@@ -168,7 +168,7 @@ def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = Non
 
 
 def as_stored(landmarks: Landmarks, quarters: int, size: tuple[int, int]) -> Landmarks:
-    """Landmarks on a photo turned counter-clockwise by so many quarters, on the photo before. size: its width and height."""
+    """Move landmarks from a photo that was turned by `quarters` counter-clockwise to the photo before. size: of that photo."""
     x, y = landmarks[:, 0], landmarks[:, 1]
     width, height = size
     points = {0: (x, y), 1: (width - y, x), 2: (width - x, height - y), 3: (y, height - x)}[quarters % 4]

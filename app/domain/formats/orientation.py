@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal
 
-#: At most so many bytes of a block of side data are read. A camera writes the orientation near the start.
+#: The most bytes that are read of a block of side data. A camera writes the orientation near the start.
 MOST_BYTES: Final = 1 << 18
-#: At most so many blocks of one kind are read. Photos have one or two.
+#: The most blocks that are read of one kind. Photos have one or two.
 MOST_BLOCKS: Final = 8
 
 _EXIF_PREFIX: Final = b"Exif\0"
