@@ -98,7 +98,7 @@ async def _move(runtime: Runtime, gallery: Gallery, bar: Progress, accept_losses
         former = ", ".join(f"{name} {value}" for name, value in moved.thresholds.items())
         typer.echo(f"{moved.gallery}: thresholds set by hand belonged to the former model and are reset ({former}).")
     if moved.lost:
-        typer.echo(f"{moved.gallery}: {len(moved.lost)} samples match nobody any more.", err=True)
+        typer.echo(f"{moved.gallery}: {len(moved.lost)} samples no longer match anyone.", err=True)
         _list_lost(moved.lost)
     typer.echo(f"{moved.gallery}: `idem dedup scan --gallery {moved.gallery}` looks for duplicates by the new scores.")
 

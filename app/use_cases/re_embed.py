@@ -71,7 +71,7 @@ class SamplesLost(Conflict):
     def __init__(self, gallery: str, lost: Sequence[LostSample]) -> None:
         super().__init__(
             f"{len(lost)} samples of gallery {gallery} give no template under the running model. Nothing was moved. "
-            "With --accept-losses the gallery is moved, and these samples match no one from then on."
+            "With --accept-losses the gallery is moved, and these samples no longer match anyone."
         )
         self.lost = tuple(lost)
 

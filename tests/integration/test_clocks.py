@@ -143,7 +143,7 @@ async def test_stored_times_are_mongodbs_even_if_the_hosts_clock_is_wrong(
 
 async def test_times_stored_by_a_clock_that_was_ahead_block_nothing(runtime: Runtime) -> None:
     ahead = now() + timedelta(days=40)
-    held = await Held.acquire("publish:x", "one who died meanwhile", 30)
+    held = await Held.acquire("publish:x", "a holder that has died", 30)
     assert held is not None
     await Lease.get_pymongo_collection().update_one({}, {"$set": {"updated_at": ahead, "expires_at": ahead}})
     taken = await Held.acquire("publish:x", "another", 30)
@@ -259,7 +259,7 @@ async def test_r9_ready_says_whether_a_worker_lives(runtime: Runtime, doors: htt
     assert (await _checks(doors))["worker"]["status"] == "degraded"
 
 
-@pytest.mark.parametrize("swept", [False, True], ids=["nobody sweeps", "only the sweeps run"])
+@pytest.mark.parametrize("swept", [False, True], ids=["no sweeps", "only the sweeps run"])
 async def test_r9_ready_says_when_a_verdict_is_overdue(runtime: Runtime, doors: httpx.AsyncClient, swept: bool) -> None:
     await Heartbeat.beat("hung", 0.0)
     ann = await enrolled(runtime, "ann")

@@ -63,7 +63,7 @@ async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
 
 @pytest.mark.parametrize("becomes", [RuntimeError("cannot schedule new futures after shutdown"), KeyError("x")])
 async def test_an_error_that_a_cancellation_became_is_a_503_too(becomes: Exception) -> None:
-    """Drivers and executors turn the end of their task into errors of their own."""
+    """Drivers and executors turn the end of their task into other errors."""
 
     async def turning(scope: Scope, receive: Receive, send: Send) -> None:
         try:
