@@ -77,5 +77,9 @@ def _crop(pixels: Pixels, face: Face, scale: float) -> Pixels:
     region = pixels[top : bottom + 1, left : right + 1]
     # Shrinking averages. The original reads four pixels of many, and another picture can hide in those four.
     method = cv2.INTER_AREA if min(region.shape[:2]) > _SIDE else cv2.INTER_LINEAR
+    # Squares of two pixels are averaged ten times faster than other sizes.
+    while min(region.shape[:2]) >= 4 * _SIDE:
+        rows, columns = (length // 2 for length in region.shape[:2])
+        region = np.asarray(cv2.resize(region[: 2 * rows, : 2 * columns], (columns, rows), interpolation=method))
     crop = cv2.resize(region, (_SIDE, _SIDE), interpolation=method)
     return np.asarray(cv2.cvtColor(crop, cv2.COLOR_RGB2BGR), dtype=np.uint8)

@@ -85,7 +85,12 @@ def open_session(weights: bytes, *, device: Device, what: str) -> Session:
     if wanted[0] == _CUDA and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        loaded = onnxruntime.InferenceSession(weights, sess_options=options, providers=wanted)
+        # Imported here: `onnx` costs half a second and memory, and a process without networks does not need it.
+        from app.engine.activations import with_quick_prelu  # noqa: PLC0415
+
+        # CUDA's own PRelu is quick.
+        model = weights if wanted[0] == _CUDA else with_quick_prelu(weights)
+        loaded = onnxruntime.InferenceSession(model, sess_options=options, providers=wanted)
     except Exception as error:
         message = f"{what} does not load: {str(error).splitlines()[0]}"
         raise ModelUnavailable(message) from error
