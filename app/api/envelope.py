@@ -32,9 +32,11 @@ HEADER_BYTES, MOST_HEADERS = 32 * 1024, 100
 SLOWEST_BYTES_A_SECOND = 2 * 1024
 #: No body takes longer than this to come in, however steadily it does.
 LONGEST_BODY_SECONDS = 300.0
-#: A body up to SMALL_BODY takes no room: the buffers of a connection are as large. A body of unknown length takes room in steps
-#: of ROOM_STEP.
-SMALL_BODY, ROOM_STEP = 64 * 1024, 2**20
+#: A body up to SMALL_BODY takes no room: the buffers of a connection are as large. A body of unknown length takes room for the
+#: bytes that have come, in steps of the same size.
+SMALL_BODY: Final = 64 * 1024
+#: Anonymous callers have a room of their own for their bodies. It is as large as the room of the others divided by this.
+ANONYMOUS_PART: Final = 8
 #: The rest of a refused body is read if its declared size is at most this. Otherwise the connection ends.
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 1024, 0.5
 #: Pages that bring scripts and styles of their own; everything else is data.
@@ -70,6 +72,22 @@ IN_FLIGHT = Gauge("idem_requests_in_flight", "Requests being answered")
 KNOWN_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 
+@dataclass(frozen=True, slots=True)
+class _Rooms:
+    """Room for the bodies of admitted callers, and for those of anonymous callers."""
+
+    admitted: Room
+    anonymous: Room
+
+    def place(self, scope: Scope) -> Place:
+        """A place for the body of this request, by its caller. An anonymous caller stands for its address."""
+        action: Action | None = scope["state"].get("admitted")
+        if action is not None and action.caller is not None:
+            return Place(self.admitted, action.caller.id)
+        client = scope.get("client")
+        return Place(self.anonymous, subscriber(client[0] if client else ""))
+
+
 @dataclass(slots=True)
 class _Body:
     """A request's body while it comes in."""
@@ -78,7 +96,7 @@ class _Body:
     headers: Headers
     scope: Scope
     seconds: float
-    room: Room
+    rooms: _Rooms
     read: int = 0
     is_whole: bool = False
     is_ambiguous: bool = False
@@ -121,11 +139,11 @@ class _Body:
 
     async def _find_room(self) -> None:
         # A body with a declared length takes all its room at once, so it is not stopped half-way.
-        needed = self.declared or -(-self.read // ROOM_STEP) * ROOM_STEP
+        needed = self.declared or min(self._limit, -(-self.read // SMALL_BODY) * SMALL_BODY)
         if needed <= SMALL_BODY:
             return
         if self._place is None:
-            self._place = Place(self.room, _caller(self.scope))
+            self._place = self.rooms.place(self.scope)
             self.scope["state"]["release_body"] = self._place.leave
         try:
             await self._place.hold(needed)
@@ -171,15 +189,6 @@ class _Body:
             self._place.leave()
 
 
-def _caller(scope: Scope) -> str:
-    """Who sends the body: the caller, if the route has admitted one, else the address."""
-    admitted: Action | None = scope["state"].get("admitted")
-    if admitted is not None and admitted.caller is not None:
-        return admitted.caller.id
-    client = scope.get("client")
-    return f"address:{subscriber(client[0] if client else '')}"
-
-
 class Envelope:
     """ASGI middleware; the outermost."""
 
@@ -194,13 +203,14 @@ class Envelope:
     ) -> None:
         """body_limit: bytes of a body; a route that takes photos raises `request.state.body_limit` before it reads.
 
-        body_seconds: how long a body may make no progress. room: for the bytes of bodies.
+        body_seconds: how long a body may make no progress. room: for the bodies of admitted callers.
         allowed_origins: whose pages may read answers.
         """
         self._app = app
         self._body_limit = body_limit
         self._body_seconds = body_seconds
-        self._room = room or Room(DEFAULT_ROOM)
+        room = room or Room(DEFAULT_ROOM)
+        self._rooms = _Rooms(room, Room(room.most // ANONYMOUS_PART, room.seconds))
         self._allowed_origins = allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -218,7 +228,7 @@ class Envelope:
         state["body_limit"] = self._body_limit
         started = time.perf_counter()
         status: int | None = None
-        body = _Body(receive, headers, scope, self._body_seconds, self._room)
+        body = _Body(receive, headers, scope, self._body_seconds, self._rooms)
 
         async def sealed(message: Message) -> None:
             nonlocal status

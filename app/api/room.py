@@ -72,7 +72,7 @@ class Room:
         self._taken[caller] -= size
         if self._taken[caller] <= 0:
             del self._taken[caller]
-        HELD.set(self.taken)
+        HELD.dec(size)
         self._serve()
 
     def _serve(self) -> None:
@@ -104,7 +104,7 @@ class Room:
 
     def _take(self, caller: str, size: int) -> None:
         self._taken[caller] += size
-        HELD.set(self.taken)
+        HELD.inc(size)
 
     def _fits(self, caller: str, size: int) -> bool:
         taken, own = self.taken, self._taken[caller]

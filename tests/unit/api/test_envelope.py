@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 
 import httpx
@@ -11,6 +12,7 @@ from starlette.types import Message
 
 from app.api import envelope, problems
 from app.api.envelope import (
+    ANONYMOUS_PART,
     DRAINED_BYTES,
     HEADER_BYTES,
     LONGEST_BODY_SECONDS,
@@ -21,6 +23,8 @@ from app.api.envelope import (
     Envelope,
 )
 from app.api.room import Room
+from app.audit import Action
+from app.domain.callers import Caller
 from app.limits import Allowance
 
 BODY_LIMIT = 64
@@ -58,9 +62,17 @@ def _app(
     async def deaf() -> None:
         """Answers without having read what came."""
 
+    @app.post("/photo")
+    async def photo(request: Request) -> dict[str, int]:
+        """Takes larger bodies, of admitted callers only."""
+        caller = Caller("app-1", "client", "app-1", frozenset(), None, "token")
+        request.state.admitted = Action(name="face.verify", caller=caller, request_id="", ip="")
+        request.state.body_limit = 16 * body_limit
+        return {"bytes": len(await request.body())}
+
     @app.post("/hold")
     async def hold(request: Request) -> None:
-        await request.body()
+        await photo(request)
         if held is not None:
             await held.wait()
 
@@ -174,18 +186,68 @@ async def test_a5_a_body_that_finds_no_room_is_refused_and_room_is_given_back() 
         async with asyncio.timeout(10):
             while room.taken < size:
                 await asyncio.sleep(0)
-        refused = await client.post("/echo", content=b"x" * size)
-        undeclared = await client.post("/echo", content=_dripping(*[b"x" * SMALL_BODY] * 4, seconds=0))
-        small = await client.post("/echo", content=b"x" * SMALL_BODY)
+        refused = await client.post("/photo", content=b"x" * size)
+        undeclared = await client.post("/photo", content=_dripping(*[b"x" * SMALL_BODY] * 4, seconds=0))
+        small = await client.post("/photo", content=b"x" * SMALL_BODY)
         assert room.taken == size
         held.set()
         assert (await holding).status_code == 200
-        free = await client.post("/echo", content=b"x" * size)
+        free = await client.post("/photo", content=b"x" * size)
     for answer in (refused, undeclared):
         assert _is_problem(answer, 429, "rate-limited")
         assert answer.headers["retry-after"] == "2"
     assert small.json() == {"bytes": SMALL_BODY}
     assert free.json() == {"bytes": size}
+    assert room.taken == 0
+
+
+@pytest.mark.parametrize(("sent", "taken"), [(1, 0), (SMALL_BODY, 0), (SMALL_BODY + 1, 2), (3 * SMALL_BODY + 1, 3.5)])
+async def test_a5_a_body_of_unknown_length_takes_room_for_what_has_come_and_never_more_than_its_limit(
+    sent: int, taken: float
+) -> None:
+    """taken: in units of SMALL_BODY. The limit of the route is 3.5 of them."""
+    room, stopped, going_on = Room(2**30), asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x" * sent
+        stopped.set()
+        await going_on.wait()
+
+    app = _app(body_limit=SMALL_BODY * 7 // 32, room=room)
+    async with _client(app) as client:
+        sending = asyncio.create_task(client.post("/photo", content=body()))
+        await stopped.wait()
+        assert room.taken == int(taken * SMALL_BODY)
+        going_on.set()
+        assert (await sending).json() == {"bytes": sent}
+    assert room.taken == 0
+
+
+@pytest.mark.parametrize("is_declared", [True, False], ids=["declared", "chunked"])
+async def test_a5_anonymous_callers_cannot_fill_the_room_of_admitted_ones(*, is_declared: bool) -> None:
+    """200 anonymous callers with an address each stop in the middle of the largest body that their route takes."""
+    limit, going_on = 4 * SMALL_BODY, asyncio.Event()
+    room = Room(64 * SMALL_BODY, seconds=0.05)
+    app, headers = _app(body_limit=limit, room=room), {"Content-Length": str(limit)} if is_declared else {}
+
+    async def anonymous(number: int) -> int:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"x" * (limit - 1)
+            await going_on.wait()
+            yield b"x"
+
+        transport = httpx.ASGITransport(app, client=(f"192.0.2.{number}", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://idem") as client:
+            return (await client.post("/echo", content=body(), headers=headers)).status_code
+
+    sending = [asyncio.create_task(anonymous(number)) for number in range(200)]
+    await asyncio.sleep(0.2)
+    async with _client(app) as client:
+        photo = await client.post("/photo", content=b"x" * (room.most // 4))
+    going_on.set()
+    statuses = Counter(await asyncio.gather(*sending))
+    assert photo.json() == {"bytes": room.most // 4}
+    assert statuses == {200: room.most // ANONYMOUS_PART // limit, 503: 200 - room.most // ANONYMOUS_PART // limit}
     assert room.taken == 0
 
 
