@@ -99,9 +99,14 @@ class Case(CaseFields, Stored):
 
     @classmethod
     async def is_open_about_sample(cls, identity_id: str, sample_id: str, session: AsyncClientSession) -> bool:
-        """Whether a case about this sample of the newcomer, or about the newcomer as a whole, is open."""
-        about = {"newcomer_id": identity_id, "state": "open", "sample_id": {"$in": [sample_id, None]}}
-        return await cls.find_one(about, session=session) is not None
+        """Whether an open case needs this sample.
+
+        These are a case about this sample of the newcomer, a case about the newcomer as a whole, and a case with the identity as a
+        candidate: the adjudicator compares the newcomer with all photos of a candidate.
+        """
+        as_newcomer = {"newcomer_id": identity_id, "sample_id": {"$in": [sample_id, None]}}
+        sides = [as_newcomer, {"candidates.identity_id": identity_id}]
+        return await cls.find_one({"state": "open", "$or": sides}, session=session) is not None
 
     async def change(self, session: AsyncClientSession, fields: dict[str, object]) -> bool:
         """`$set` the fields and raise the version, if it still is what it was; False when somebody else was first."""

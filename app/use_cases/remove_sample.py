@@ -145,9 +145,8 @@ async def _removable(identity_id: str, sample_id: str, session: AsyncClientSessi
     is_of_enrolment = any(s.id == sample.id for s in identity.enrolment_samples)
     if is_of_enrolment and not any(s.id != sample.id for s in identity.anchors):
         raise Conflict("This is the last photo that the person was enrolled by. Erase the person, or keep the photo.")
-    # A case without a sample is about the person as a whole.
     if await Case.is_open_about_sample(identity.id, sample.id, session):
-        raise Conflict("A case about this photo is open. Decide it first.")
+        raise Conflict("A case about this photo or person is open. Decide it first.")
     return identity, sample
 
 

@@ -127,14 +127,20 @@ async def test_a_sample_stays_while_a_case_about_it_is_open(runtime: Runtime) ->
     assert (pair.decision, pair.score) == ("distinct", case.candidates[0].score), "pairs and their scores stay"
 
 
-async def test_a_case_about_the_person_as_a_whole_keeps_every_sample(runtime: Runtime) -> None:
+@pytest.mark.parametrize("side", ["newcomer", "candidate"])
+async def test_an_open_case_about_the_person_keeps_every_sample(runtime: Runtime, side: str) -> None:
     ann = await _ann_with_two(runtime)
     bob, case = await suspected(runtime, "bob", "ann")
-    await removed(runtime, ann, 1)  # the case is about the newcomer, and ann is only a candidate
-    await Case.get_pymongo_collection().update_one({"_id": case.id}, {"$set": {"newcomer_id": ann.id}})
-    ann = await with_sample(runtime, ann, "ann", capture=7)
+    if side == "newcomer":
+        await Case.get_pymongo_collection().update_one(
+            {"_id": case.id}, {"$set": {"newcomer_id": ann.id, "candidates": []}}
+        )
+    else:
+        assert [one.identity_id for one in case.candidates] == [ann.id]
     with pytest.raises(Conflict, match="case"):
         await removed(runtime, ann, 1)
+    await Case.get_pymongo_collection().update_one({"_id": case.id}, {"$set": {"state": "decided"}})
+    await removed(runtime, ann, 1)
     assert bob.id
 
 
@@ -146,9 +152,10 @@ async def test_only_samples_of_active_and_revoked_identities_can_be_removed(runt
     for identity in (other, waiting):
         with pytest.raises(Conflict):
             await removed(runtime, identity, 0)
-    await revoked(runtime, held)
-    await removed(runtime, held, 0)
-    assert len((await known(held)).samples) == 1
+    alone = await screened(runtime, await enrolled(runtime, "dan", photos=2))
+    await revoked(runtime, alone)
+    await removed(runtime, alone, 0)
+    assert len((await known(alone)).samples) == 1
 
 
 async def test_a_sample_that_waits_for_its_screening_is_removed_with_it(runtime: Runtime) -> None:
