@@ -101,7 +101,7 @@ class Case(CaseFields, Stored):
     async def is_open_about_sample(cls, identity_id: str, sample_id: str, session: AsyncClientSession) -> bool:
         """Whether an open case needs this sample.
 
-        These are a case about this sample of the newcomer, a case about the newcomer as a whole, and a case with the identity as a
+        These are: a case about this sample of the newcomer; a case about the newcomer as a whole; a case with the identity as a
         candidate: the adjudicator compares the newcomer with all photos of a candidate.
         """
         as_newcomer = {"newcomer_id": identity_id, "sample_id": {"$in": [sample_id, None]}}
