@@ -51,9 +51,14 @@ def due_at_once() -> datetime:
 
 
 class Queue:
-    """Puts jobs where the workers look. Job arguments are ids."""
+    """Puts jobs where the workers of this store look. Job arguments are ids.
 
-    def __init__(self, settings: Settings, boundary: Boundary) -> None:
+    name: Redis' key. It contains the store's id, because a restore drill or another deployment may use the same Redis. A worker
+    of another store would take the job, and would not find the person in its own database.
+    """
+
+    def __init__(self, settings: Settings, boundary: Boundary, store_id: str) -> None:
+        self.name = f"{settings.queue_name}:{store_id}"
         self._settings = settings
         self._boundary = boundary
         self._redis: ArqRedis | None = None
@@ -76,7 +81,7 @@ class Queue:
     async def _enqueue(self, job: str, *ids: str, queue_id: str) -> bool:
         redis = self._connection()
         put = partial(
-            redis.enqueue_job, job, *ids, _job_id=queue_id, _queue_name=self._settings.queue_name,
+            redis.enqueue_job, job, *ids, _job_id=f"{self.name}:{queue_id}", _queue_name=self.name,
             _defer_until=due_at_once(), _expires=KEPT_FOR,
         )  # fmt: skip
         try:
@@ -88,7 +93,7 @@ class Queue:
     async def depth(self) -> int:
         """Jobs that wait. Raises RedisError or OSError when Redis is away."""
         redis = self._connection()
-        return int(await self._boundary.call(partial(redis.zcard, self._settings.queue_name), "depth"))
+        return int(await self._boundary.call(partial(redis.zcard, self.name), "depth"))
 
     async def close(self) -> None:
         """Let go of the connections."""

@@ -473,7 +473,7 @@ async def open_runtime(
         runtime = Runtime(
             settings=settings, mongo=mongo, engine=engine, engine_reason=reason,
             photos=BoundedPhotos(photos, boundaries.photos), evidence=places.evidence,
-            keys=keys, queue=Queue(settings, boundaries.queue), access=await _open_access(settings, keys),
+            keys=keys, queue=Queue(settings, boundaries.queue, places.owner.id), access=await _open_access(settings, keys),
             boundaries=boundaries, clock=clock, places=places,
         )  # fmt: skip
         if claims:

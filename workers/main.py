@@ -45,6 +45,7 @@ def create_worker(settings: Settings) -> Worker:
         runtime = await opened.enter_async_context(open_runtime(settings, keep_up=True))
         await opened.enter_async_context(sequence.kept_up(runtime))
         await opened.enter_async_context(worker.beating(runtime.clock))
+        worker.serve(runtime.queue.name)
         context["runtime"] = runtime
 
     async def stop(context: dict[Any, Any]) -> None:

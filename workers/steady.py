@@ -41,6 +41,11 @@ class SteadyWorker(Worker):
         self._looked_at = time.monotonic()
         self._cron_at: datetime | None = None
 
+    def serve(self, queue_name: str) -> None:
+        """Take jobs from this queue. Called before the worker looks for jobs for the first time."""
+        self.queue_name = queue_name
+        self.health_check_key = f"{queue_name}:health-check"
+
     async def heart_beat(self) -> None:
         """Called by arq after each look at the queue."""
         self._looked_at = time.monotonic()
@@ -61,8 +66,8 @@ class SteadyWorker(Worker):
                 continue
             # Planned from now, not from when it was due: if the clock jumps ahead, the sweeps in between are left out.
             sweep.calculate_next(n)
-            id_ = f"{sweep.name}:{int(due.timestamp() * 1000)}"
-            if await self.pool.set(f"{self.queue_name}:sweep:{id_}", b"1", nx=True, ex=CLAIM_SECONDS):
+            id_ = f"{self.queue_name}:{sweep.name}:{int(due.timestamp() * 1000)}"
+            if await self.pool.set(f"{id_}:claimed", b"1", nx=True, ex=CLAIM_SECONDS):
                 await self.pool.enqueue_job(
                     sweep.name, _job_id=id_, _queue_name=self.queue_name, _defer_until=due_at_once(), _expires=KEPT_FOR
                 )

@@ -208,6 +208,15 @@ async def test_only_one_of_two_workers_carries_out_a_sweep(steady: SteadyWorker)
         await steady.pool.zadd(steady.queue_name, {"kept": 1})
 
 
+async def test_workers_of_two_stores_carry_out_their_own_sweeps(steady: SteadyWorker) -> None:
+    due = now() + timedelta(seconds=5)
+    for queue in (f"{steady.queue_name}:one", f"{steady.queue_name}:two"):
+        steady.serve(queue)
+        steady.cron_jobs[0].next_run = due
+        await steady.run_cron(due, 0.5)
+        assert await steady.pool.zcard(queue) == 1
+
+
 async def test_a_worker_that_no_longer_looks_at_its_queue_has_no_heartbeat(
     runtime: Runtime, steady: SteadyWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ async def _work(runtime: Runtime) -> None:
     """Let a worker do all that is in the queue."""
     worker = Worker(
         functions=[func(jobs.screen, name=SCREEN, keep_result=0)],
-        queue_name=runtime.settings.queue_name,
+        queue_name=runtime.queue.name,
         redis_settings=redis_settings(runtime.settings),
         job_serializer=encode_job,
         job_deserializer=decode_job,
@@ -87,10 +87,30 @@ async def test_an_enrolment_reaches_its_verdict_through_the_queue(queued: Runtim
     assert [await _status(i) for i in (ann, again)] == ["active", "suspected_duplicate"]
 
 
+async def test_stores_that_share_a_redis_do_not_take_each_others_jobs(
+    queued: Runtime, tmp_path: Path, database_name: str
+) -> None:
+    folders = {
+        name: tmp_path / name for name in ("storage_path", "vector_db_path", "index_cache_path", "evidence_path")
+    }
+    name = database_name.replace("test", "two")
+    drill_settings = queued.settings.model_copy(update={"mongodb_database": name, **folders})
+    ann = await enrolled(queued, "ann")
+    try:
+        async with open_runtime(drill_settings, FakeEngine()) as drill:
+            # A copied database has the same ids.
+            assert await drill.queue.enqueue_screening(ann.id, ann.screenings[0].job_id)
+            assert (await queued.queue.depth(), await drill.queue.depth()) == (1, 1)
+            await _work(drill)
+            assert (await queued.queue.depth(), await drill.queue.depth()) == (1, 0)
+    finally:
+        await queued.mongo.drop_database(name)
+
+
 async def test_h87_job_arguments_are_ids_in_json(queued: Runtime, redis_server: services.Server) -> None:
     ann = await enrolled(queued, "ann")
     with redis.Redis.from_url(redis_server.url) as store:
-        (job,) = [store.get(key) for key in store.scan_iter(f"arq:job:{ann.screenings[0].job_id}*")]
+        (job,) = [store.get(key) for key in store.scan_iter(f"arq:job:*{ann.screenings[0].job_id}*")]
     assert isinstance(job, bytes)
     assert decode_job(job)["a"] == [ann.id, ann.screenings[0].job_id]
 
@@ -106,7 +126,7 @@ async def test_h87_a_pickle_in_the_queue_is_not_loaded_and_the_jobs_behind_it_ru
 
     ann = await enrolled(queued, "ann")
     with redis.Redis.from_url(redis_server.url) as store:
-        (key,) = store.scan_iter(f"arq:job:{ann.screenings[0].job_id}*")
+        (key,) = store.scan_iter(f"arq:job:*{ann.screenings[0].job_id}*")
         job = {"t": 1, "f": SCREEN, "a": (_Evil(),), "k": {}, "et": int(time.time() * 1000)}
         store.set(key, pickle.dumps(job), keepttl=True)
     bob = await enrolled(queued, "bob")
