@@ -3,7 +3,8 @@
     host's clock    can be set by anyone: its difference from MongoDB's decides whether this host is trusted
     steady seconds  cannot be set: they continue MongoDB's time between two measurements, and during an outage
 
-A statement that cannot be undone (an erasure) also uses MongoDB's `$$NOW`.
+A statement that cannot be undone (an erasure) also uses MongoDB's `$$NOW`. If MongoDB's time itself jumps against the steady
+seconds, one of its clocks was set. Then nothing is erased by time for a day.
 """
 
 import asyncio
@@ -27,6 +28,8 @@ APART_SECONDS: Final = 60.0
 #: Time between two measurements. Quartz drifts by less than a millisecond in it. A new primary may have another clock.
 PERIOD_SECONDS: Final = 5.0
 MEASURED_WITHIN_SECONDS: Final = 2.0
+#: After a jump of MongoDB's time, nothing is erased by time for this long. An operator can correct the clock before.
+HELD_AFTER_JUMP_SECONDS: Final = 86_400.0
 #: MongoDB cuts its time to milliseconds.
 _RESOLUTION_SECONDS: Final = 0.001
 _AWARE: Final[CodecOptions[Mapping[str, Any]]] = CodecOptions(tz_aware=True)
@@ -57,6 +60,8 @@ class Clock:
         self._steady = steady
         self._base: float | None = None  # MongoDB's time less the steady seconds
         self._measured_at = steady()
+        self._jump = 0.0  # of MongoDB's time, in sum; see `jump_seconds`
+        self._jumped_at = steady()
         self._was_in_agreement = True
 
     def time(self) -> float:
@@ -79,6 +84,16 @@ class Clock:
         return abs(self.offset_seconds) <= APART_SECONDS
 
     @property
+    def jump_seconds(self) -> float:
+        """How far MongoDB's time was set ahead within the last day; negative: back. 0 if its jumps cancel out within a minute."""
+        return self._jump if self._is_held and abs(self._jump) > APART_SECONDS else 0.0
+
+    @property
+    def may_erase(self) -> bool:
+        """Whether this process may erase by time: the clocks agree, and MongoDB's was not set within the last day."""
+        return self.agrees and self.jump_seconds == 0
+
+    @property
     def measured_seconds_ago(self) -> float | None:
         """How old the last measurement is; None before the first."""
         return None if self._base is None else self._steady() - self._measured_at
@@ -89,6 +104,20 @@ class Clock:
         offset = self.offset_seconds
         return f"The host's clock is {in_words(offset)} MongoDB's." if abs(offset) > APART_SECONDS else None
 
+    @property
+    def why_not(self) -> dict[str, float]:
+        """The figures behind `may_erase`, for a log line."""
+        return {"offset_seconds": round(self.offset_seconds, 3), "jump_seconds": round(self.jump_seconds, 3)}
+
+    @property
+    def jump(self) -> str | None:
+        """A sentence for the operator, if MongoDB's time was set within the last day; else None."""
+        seconds = self.jump_seconds
+        if seconds == 0:
+            return None
+        by = timedelta(seconds=round(abs(seconds)))
+        return f"MongoDB's clock was set {'ahead' if seconds > 0 else 'back'} by {by}."
+
     def learn(self, asked: float, answered: float, server: datetime) -> None:
         """Use one answer of MongoDB. asked, answered: steady seconds before and after the question.
 
@@ -97,9 +126,18 @@ class Clock:
         """
         told = server.timestamp()
         least, most = told - answered, told + _RESOLUTION_SECONDS - asked
-        self._base = (least + most) / 2 if self._base is None else min(max(self._base, least), most)
+        before = (least + most) / 2 if self._base is None else self._base
+        self._base = min(max(before, least), most)
         self._measured_at = answered
+        if abs(step := self._base - before) > APART_SECONDS:
+            self._jump = self._jump + step if self._is_held else step
+            self._jumped_at = answered
+            log.error("mongodb_clock_was_set", seconds=round(step, 3))
         OFFSET.set(self.offset_seconds)
+
+    @property
+    def _is_held(self) -> bool:
+        return self._steady() - self._jumped_at < HELD_AFTER_JUMP_SECONDS
 
     async def measure(self, mongo: AsyncMongoClient[dict[str, Any]]) -> None:
         """Ask the primary for its time. Raises PyMongoError when it does not answer: the last estimate stays in use."""

@@ -42,6 +42,7 @@ NAMED_AT_MOST = 5
 #: Due work starts within a second or two. A sweep finds lost work within fifteen.
 OVERDUE_SECONDS = 30.0
 NOTHING_IS_ERASED = "Nobody is erased and no checkpoint is signed there until the clocks agree."
+NOTHING_IS_ERASED_FOR_A_DAY = "Nothing is erased by time for a day, or until the clock is set to what it was."
 FAILED_SCREENINGS = Gauge(
     "idem_screenings_failed",
     "Identities whose screening was given up after five tries: alert on any, they wait for a person",
@@ -150,6 +151,8 @@ async def _clock(runtime: Runtime) -> Seen:
         seen["worker_offset_seconds"] = round(farthest, 3)
         if differs is None and abs(farthest) > APART_SECONDS:
             differs = f"A worker's clock is {in_words(farthest)} MongoDB's. {NOTHING_IS_ERASED}"
+    if differs is None and clock.jump is not None:
+        differs = f"{clock.jump} {NOTHING_IS_ERASED_FOR_A_DAY}"
     return seen if differs is None else seen | {"status": "degraded", "reason": differs}
 
 

@@ -266,7 +266,7 @@ class _Looking:
             found = await sorted_by_owner(keys, galleries)
             for key in found.orphans:
                 # With a wrong clock, a photo may look old although its document is about to be committed.
-                if is_mended := self.repair and self.runtime.clock.agrees:
+                if is_mended := self.repair and self.runtime.clock.may_erase:
                     await self.runtime.photos.delete([key])
                 self._find("photo-orphan", None, key, "no document names this photo", is_mended=is_mended)
             for key in found.foreign:

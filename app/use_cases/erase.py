@@ -223,7 +223,7 @@ async def erase_again(runtime: Runtime, deletion: Deletion) -> bool:
 async def erase_expired(runtime: Runtime) -> int:
     """Erase the people whose retention time is over. Returns how many. A large number takes several sweeps.
 
-    Erases no one while this host's clock and MongoDB's differ: either of them may be wrong.
+    Erases no one while this host's clock and MongoDB's differ, and for a day after MongoDB's was set: any of them may be wrong.
     """
     await runtime.clock.measure(runtime.mongo)
     erased = 0
@@ -231,8 +231,8 @@ async def erase_expired(runtime: Runtime) -> int:
     async for gallery in Gallery.find({"policy.retention_days": {"$ne": None}, **not_held}):
         kept_for = timedelta(days=gallery.policy.retention_days or 0)
         for identity_id in await Identity.kept_since_before(gallery.id, now() - kept_for, ERASED_AT_ONCE):
-            if not runtime.clock.agrees:
-                log.error("retention_waits_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+            if not runtime.clock.may_erase:
+                log.error("retention_waits_for_the_clock", **runtime.clock.why_not)
                 return erased
             fresh = await Gallery.get(gallery.id)
             if fresh is None or fresh.policy.retention_days != gallery.policy.retention_days:

@@ -201,13 +201,13 @@ async def take_effect(runtime: Runtime) -> int:
     """Put the pending changes in force that are due and that an officer has agreed to. Returns how many.
 
     An agreement lapses when its officer no longer has the account or the role. Nothing takes effect while this host's clock and
-    MongoDB's differ: either of them may be wrong.
+    MongoDB's differ, and for a day after MongoDB's was set: any of them may be wrong.
     """
     done, waiting = 0, await Gallery.with_pending()
     if waiting:
         await runtime.clock.measure(runtime.mongo)
-    if not runtime.clock.agrees:
-        log.error("policy_changes_wait_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+    if not runtime.clock.may_erase:
+        log.error("policy_changes_wait_for_the_clock", **runtime.clock.why_not)
         return 0
     for gallery in waiting:
         try:

@@ -23,9 +23,9 @@ async def sweep_photos(runtime: Runtime) -> int:
     """
     await runtime.places.require_photos()
     await runtime.clock.measure(runtime.mongo)
-    if not runtime.clock.agrees:
+    if not runtime.clock.may_erase:
         # A photo may look old although its document is about to be committed.
-        log.error("orphan_photos_wait_for_the_clock", offset_seconds=round(runtime.clock.offset_seconds, 3))
+        log.error("orphan_photos_wait_for_the_clock", **runtime.clock.why_not)
         return 0
     galleries = await known_galleries()
     deleted, foreign, examples = 0, 0, list[str]()

@@ -28,10 +28,10 @@ async def tend(runtime: Runtime) -> None:
 async def forget_old_names(runtime: Runtime) -> int:
     """Delete the salts and clear values of events older than AUDIT_PERSONAL_DAYS; returns of how many events.
 
-    Deletes nothing while this host's clock and MongoDB's differ, because a deletion is final.
+    Deletes nothing while this host's clock and MongoDB's differ, and for a day after MongoDB's was set: a deletion is final.
     """
     await runtime.clock.measure(runtime.mongo)
-    if not runtime.clock.agrees:
+    if not runtime.clock.may_erase:
         return 0
     tree = await AuditTree.current()
     until = now() - timedelta(days=runtime.settings.audit_personal_days)

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from app.api import operations
-from app.clock import Clock
+from app.clock import Clock, steady_seconds
 from app.config import Settings, random_secret
 from app.devstack.servers import free_port
 from app.documents.base import new_id, now
@@ -85,6 +85,22 @@ async def test_a_host_whose_clock_is_wrong_erases_nobody(runtime: Runtime, host:
     host(0)
     await jobs.sweep_erasures({"runtime": runtime})
     assert [await Identity.living(one.id) is None for one in (young, due)] == [False, True]
+
+
+async def test_nobody_is_erased_after_all_clocks_were_set_together(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due = await active(runtime, "due")
+    await _keeps_thirty_days()
+    await _enrolled_days_ago(due, 31)
+    # As if MongoDB and this host had been 40 days behind until now.
+    monkeypatch.setattr(runtime.clock, "_base", runtime.clock.time() - 40 * DAY - steady_seconds())
+    await jobs.sweep_erasures({"runtime": runtime})
+    assert (await known(due)).status == "active"
+    assert runtime.clock.agrees
+    seen = await operations._clock(runtime)
+    assert seen["status"] == "degraded"
+    assert seen["reason"].startswith("MongoDB's clock was set ahead by 40 days")
 
 
 async def test_mongodb_decides_whether_the_retention_time_is_over(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.clock import APART_SECONDS, Clock, from_now, in_words
+from app.clock import APART_SECONDS, HELD_AFTER_JUMP_SECONDS, Clock, from_now, in_words
 
 START = datetime(2026, 11, 30, 12, tzinfo=UTC)
 DAY = 86_400.0
@@ -99,6 +99,56 @@ def test_another_primary_with_another_clock_is_followed() -> None:
     host.measure()
     assert abs(host.error) < 0.01
     assert not host.clock.agrees, "either of the two clocks may be wrong"
+
+
+@pytest.mark.parametrize("jump", [40 * DAY, -3 * DAY, 61])
+def test_nothing_is_erased_for_a_day_after_all_clocks_were_set_together(jump: float) -> None:
+    host = Host()
+    host.measure()
+    assert (host.clock.may_erase, host.clock.jump) == (True, None)
+    host.wait(5)
+    host.wall += jump
+    host.server += jump
+    host.measure()
+    assert host.clock.agrees
+    assert not host.clock.may_erase
+    assert host.clock.jump_seconds == pytest.approx(jump, abs=0.1)
+    for _ in range(3):
+        host.wait(HELD_AFTER_JUMP_SECONDS / 4)
+        host.measure()
+        assert not host.clock.may_erase
+    host.wait(HELD_AFTER_JUMP_SECONDS / 4)
+    assert (host.clock.may_erase, host.clock.jump) == (True, None)
+
+
+def test_clocks_that_were_set_back_to_the_true_time_are_trusted_at_once() -> None:
+    host = Host()
+    host.measure()
+    for jump in (40 * DAY, -40 * DAY):
+        host.wall += jump
+        host.server += jump
+        host.measure()
+    assert host.clock.may_erase
+
+
+def test_a_clock_that_is_corrected_in_small_steps_is_trusted() -> None:
+    host = Host()
+    host.measure()
+    for _ in range(10):
+        host.wait(5)
+        host.wall += 10
+        host.server += 10
+        host.measure()
+    assert host.clock.may_erase
+
+
+def test_a_jump_is_put_into_words() -> None:
+    host = Host()
+    host.measure()
+    host.server -= 3 * DAY
+    host.wall -= 3 * DAY
+    host.measure()
+    assert host.clock.jump == "MongoDB's clock was set back by 3 days, 0:00:00."
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.floats(0, 2), st.floats(-1e7, 1e7)), min_size=1, max_size=8))
