@@ -29,7 +29,8 @@ class Store(Stored):
 
     store_id: the id in the marks of its folders and buckets. collection: MongoDB's own id of this collection, which a copy of
     the database does not have. copied_from: the store id that a copy came with. adopted: stores whose places it took over.
-    galleries: the ids of all galleries that the store has or had.
+    galleries: the ids of all galleries that the store has or had. lacks_evidence: lost files of the evidence store are being
+    written again, and not all of them are there yet.
     """
 
     store_id: str
@@ -37,6 +38,7 @@ class Store(Stored):
     copied_from: list[str] = Field(default_factory=list)
     adopted: list[str] = Field(default_factory=list)
     galleries: list[str] = Field(default_factory=list)
+    lacks_evidence: bool = False
     created_at: datetime = Field(default_factory=now)
 
     class Settings(Stored.Settings):
@@ -79,6 +81,12 @@ class Store(Stored):
     async def took_over(cls, stores: Iterable[str]) -> None:
         """Record that this store took over the places of these stores."""
         update = {"$addToSet": {"adopted": {"$each": sorted(stores)}}}
+        await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
+
+    @classmethod
+    async def note_evidence(cls, *, lacks_some: bool) -> None:
+        """Record whether the evidence store still lacks lost files."""
+        update = {"$set": {"lacks_evidence": lacks_some}}
         await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
 
     @classmethod

@@ -11,14 +11,16 @@ from app.documents.base import now
 from app.documents.deletions import LEDGER
 from app.documents.galleries import Gallery
 from app.documents.tree import HEADS, KEYS, TreeHead
+from app.kept_outside import Lost, write_again
 from app.runtime import Runtime
 from app.use_cases import check as checking
+from app.use_cases import keep_evidence as keeping
 from app.use_cases import sequence
 from app.use_cases.erase import erase
 from app.use_cases.keep_evidence import keep_evidence
-from storage.evidence import EvidenceUnavailable
+from storage.evidence import EvidenceStore, EvidenceUnavailable
 from tests.builders import active, by_officer, default_gallery
-from workers.jobs import sweep_evidence
+from workers.jobs import sweep_all_evidence, sweep_evidence
 
 
 async def _told(runtime: Runtime) -> None:
@@ -102,6 +104,60 @@ async def test_an_evidence_store_that_does_not_answer_does_not_count_as_lost(
             await _findings(runtime)
     assert (await _findings(runtime)).counts["evidence-missing"] == 0
     assert await _kept(runtime) == before
+
+
+async def test_sweeps_do_not_write_the_same_loss_again_side_by_side(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep starts every 20 seconds. After a loss each would fill a slot of the worker, and no screening would run."""
+    before = await _with_evidence(runtime)
+    shutil.rmtree(runtime.settings.evidence_path)
+    writing, may_go_on, written = asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def slow(evidence: EvidenceStore, one: Lost) -> None:
+        writing.set()
+        await may_go_on.wait()
+        written.append(one.name)
+        await write_again(evidence, one)
+
+    monkeypatch.setattr(keeping, "write_again", slow)
+    first = asyncio.create_task(sweep_evidence({"runtime": runtime}))
+    async with asyncio.timeout(20):
+        await writing.wait()
+        await sweep_evidence({"runtime": runtime})
+        await sweep_all_evidence({"runtime": runtime})
+        may_go_on.set()
+        await first
+    assert sorted(written) == sorted(before)
+    assert await _kept(runtime) == before
+
+
+async def test_a_killed_sweep_is_continued_by_the_next_short_sweep(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if new objects were added after the kill. Then the few names that a short sweep checks are all there."""
+    before = await _with_evidence(runtime)
+    dan = await active(runtime, "dan")
+    shutil.rmtree(runtime.settings.evidence_path)
+
+    async def killed(evidence: EvidenceStore, one: Lost) -> None:
+        if not one.name.startswith(KEYS):
+            raise asyncio.CancelledError
+        await write_again(evidence, one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "write_again", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await sweep_evidence({"runtime": runtime})
+    await erase(runtime, by_officer("identity.erase"), await default_gallery(), dan.id, "asked to")
+    while await sequence.grow(runtime):
+        pass
+    await sequence.sign(runtime)
+    await sequence.deliver(runtime)
+    assert not before.items() <= (await _kept(runtime)).items()
+    await sweep_evidence({"runtime": runtime})
+    assert before.items() <= (await _kept(runtime)).items()
+    assert await keep_evidence(runtime, whole=True) == 0
 
 
 async def test_r11_one_head_a_minute_is_uploaded_however_many_are_signed(runtime: Runtime) -> None:
