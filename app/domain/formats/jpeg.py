@@ -21,7 +21,9 @@ _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN: Final = frozenset({0xC0, 0xC1, 0xC2})
 _COEFFICIENTS: Final = 64
 _EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
-_MARKER = re.compile(rb"\xff+([^\xff])")
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+#: Most stray bytes before a segment of the header. libjpeg skips any number of them.
+_MOST_STRAY: Final = 65_536
 #: In coded data 0xFF is followed by 0x00 or a restart marker; several in a row count as one.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 #: How the videos of phones begin. Behind a picture without end marker they would be taken for its last rows.
@@ -90,7 +92,7 @@ class _Walk:
             if marker in _RESTARTS or marker == _TEM:
                 continue
             end = position + int.from_bytes(self.data[position : position + 2], "big")
-            if marker in {0, _SOI} or end < position + 2 or end > len(self.data):
+            if marker == _SOI or end < position + 2 or end > len(self.data):
                 break
             body = self.data[position + 2 : end]
             if marker == _SOS:
@@ -104,9 +106,12 @@ class _Walk:
         raise Damaged(self.size)
 
     def _marker(self, position: int) -> tuple[int, int]:
-        """The marker here, and where its segment starts; fill bytes may come before it."""
-        marker = _MARKER.match(self.data, position)
+        """The next marker, and where its segment starts. Fill bytes may come before it; in the header, stray bytes too."""
+        marker = _MARKER.search(self.data, position, position + _MOST_STRAY)
         if marker is None:
+            raise Damaged(self.size)
+        # Behind a pass they may be the trailer of a picture without an end marker.
+        if self.scans and self.data[position : marker.start()].strip(b"\xff"):
             raise Damaged(self.size)
         return marker[1][0], marker.end()
 

@@ -299,6 +299,30 @@ def test_a_webp_keeps_nothing_but_its_picture() -> None:
     assert np.array_equal(photo_of(dressed[:-10]).pixels, photo_of(WEBP).pixels)
 
 
+def starts_of_segments(data: bytes) -> list[int]:
+    """Where the segments of a JPEG's header start, from the second one on; the last one starts the picture."""
+    starts = [2]
+    while data[starts[-1] + 1] != 0xDA:
+        length = int.from_bytes(data[starts[-1] + 2 : starts[-1] + 4], "big")
+        starts.append(starts[-1] + 2 + length)
+    return starts[1:]
+
+
+@pytest.mark.parametrize("stray", [b"\0", b"\0\0\0", b"\xff\0", b"\0\xff", b"\xff\xff", b"text " * 10_000])
+@pytest.mark.parametrize("picture", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
+def test_stray_bytes_between_the_segments_of_a_header_are_left_out(picture: bytes, stray: bytes) -> None:
+    for at in starts_of_segments(picture):
+        data = picture[:at] + stray + picture[at:]
+        assert jpeg.still(data) == jpeg.still(picture)
+        assert np.array_equal(photo_of(data).pixels, photo_of(picture).pixels)
+
+
+def test_a_header_with_too_many_stray_bytes_is_refused() -> None:
+    at = starts_of_segments(JPEG)[0]
+    with pytest.raises(UndecodableImage):
+        photo_of(JPEG[:at] + bytes(100_000) + JPEG[at:])
+
+
 @pytest.mark.parametrize("data", [jpeg_with(JPEG, segment(0xE1, bytes(60_000)))[:40_000], JPEG[:300]])
 def test_a_jpeg_cut_in_its_header_is_refused(data: bytes) -> None:
     with pytest.raises(UndecodableImage):
@@ -307,6 +331,8 @@ def test_a_jpeg_cut_in_its_header_is_refused(data: bytes) -> None:
 
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "fill bytes": lambda: b"\xff\xd8" + b"\xff" * 20_000_000,
+    "stray bytes": lambda: b"\xff\xd8\xff" + b"\0\xff" * 10_000_000,
+    "stray bytes between segments": lambda: jpeg_with(JPEG, *[segment(0xFE, b"") + bytes(5000)] * 4000),
     "segments": lambda: b"\xff\xd8" + segment(0xE1, b"Exif\0\0") * 1_500_000,
     "directories": lambda: jpeg_with(JPEG, *[jpeg_exif(b"MM\0*\0\0\0\x08\x02\0" + bytes(6144))] * 3000),
     "stuffed bytes": lambda: JPEG[:-2] + b"\xff\x00" * 10_000_000,
