@@ -134,6 +134,12 @@ def _warn(done: restoring.Restored) -> None:
     """Print what the restore could not put right."""
     if done.evidence is not None:
         typer.echo(f"Nothing is written to the evidence store: {done.evidence}.", err=True)
+    if done.photos_missing:
+        typer.echo(
+            f"{done.photos_missing} photos of the backup are not in the photo store. They were not written, because the store "
+            "belongs to another store. People who were erased since the backup have none: see `idem check` for the others.",
+            err=True,
+        )
     for misfit in done.log:
         typer.echo(f"The log: {misfit}.", err=True)
     for name in done.unreadable:

@@ -19,13 +19,15 @@ _CLOSED: Final = ("closing", "switching", "mending")
 class Restore(Stored):
     """The one document of its collection.
 
-    parts, photos: the names of those of the backup `set_id` that are in already. to_publish: the galleries that had an index.
+    parts, photos: the names of those of the backup `set_id` that are in already. photos_missing: photos of these
+    that a restore drill did not find. to_publish: the galleries that had an index.
     """
 
     set_id: str
     state: RestoreState
     parts: list[str]
     photos: list[str]
+    photos_missing: int = 0
     to_publish: list[str]
     started_at: datetime
 
@@ -57,10 +59,15 @@ class Restore(Stored):
         await self.get_pymongo_collection().update_one({"_id": RESTORE}, {"$set": {"to_publish": gallery_ids}})
         self.to_publish = gallery_ids
 
-    async def loaded(self, kind: Literal["parts", "photos"], name: str) -> None:
-        """Remember that a part, or the photos of a list, are in: durably, and with them all that was written before."""
-        await self.get_pymongo_collection().update_one({"_id": RESTORE}, {"$addToSet": {kind: name}})
+    async def loaded(self, kind: Literal["parts", "photos"], name: str, missing: int = 0) -> None:
+        """Remember that a part, or the photos of a list, are in: durably, and with them all that was written before.
+
+        missing: how many of the photos are not.
+        """
+        update = {"$addToSet": {kind: name}, "$inc": {"photos_missing": missing}}
+        await self.get_pymongo_collection().update_one({"_id": RESTORE}, update)
         getattr(self, kind).append(name)
+        self.photos_missing += missing
 
     @classmethod
     async def end(cls) -> None:

@@ -59,7 +59,7 @@ from app.restoring import still_here
 from app.runtime import DOCUMENTS, Runtime
 from storage.archive import Archive, BackupBroken, BackupMissing, Part
 from storage.evidence import EvidenceNotFound, EvidenceUnavailable
-from storage.photos import PhotoNotFound
+from storage.photos import PhotoNotFound, PhotosNotOurs
 
 log = structlog.get_logger(__name__)
 
@@ -102,7 +102,8 @@ class RestoreBusy(Exception):
 class Restored:
     """The result of a restore.
 
-    erased_again: people of the backup who were erased again, because a ledger lists them. unreadable: ledger lines that were not
+    photos_missing: photos that a restore drill did not find, and must not write. erased_again: people of the backup who were
+    erased again, because a ledger lists them. unreadable: ledger lines that were not
     applied, because they are torn or, in the evidence store, lack this store's tag. log_size: events in the log of the backup.
     log: mismatches with the heads in the evidence store, one sentence each. evidence: why nothing is written to the evidence
     store; None if it is written to.
@@ -112,6 +113,7 @@ class Restored:
     made_at: datetime
     documents: int
     photos: int
+    photos_missing: int
     erased_again: int
     unreadable: tuple[str, ...]
     log_size: int
@@ -268,29 +270,36 @@ class _Loading:
 
     async def _photos(self, standing: Restore, erased: dict[str, str]) -> None:
         done, total = 0, sum(part.documents for part in self.backup.manifest.photos)
-
-        async def put(document: bytes) -> None:
-            row = photo_row(document)
-            if PhotoName.of(row.key).identity_id in erased:
-                return
-            data = await asyncio.to_thread(self.backup.archive.read_photo, row)
-            try:
-                if await self.runtime.photos.get(row.key) == data:
-                    return
-            except PhotoNotFound:
-                pass
-            await self.runtime.photos.put(row.key, data)
-
         for part in self.backup.manifest.photos:
             if part.name in standing.photos:
                 done += part.documents
                 continue
+            missing = 0
             async for batch in self.backup.batches(part):
                 async for some in in_groups(_each(batch)):
-                    await asyncio.gather(*map(put, some))
+                    missing += (await asyncio.gather(*(self._photo(one, erased) for one in some))).count(False)
                     done += len(some)
                     self.tell("photos", done, total)
-            await standing.loaded("photos", part.name)
+            await standing.loaded("photos", part.name, missing)
+
+    async def _photo(self, document: bytes, erased: dict[str, str]) -> bool:
+        """Put the photo in the store. Returns False if it is missing there and another store owns the place."""
+        row = photo_row(document)
+        if PhotoName.of(row.key).identity_id in erased:
+            return True
+        data = await asyncio.to_thread(self.backup.archive.read_photo, row)
+        try:
+            if await self.runtime.photos.get(row.key) == data:
+                return True
+        except PhotoNotFound:
+            pass
+        try:
+            await self.runtime.photos.put(row.key, data)
+        except PhotosNotOurs:
+            if not self.runtime.places.owner.reads_foreign:
+                raise
+            return False  # the other store has deleted it since, for example for an erasure
+        return True
 
     async def _prepare(self, standing: Restore) -> None:
         """Have every collection there with its indexes, and nothing of the old epochs or of sessions believed."""
@@ -431,7 +440,8 @@ async def _mend(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, stan
     log.info("backup_restored", id=manifest.id, documents=manifest.documents, erased_again=erased)
     return Restored(
         set_id=manifest.id, made_at=manifest.made_at, documents=manifest.documents,
-        photos=sum(part.documents for part in manifest.photos), erased_again=erased, unreadable=tuple(unreadable),
+        photos=sum(part.documents for part in manifest.photos) - standing.photos_missing,
+        photos_missing=standing.photos_missing, erased_again=erased, unreadable=tuple(unreadable),
         log_size=tree.size, log=tuple(misfits), galleries=tuple(names),
         evidence=runtime.places.evidence.refusal,
     )  # fmt: skip

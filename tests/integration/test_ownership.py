@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from app.audit import by_system
+from app.backups import Tell
 from app.config import PlaceRefused, Settings
 from app.documents.base import new_id
 from app.documents.deletions import LEDGER, Deletion
@@ -226,6 +227,36 @@ async def test_a_drill_reads_the_photos_of_another_store_and_changes_nothing(
             "the ledger erases no one here"
         )
         assert (await identified(runtime, "ann")).candidates
+
+
+async def test_a_drill_counts_the_photos_that_the_other_store_has_deleted_since_the_backup(
+    settings: Settings, another: Settings, tmp_path: Path
+) -> None:
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
+        ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+        await back_up.back_up(runtime, tmp_path / "backups", lambda *_: None)
+        await erased(runtime, bob)
+    before = content(settings.storage_path)
+
+    def cut(stage: str, *_: int) -> None:
+        if stage == "indexes":
+            raise RuntimeError
+
+    async def drilled(tell: Tell) -> restore.Restored:
+        drill = another.model_copy(update={"foreign_stores": "read"})
+        return await restore.restore(
+            lambda: open_runtime(drill, FakeEngine(), restoring=True), erase.erase_again, sequence.close,
+            tmp_path / "backups", tell,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError):
+        await drilled(cut)
+    done = await drilled(lambda *_: None)
+    assert (done.photos, done.photos_missing, done.erased_again) == (1, 1, 1)
+    assert content(settings.storage_path) == before
+    async with open_runtime(another.model_copy(update={"foreign_stores": "read"}), FakeEngine()) as runtime:
+        assert await runtime.photos.get(ann.samples[0].photo_key)
 
 
 async def test_a_copied_database_is_a_store_of_its_own(
