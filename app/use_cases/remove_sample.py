@@ -151,7 +151,7 @@ async def _removable(identity_id: str, sample_id: str, session: AsyncClientSessi
 
 
 def _without(screening: Screening, sample_id: str) -> Screening:
-    """The screening after the removal. If it waits and is about this sample alone, it ends without a verdict."""
-    if screening.sample_ids != [sample_id] or screening.state not in ("queued", "running"):
+    """The screening after the removal. If it is about this sample alone and has no verdict yet, it ends without one."""
+    if screening.sample_ids != [sample_id] or screening.state == "done":
         return screening
     return screening.model_copy(update={"state": "done", "finished_at": now()})

@@ -12,7 +12,7 @@ from app.documents.identities import Identity
 from app.documents.removals import SampleRemoval
 from app.errors import Conflict, NotFound
 from app.runtime import Runtime
-from app.use_cases import enrol
+from app.use_cases import enrol, screen
 from app.use_cases.check import check
 from app.use_cases.export_subject import export_subject
 from app.use_cases.publish import publish
@@ -170,6 +170,19 @@ async def test_a_sample_that_waits_for_its_screening_is_removed_with_it(runtime:
     await revoked(runtime, ann)
     assert (await reinstated(runtime, ann)).status == "active"
     assert await findings(runtime) == {}
+
+
+async def test_a_removed_sample_whose_screening_failed_is_not_screened_again(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    gallery, photo = await default_gallery(), portrait("ann", capture=5)
+    waiting = await enrol.add_sample(runtime, by_officer("sample.add"), gallery, ann, photo)
+    job_id = waiting.screenings[1].job_id
+    while not await screen.note_failure(runtime, ann.id, job_id, "test"):
+        pass
+    await removed(runtime, ann, 1)
+    assert (await known(ann)).screenings[1].state == "done"
+    with pytest.raises(Conflict, match="nothing to screen"):
+        await screen.screen_again(runtime, by_officer("identity.screen"), gallery, ann.id)
 
 
 async def test_a_person_with_a_removed_sample_can_be_erased(runtime: Runtime) -> None:
