@@ -264,10 +264,12 @@ class _Looking:
             done += len(keys)
             self.tell("photos in the store", done, done)
             found = await sorted_by_owner(keys, galleries)
+            # With a wrong clock, a photo may look old although its document is about to be committed. During a restore, the
+            # backup that is being loaded may name the photo.
+            is_mended = self.repair and self.runtime.clock.may_erase and await Restore.standing() is None
+            if is_mended and found.orphans:
+                await self.runtime.photos.delete(found.orphans)
             for key in found.orphans:
-                # With a wrong clock, a photo may look old although its document is about to be committed.
-                if is_mended := self.repair and self.runtime.clock.may_erase:
-                    await self.runtime.photos.delete([key])
                 self._find("photo-orphan", None, key, "no document names this photo", is_mended=is_mended)
             for key in found.foreign:
                 if not self.runtime.places.is_own_key(key):

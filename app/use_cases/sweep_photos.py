@@ -5,6 +5,7 @@ from typing import Final
 
 import structlog
 
+from app.documents.restores import Restore
 from app.documents.stores import EnrolmentBegun
 from app.orphans import FOREIGN, ORPHAN_AGE, SHOWN, known_galleries, old_keys, sorted_by_owner
 from app.runtime import Runtime
@@ -19,7 +20,8 @@ PROOFS_AT_ONCE: Final = 1000
 async def sweep_photos(runtime: Runtime) -> int:
     """Delete the orphans that are older than a day. Returns how many. Other photos without a document stay, and are reported.
 
-    Raises PhotoStoreUnavailable when the photo store does not answer or belongs to another store.
+    Deletes nothing while a restore is under way. Raises PhotoStoreUnavailable when the photo store does not answer or belongs to
+    another store.
     """
     await runtime.places.require_photos()
     await runtime.clock.measure(runtime.mongo)
@@ -32,6 +34,10 @@ async def sweep_photos(runtime: Runtime) -> int:
     async for keys in old_keys(runtime.photos, age=ORPHAN_AGE):
         found = await sorted_by_owner(keys, galleries)
         if found.orphans:
+            if await Restore.standing() is not None:
+                # The backup that is being loaded may name these photos.
+                log.warning("orphan_photos_wait_for_the_restore", deleted=deleted)
+                return deleted
             deleted += await runtime.photos.delete(found.orphans)
         strange = [key for key in found.foreign if not runtime.places.is_own_key(key)]
         foreign += len(strange)

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -30,17 +32,22 @@ from app.documents.galleries import Gallery, PendingChange
 from app.documents.identities import Identity
 from app.documents.restores import COLLECTION, RESTORE, Restore
 from app.documents.tree import AuditKey, AuditTree
+from app.domain.ownership import SortedKeys
 from app.errors import NotReady, Unauthenticated
+from app.orphans import sorted_by_owner
 from app.runtime import DOCUMENTS, Runtime, open_runtime
 from app.use_cases import back_up as backing_up
+from app.use_cases import check as checking
 from app.use_cases import erase, sequence
 from app.use_cases import restore as restoring_all
+from app.use_cases import sweep_photos as sweeping
 from app.use_cases.back_up import Made, back_up, verify
 from app.use_cases.check import check
 from app.use_cases.erase import erase_again
 from app.use_cases.galleries import take_effect
 from app.use_cases.publish import publish
 from app.use_cases.restore import EvidenceAway, NotEmpty, RestoreBusy, Restored, StillServing, abandon, restore
+from app.use_cases.sweep_photos import sweep_photos
 from storage.archive import Archive, BackupBroken, BackupMissing
 from storage.evidence import EvidenceUnavailable
 from storage.photos import PhotoStoreUnavailable
@@ -603,6 +610,57 @@ async def test_a_restore_that_only_loads_can_be_forgotten(
         await standing.turn("mending")
         with pytest.raises(RestoreBusy):
             await abandon(runtime)
+
+
+async def test_photos_that_a_loading_restore_relies_on_are_not_swept(settings: Settings, folder: Path) -> None:
+    async with opened(settings) as runtime:
+        await active(runtime, "ann")
+        without_bob = await back_up(runtime, folder, silent)
+        bob = await active(runtime, "bob")
+        with_bob = await back_up(runtime, folder, silent)
+    await restored(settings, folder, set_id=without_bob.id, replace=True)
+    _made_days_ago(settings.storage_path)
+
+    def cut(stage: str, done: int, total: int) -> None:
+        if stage == "indexes":
+            raise Cut
+
+    with pytest.raises(Cut):
+        await restored(settings, folder, cut, set_id=with_bob.id, replace=True)
+    async with opened(settings) as runtime:
+        assert await sweep_photos(runtime) == 0
+        assert (await check(runtime, silent, repair=True)).standing == len(("photo-orphan", "restore-unfinished"))
+    await restored(settings, folder, replace=True)
+    async with opened(settings) as runtime:
+        assert await runtime.photos.get((await known(bob)).samples[0].photo_key)
+
+
+async def test_a_sweep_asks_for_a_restore_before_each_deletion(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def begins(keys: list[str], galleries: set[str]) -> SortedKeys:
+        found = await sorted_by_owner(keys, galleries)
+        await Restore.begin("a set")
+        return found
+
+    async with opened(settings) as runtime:
+        ann = await active(runtime, "ann")
+        await runtime.photos.put(f"{ann.gallery_id}/{ann.id}/{new_id()}", b"left")
+        _made_days_ago(settings.storage_path)
+        for module in (checking, sweeping):
+            monkeypatch.setattr(module, "sorted_by_owner", begins)
+        assert await sweep_photos(runtime) == 0
+        await Restore.end()
+        await check(runtime, silent, repair=True)
+        await Restore.end()
+        monkeypatch.setattr(sweeping, "sorted_by_owner", sorted_by_owner)
+        assert await sweep_photos(runtime) == 1
+
+
+def _made_days_ago(place: Path) -> None:
+    moment = time.time() - 3 * 86400
+    for path in place.rglob("*"):
+        os.utime(path, (moment, moment))
 
 
 async def test_sessions_answered_requests_and_tokens_do_not_come_back(
