@@ -33,7 +33,9 @@ def written(groups: tuple[int, ...]) -> str:
 def test_the_limits_of_an_address_are_those_of_its_subscriber() -> None:
     assert len(RULES) > 5
     zones = re.findall(r"limit_(?:conn|req)_zone (\S+) ", CONFIGURATION)
-    assert zones == ["$idem_subscriber", "$server_name", "$idem_subscriber"]
+    assert zones == ["$idem_subscriber", "$idem_sender", "$idem_subscriber"]
+    senders = CONFIGURATION.partition("map $request_method $idem_sender {")[2].partition("}")[0].split()
+    assert senders == ["GET", '"";', "HEAD", '"";', "default", "$idem_subscriber;"]
 
 
 @given(GROUPS, GROUPS)
