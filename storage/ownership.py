@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -28,6 +29,9 @@ from urllib3.exceptions import HTTPError
 #: Hidden, so that it is neither the key of a photo nor the id of a gallery.
 MARK: Final = ".idem-store"
 _MARK_LIMIT: Final = 4096
+#: Another process writes an empty mark within this time. After it, the process has died, and the mark counts as missing.
+_FILLED_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 0.05
 #: A fresh ext4 file system has this folder.
 _IGNORED: Final = frozenset({"lost+found"})
 #: How many unknown names a message shows.
@@ -248,26 +252,21 @@ class FolderPlace:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def mark(self) -> Mark | None:
-        """See Place."""
-        try:
-            descriptor = os.open(self._mark, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        try:
-            return _read(os.read(descriptor, _MARK_LIMIT))
-        finally:
-            os.close(descriptor)
+        """See Place. Waits for a mark that is still empty."""
+        deadline = time.monotonic() + _FILLED_SECONDS
+        while (data := self._data()) == b"" and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+        return _read(data) if data else None
 
     def put_mark(self, mark: Mark) -> None:
-        """See Place. Writes a temporary file and links it to the mark's name, so the mark is never incomplete."""
+        """See Place. Writes a temporary file and links it to the mark's name, so the mark is never incomplete.
+
+        On a file system without hard links, the mark is empty for a moment.
+        """
         temporary = self._written_beside(mark)
         try:
-            with suppress(FileExistsError):
-                os.link(temporary, self._mark)
-        except OSError as error:
-            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}:
-                raise
-            self._create(mark)  # a file system without hard links
+            if not self._created(temporary, mark) and self.mark() is None:
+                temporary.replace(self._mark)  # the process that created the empty mark has died
         finally:
             temporary.unlink(missing_ok=True)
         self._sync()
@@ -291,9 +290,31 @@ class FolderPlace:
         self._write(temporary, mark)
         return temporary
 
-    def _create(self, mark: Mark) -> None:
-        with suppress(FileExistsError):
-            self._write(self._mark, mark)
+    def _data(self) -> bytes | None:
+        """The bytes of the mark's file. None without a file. Empty if it has only zeros, as after a power cut."""
+        try:
+            descriptor = os.open(self._mark, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.read(descriptor, _MARK_LIMIT).strip(b"\0")
+        finally:
+            os.close(descriptor)
+
+    def _created(self, temporary: Path, mark: Mark) -> bool:
+        """Create the mark's file from the temporary one. False if there is one already."""
+        try:
+            os.link(temporary, self._mark)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}:
+                raise
+            with suppress(FileExistsError):
+                self._write(self._mark, mark)
+                return True
+            return False
+        return True
 
     def _write(self, path: Path, mark: Mark) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)

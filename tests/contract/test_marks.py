@@ -1,5 +1,6 @@
 """What a place promises about its mark: a folder, and a bucket on an S3 server."""
 
+import errno
 import threading
 import uuid
 from collections.abc import Callable
@@ -122,6 +123,51 @@ def test_one_store_owns_the_place_when_many_claim_it_at_once(place: Place) -> No
 def test_an_unreadable_mark_counts_as_another_stores(place: Place, put: PUT) -> None:
     put(MARK)
     assert guard(place).claim().state == "foreign"
+
+
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without hard links, for example an SMB share. A mark is created empty there, and then filled."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_mark_that_another_process_is_writing_is_waited_for(tmp_path: Path) -> None:
+    mark = tmp_path / MARK
+    mark.touch()
+    text = Mark(store="mine", marked_at=datetime.now(UTC)).model_dump_json()
+    writer = threading.Timer(0.3, mark.write_text, [text])
+    writer.start()
+    assert guard(FolderPlace("STORAGE_PATH", tmp_path)).claim().state == "ours"
+    writer.join()
+
+
+@pytest.mark.usefixtures("without_links")
+@pytest.mark.parametrize("content", [b"", bytes(100)], ids=["nothing", "zeros"])
+def test_an_empty_mark_of_a_process_that_died_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    """Zeros are what a file system may have after a power cut."""
+    (tmp_path / MARK).write_bytes(content)
+    assert guard(FolderPlace("STORAGE_PATH", tmp_path)).claim().state == "ours"
+    assert guard(FolderPlace("STORAGE_PATH", tmp_path), "another").claim().state == "foreign"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_an_empty_mark_does_not_open_a_place_with_unknown_content(tmp_path: Path) -> None:
+    (tmp_path / MARK).touch()
+    (tmp_path / "notes.txt").write_bytes(b"foreign")
+    assert guard(FolderPlace("STORAGE_PATH", tmp_path)).claim().state == "unmarked"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_mark_is_written_once_without_hard_links(tmp_path: Path) -> None:
+    place = FolderPlace("STORAGE_PATH", tmp_path)
+    assert guard(place).claim().state == "ours"
+    assert guard(place, "another").claim().state == "foreign"
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
 
 
 def test_a_folder_of_a_fresh_file_system_is_empty(tmp_path: Path) -> None:
