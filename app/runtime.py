@@ -418,6 +418,20 @@ async def _open_places(
     return Places(owner, guards, evidence, timeout_seconds=min(settings.share_timeout_seconds, LOOK_SECONDS)), photos
 
 
+async def _drop_former_copies(settings: Settings) -> None:
+    """Delete this store's copies in the place that earlier versions used for all stores. Some contain people erased later.
+
+    Another deployment may still use that place. A restored database has other epochs than its original. A copied one has the
+    same epochs, and a drill deletes nothing, so both delete no copies.
+    """
+    store = await stores.Store.get(stores.STORE)
+    if settings.foreign_stores == "read" or store is None or store.copied_from:
+        return
+    rows = Gallery.get_pymongo_collection().find({}, {"epoch": 1})
+    epochs = {row["_id"]: row["epoch"] async for row in rows}
+    await asyncio.to_thread(drop_generations_below, settings.index_cache_path, epochs)
+
+
 @asynccontextmanager
 async def open_runtime(
     settings: Settings,
@@ -479,9 +493,7 @@ async def open_runtime(
         if claims:
             await places.claim()
         if keep_up and settings.index_copies_of(places.owner.id) != settings.index_cache_path:
-            # Earlier versions kept the copies of all stores there. Some copies contain people who were erased later.
-            former = (settings.index_cache_path, set(places.owner.galleries))
-            await asyncio.to_thread(drop_generations_below, *former)
+            await _drop_former_copies(settings)
         if settings.is_production and (known := await accounts.development_users()):
             message = f"users of a development stack are still enabled: {', '.join(known)}; disable or delete them"
             raise UnsafeProduction(message)

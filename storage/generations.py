@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -697,23 +697,27 @@ def _remove_generation(folder: Path) -> bool:
     return _remove_tree(doomed)
 
 
-def _remove_generations(gallery: Path) -> bool:
-    """Delete every generation in a gallery's folder, and the folder if it is then empty. Returns False if it remains."""
+def _remove_generations(gallery: Path, epoch: str | None = None) -> bool:
+    """Delete every generation in a gallery's folder, and the folder if it is then empty. Returns False if it remains.
+
+    epoch: delete only generations of this epoch.
+    """
     if gallery.is_symlink():
         return False
     for entry in _entries(gallery):
-        if _generation_name(entry) or _temporary_name(entry):
+        named = _generation_name(entry) or _temporary_name(entry)
+        if named and epoch in {None, named[0]}:
             _remove_generation(gallery / entry)
     with suppress(OSError):  # it is not empty
         gallery.rmdir()
     return not os.path.lexists(gallery)
 
 
-def drop_generations_below(cache: Path, galleries: Collection[str]) -> None:
-    """Delete the copies of these galleries in a cache that is no longer used. Everything else there stays."""
-    for gallery_id in galleries:
+def drop_generations_below(cache: Path, epochs: Mapping[str, str]) -> None:
+    """Delete copies in a cache that is no longer used. epochs: by gallery; copies of other epochs and galleries stay."""
+    for gallery_id, epoch in epochs.items():
         with suppress(OSError):
-            _remove_generations(cache / _checked_gallery(gallery_id))
+            _remove_generations(cache / _checked_gallery(gallery_id), epoch)
 
 
 def _remove_tree(folder: Path) -> bool:

@@ -77,6 +77,15 @@ async def swept(runtime: Runtime) -> None:
     await runtime.photos.check()
 
 
+def copied(settings: Settings, another: Settings) -> None:
+    """Copy the database as mongodump and mongorestore do. The copy has the same store id."""
+    with pymongo.MongoClient[dict[str, Any]](settings.mongodb_uri) as client:
+        source, target = client[settings.mongodb_database], client[another.mongodb_database]
+        for name in source.list_collection_names():
+            if documents := list(source[name].find()):
+                target[name].insert_many(documents)
+
+
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.search.PATIENCE_SECONDS", 30.0)
@@ -262,12 +271,7 @@ async def test_a_drill_counts_the_photos_that_the_other_store_has_deleted_since_
 async def test_a_copied_database_is_a_store_of_its_own(
     settings: Settings, another: Settings, published: set[str]
 ) -> None:
-    """As mongodump and mongorestore copy it. The copy has the same store id."""
-    with pymongo.MongoClient[dict[str, Any]](settings.mongodb_uri) as client:
-        source, target = client[settings.mongodb_database], client[another.mongodb_database]
-        for name in source.list_collection_names():
-            if documents := list(source[name].find()):
-                target[name].insert_many(documents)
+    copied(settings, another)
     with pytest.raises(PlaceRefused, match="belongs to another store"):
         async with open_runtime(another, FakeEngine()):
             pass
@@ -424,6 +428,38 @@ async def test_copies_of_an_earlier_version_in_the_default_place_are_deleted(
         assert not (former / gallery.id).exists()
         assert foreign.exists()
         assert (former / runtime.places.owner.id / MARK).exists()
+
+
+@pytest.mark.parametrize("how", ["copied", "restored"])
+async def test_a_drill_leaves_the_former_copies_of_its_original(
+    settings: Settings,
+    another: Settings,
+    published: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """The original is of an earlier version, and its copies are in the default place."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    alone = {name: tmp_path / name for name in ("storage_path", "vector_db_path", "evidence_path")}
+    fields = another.model_copy(update=alone).model_dump(exclude={"index_cache_path"}, exclude_unset=True)
+    drill = Settings(_env_file=None, **fields)  # type: ignore[call-arg]
+    former = drill.index_cache_path
+    shutil.copytree(settings.index_cache_path, former, ignore=shutil.ignore_patterns(MARK))
+    before = content(former)
+    if how == "copied":
+        copied(settings, another)
+    else:
+        async with open_runtime(settings, FakeEngine()) as runtime:
+            await back_up.back_up(runtime, tmp_path / "backups", lambda *_: None)
+        await restore.restore(
+            lambda: open_runtime(drill, FakeEngine(), restoring=True), erase.erase_again, sequence.close,
+            tmp_path / "backups", lambda *_: None,
+        )  # fmt: skip
+    async with open_runtime(drill, FakeEngine(), keep_up=True) as runtime:
+        assert (await default_gallery()).id in {path.name for path in former.iterdir()}
+        assert before <= content(former)
+        assert runtime.places.owner.id not in before
 
 
 async def test_a_deletion_that_the_ledger_alone_knows_proves_a_photo(runtime: Runtime) -> None:
