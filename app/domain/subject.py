@@ -48,6 +48,8 @@ _TINY = 0.04
 #: Two faces of one person: the larger one is meant where the other has at most this share of its area (0.85 of its length).
 #: Twins side by side, and two prints of one photo, stay undecided.
 _CLEARLY_SMALLER = 0.72
+#: A card has one or two more portraits of its holder. Each comparison costs an embedding.
+_MOST_PORTRAITS = 2
 
 
 class SubjectRule(Protocol):
@@ -142,6 +144,7 @@ def _ranked(faces: Sequence[PhotoFace], size: tuple[int, int]) -> list[_Ranked]:
 def _prominent(ranked: Sequence[_Ranked], share: float, is_same_person: SamePerson | None) -> PhotoFace:
     """The first face, unless another one is nearly as prominent. Raises MultipleFaces."""
     first, *others = ranked
+    portraits = 0
     while others:
         second = max(others, key=lambda row: row.prominence)
         if second.prominence < share * first.prominence:
@@ -149,6 +152,7 @@ def _prominent(ranked: Sequence[_Ranked], share: float, is_same_person: SamePers
         larger, smaller = (first, second) if first.area >= second.area else (second, first)
         is_second_portrait = (
             is_same_person is not None
+            and portraits < _MOST_PORTRAITS
             and smaller.area <= _CLEARLY_SMALLER * larger.area
             and is_same_person(larger.face, smaller.face)
         )
@@ -158,6 +162,7 @@ def _prominent(ranked: Sequence[_Ranked], share: float, is_same_person: SamePers
                 "as the first."
             )
             raise _several(detail)
+        portraits += 1
         others = [row for row in others if row is not second]
         first = larger
     return first.face

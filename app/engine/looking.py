@@ -7,21 +7,38 @@ docs/adr/0039.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from app.domain.alignment import aligned_crop
 from app.domain.alteration import Signs, signs
-from app.domain.faces import Embedding, Face
+from app.domain.faces import Box, Embedding, Face
 from app.domain.photo import Photo
 from app.domain.subject import MainFace
 from app.engine.port import FaceEngine
 from app.errors import Advice, LowQuality, PhotoRefused
 
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A photo as it came, turned or inverted. The embedding of each of its faces is computed once."""
+
+    engine: FaceEngine
+    photo: Photo
+    _known: dict[tuple[Box, bytes], tuple[Embedding, float]] = field(default_factory=dict, init=False)
+
+    def embed(self, face: Face) -> tuple[Embedding, float]:
+        """The face's embedding and the raw vector's length. Raises LowQuality if the face has no features."""
+        key = face.box, face.landmarks.tobytes()
+        if key not in self._known:
+            self._known[key] = self.engine.embed(self.photo.pixels, face)
+        return self._known[key]
+
+
 #: Chooses the face that is meant. Raises NoFace, MultipleFaces, FaceTooSmall, FaceCropped.
-Choose = Callable[[Photo, list[Face]], MainFace]
+Choose = Callable[[Searched, list[Face]], MainFace]
 
 #: Quarter turns, counter-clockwise. Upside down comes first: if it is right, it is mostly the only one that shows a face.
 _TURNS = (2, 1, 3)
@@ -41,15 +58,19 @@ _CLEARLY_LONGER = 1.15
 class Look:
     """The result of one search, on the photo as it came or turned.
 
-    photo: turned counter-clockwise by `quarters`; the faces were found there. main: the face that is meant, else `problem`.
+    searched: turned counter-clockwise by `quarters`. main: the face that is meant, else `problem`.
     """
 
-    engine: FaceEngine
-    photo: Photo
+    searched: Searched
     faces: list[Face]
     main: MainFace | None
     problem: PhotoRefused | None
     quarters: int
+
+    @property
+    def photo(self) -> Photo:
+        """The photo in which the faces were found."""
+        return self.searched.photo
 
     @cached_property
     def face(self) -> Face | None:
@@ -62,7 +83,7 @@ class Look:
         if self.face is None:
             return None
         try:
-            return self.engine.embed(self.photo.pixels, self.face)
+            return self.searched.embed(self.face)
         except LowQuality as problem:
             self.main, self.problem, self.face = None, problem.with_traceback(None), None
             return None
@@ -92,16 +113,16 @@ class Look:
     @property
     def _is_long(self) -> bool:
         """Whether the vector reaches the median length of ordinary photos. No negative does (551 photos)."""
-        usual = self.engine.card.usual_length
+        usual = self.searched.engine.card.usual_length
         return usual is not None and self.length >= usual[1]
 
     @property
     def is_sure(self) -> bool:
         """Whether the face is surely upright; for a refused photo, whether any of its faces is."""
         if self.face is not None:
-            is_upright = is_believable(self.face) and self.engine.is_upright(self.face, self.length or None)
+            is_upright = is_believable(self.face) and self.searched.engine.is_upright(self.face, self.length or None)
             return is_upright and self.signs is not None and (not self.signs.are_eyes_light or self._is_long)
-        return any(is_believable(face) and self.engine.is_upright(face, None) for face in self.faces)
+        return any(is_believable(face) and self.searched.engine.is_upright(face, None) for face in self.faces)
 
 
 def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
@@ -112,24 +133,24 @@ def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
     seen = _upright(engine, photo, choose)
     if seen.face is None or seen.is_sure:
         return seen
-    inverted = _look(engine, seen.photo.inverted(), choose, quick=False)
+    inverted = _look(Searched(engine, seen.photo.inverted()), choose, quick=False)
     if _stands_better(inverted, seen) and _shows_a_negative(inverted, seen):
         return replace(seen, main=None, problem=_negative())
     return seen
 
 
 def _upright(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
-    first = _look(engine, photo, choose, quick=False)
+    first = _look(Searched(engine, photo), choose, quick=False)
     is_small = first.face is not None and max(first.face.box[2:]) < _SMALL * max(photo.pixels.shape[:2])
     if first.is_sure and not is_small:
         return first
-    turned = [_look(engine, photo.turned(turns), choose, quick=True, quarters=turns) for turns in _TURNS]
+    turned = [_look(Searched(engine, photo.turned(turns)), choose, quick=True, quarters=turns) for turns in _TURNS]
     best = max(turned, key=lambda one: one.score)
     if best.score == 0:
         return first
     wins = _is_the_larger_subject(best, first) if first.is_sure else _stands_better(best, first)
     # Searched as fully as a photo that came upright, so that both give the same template.
-    return _look(engine, best.photo, choose, quick=False, quarters=best.quarters) if wins else first
+    return _look(best.searched, choose, quick=False, quarters=best.quarters) if wins else first
 
 
 def is_believable(face: Face) -> bool:
@@ -140,13 +161,13 @@ def is_believable(face: Face) -> bool:
     return roll <= PLAUSIBLE_ROLL_DEGREES and float(eyes[0] * down[1] - eyes[1] * down[0]) > 0
 
 
-def _look(engine: FaceEngine, photo: Photo, choose: Choose, *, quick: bool, quarters: int = 0) -> Look:
-    faces = engine.detect(photo.pixels, quick=quick)
+def _look(searched: Searched, choose: Choose, *, quick: bool, quarters: int = 0) -> Look:
+    faces = searched.engine.detect(searched.photo.pixels, quick=quick)
     try:
-        return Look(engine, photo, faces, choose(photo, faces), None, quarters)
+        return Look(searched, faces, choose(searched, faces), None, quarters)
     except PhotoRefused as problem:
         # Without its traceback: the frames there refer to this look, and would keep the pixels until garbage collection.
-        return Look(engine, photo, faces, None, problem.with_traceback(None), quarters)
+        return Look(searched, faces, None, problem.with_traceback(None), quarters)
 
 
 def _stands_better(turned: Look, first: Look) -> bool:

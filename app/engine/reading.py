@@ -14,7 +14,7 @@ from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, find_main_face
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.close_up import close_up
-from app.engine.looking import look
+from app.engine.looking import Searched, look
 from app.engine.port import FaceEngine
 from app.errors import Advice, LowQuality, NoFace, NotLive, PhotoRefused
 
@@ -112,10 +112,12 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
     """
     alike = threshold_at_fmr(engine.card, policy.verify_fmr)
 
-    def choose(turned: Photo, faces: list[Face]) -> MainFace:
+    def choose(searched: Searched, faces: list[Face]) -> MainFace:
+        turned = searched.photo
+
         def is_same_person(one: PhotoFace, other: PhotoFace) -> bool:
             try:
-                (a, _), (b, _) = (engine.embed(turned.pixels, turned.in_pixels(face)) for face in (one, other))
+                (a, _), (b, _) = (searched.embed(turned.in_pixels(face)) for face in (one, other))
             except LowQuality:
                 return False
             return float(a @ b) >= alike
@@ -175,10 +177,10 @@ def as_stored(landmarks: Landmarks, quarters: int, size: tuple[int, int]) -> Lan
     return np.column_stack(points).astype(np.float32)
 
 
-def _largest(photo: Photo, faces: list[Face]) -> MainFace:
+def _largest(searched: Searched, faces: list[Face]) -> MainFace:
     if not faces:
         raise NoFace
-    return MainFace(photo.in_photo(max(faces, key=lambda face: face.area)), len(faces))
+    return MainFace(searched.photo.in_photo(max(faces, key=lambda face: face.area)), len(faces))
 
 
 def why_not_live(liveness: float | None, asked: Asked) -> tuple[Advice, ...]:

@@ -6,11 +6,11 @@ from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Liveness
 from app.domain.faces import Face, PhotoFace
-from app.domain.photo import Photo, decode
+from app.domain.photo import decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, prominences
-from app.engine.looking import look
+from app.engine.looking import Searched, look
 from app.engine.port import FaceEngine
 from app.engine.reading import LIVE_FROM, subject_in, unfit, why_not_live
 from app.errors import Advice, NoFace
@@ -80,8 +80,9 @@ def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
     return Detection(faces, seen.photo.width, seen.photo.height)
 
 
-def _most_prominent(photo: Photo, faces: list[Face]) -> MainFace:
+def _most_prominent(searched: Searched, faces: list[Face]) -> MainFace:
     """The face by which the photo is turned upright. Raises NoFace."""
+    photo = searched.photo
     ranked = prominences([photo.in_photo(face) for face in faces], (photo.width, photo.height))
     if not ranked:
         raise NoFace

@@ -139,6 +139,13 @@ def test_a_third_person_is_not_hidden_by_a_second_portrait() -> None:
         find_main_face([large, portrait, other], SIZE, RULE, lambda one, two: other not in (one, two))
 
 
+def test_a_card_may_show_two_more_portraits_and_no_third_one() -> None:
+    large, *portraits = face(300, 400, 200), face(600, 300, 120), face(600, 500, 130), face(700, 400, 140)
+    assert find_main_face([large, *portraits[:2]], SIZE, RULE, lambda _one, _other: True).face is large
+    with pytest.raises(MultipleFaces):
+        find_main_face([large, *portraits], SIZE, RULE, lambda _one, _other: True)
+
+
 def test_single_refuses_other_people_and_second_portraits() -> None:
     single = Rule(faces="single")
     subject = face(500, 400, 300)

@@ -35,6 +35,7 @@ class Turning(FakeEngine):
     seen: dict[int, list[Seen]]
     inverted: list[Seen] = field(default_factory=list)
     searches: list[bool] = field(default_factory=list)
+    embedded: list[tuple[bytes, tuple[float, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -44,6 +45,7 @@ class Turning(FakeEngine):
         return [_face(one) for one in self._at(pixels)]
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
+        self.embedded.append((pixels.tobytes(), face.box[:2]))
         length = next(one.length for one in self._at(pixels) if one.score == face.detection_score)
         return np.eye(1, 256, dtype=np.float32)[0], length
 
@@ -114,6 +116,23 @@ def test_an_upright_bystander_does_not_hide_a_lying_subject() -> None:
         "the vector there is too short for a face"
     )
     assert position_of(Turning({0: [bystander], 3: [Seen(0.8, 23, side=60)]})) == 0, "it is not clearly larger"
+
+
+def test_many_copies_of_one_face_are_refused_after_two_comparisons() -> None:
+    copies = [Seen(0.8, 24, side=80, at=(100.0 + 10 * x, 60.0 + 10 * y)) for x in range(12) for y in range(12)]
+    engine = Turning({0: [Seen(0.8, 24, side=100, at=(150, 100)), *copies]})
+    with pytest.raises(MultipleFaces):
+        subject_of(engine, photo(), GalleryPolicy())
+    assert len(engine.embedded) <= 3
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_no_face_is_embedded_twice(turns: int) -> None:
+    first = [DOUBTFUL, Seen(0.59, 15, side=80, at=(215, 90))]
+    turned = [SURE, Seen(0.79, 24, side=80, at=(215, 90))]
+    engine = Turning({0: first, 2: turned if turns else []}, inverted=first)
+    assert position_of(engine) == turns
+    assert len(engine.embedded) == len(set(engine.embedded)) == 4
 
 
 def test_a_photo_whose_inverted_copy_is_the_better_face_is_refused_as_a_negative() -> None:
