@@ -48,6 +48,8 @@ REQUEST_BURST = int(re.findall(r"burst=(\d+)", CONFIGURATION)[0])
 (CONNECTIONS,) = {int(most) for most in re.findall(r"limit_conn addresses (\d+);", CONFIGURATION)}
 SMALL_BODIES = int(re.findall(r"limit_conn small_bodies (\d+);", CONFIGURATION)[0])
 OF_DATA = {"Cache-Control": "no-store", "Content-Security-Policy": DATA_POLICY}
+#: How long the rest of a refused body is read at most. The configuration says five seconds.
+LINGER_SECONDS = 10
 #: A slow caller is let go after so many seconds; a tenth of it here, so that nobody waits.
 PATIENCE_SECONDS = 1
 #: A body without progress for this long is given up. In production it is ten seconds.
@@ -587,6 +589,20 @@ async def test_a4_one_address_may_send_only_a_few_small_bodies_at_a_time(tmp_pat
     assert crowded.startswith("HTTP/1.1 429 ")
     assert reading.startswith("HTTP/1.1 200 ")
     assert other.startswith("HTTP/1.1 200 ")
+
+
+async def test_a4_a_refused_body_that_trickles_on_does_not_keep_its_connection(proxy: Proxy) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"POST /v1/auth/token HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    began = time.monotonic()
+    with suppress(ConnectionError):
+        while time.monotonic() - began < LINGER_SECONDS + 5:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.2)
+    writer.close()
+    assert time.monotonic() - began < LINGER_SECONDS
 
 
 @asynccontextmanager
