@@ -656,14 +656,11 @@ def _settled(folder: int, progress: Progress | None) -> dict[str, FileEntry]:
     return files
 
 
-def _drop_older(
-    gallery: Path, keep: Collection[tuple[str, int]], *, with_other_epochs: bool = False
-) -> list[GenerationName]:
-    """Delete what is older than the newest of `keep`: by number in an epoch that is kept, else by the folder's time.
+def _drop_older(gallery: Path, keep: Collection[tuple[str, int]]) -> list[GenerationName]:
+    """Delete what is older than the newest of `keep`: by number, and in other epochs also by the folder's time.
 
-    with_other_epochs: these whatever their time; but nothing at all when nothing is to be kept. An epoch's numbers say nothing
-    about another's, and one that comes after a restore may count anew. Both times are set by the same machine, the one that
-    holds the files.
+    Numbers are fences of one lease, so they rise from epoch to epoch. After a restore into another database they may start
+    again: then the time counts. The machine that holds the files sets both times.
     """
     newest = {epoch: max(number for kept, number in keep if kept == epoch) for epoch, _ in keep}
     times = [time for name in keep if (time := _modified(gallery / _folder_name(*name))) is not None]
@@ -675,11 +672,11 @@ def _drop_older(
             continue
         if name.epoch in newest:
             is_older = name.number < newest[name.epoch] or tuple(name) in keep
-        elif with_other_epochs and newest:
-            is_older = True
         else:
             time = _modified(gallery / entry)
-            is_older = time is not None and any(time < kept for kept in times)
+            is_older = any(name.number < number for number in newest.values()) or (
+                time is not None and any(time < kept for kept in times)
+            )
         if is_older and _remove_generation(gallery / entry):
             dropped.append(name)
     return sorted(dropped, key=lambda name: (name.number, name.epoch))

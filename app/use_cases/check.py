@@ -226,6 +226,7 @@ class _Looking:
 
     async def index(self, gallery: Gallery) -> None:
         """The published files are what was published, and not ahead of the documents."""
+        await self._purged(gallery)
         published = gallery.published
         if published is None:
             return
@@ -248,12 +249,16 @@ class _Looking:
                 await head.report(published.number, fault)  # whoever publishes takes it from there
             told = f"generation {published.number}: {fault}"
             self._find("index-generation", gallery, gallery.id, told, is_mended=self.repair)
+        self.tell(f"{gallery.name}: index", 1, 1)
+
+    async def _purged(self, gallery: Gallery) -> None:
+        """Index files with an erased person are gone in time, also those of a gallery that has no index since."""
+        head = await Gallery.get(gallery.id)
         if head is not None and head.purge_by is not None and head.purge_by < now():
             due = f"{head.purge_by:%Y-%m-%d %H:%M} UTC"
             self._find(
                 "index-purge-late", gallery, gallery.id, f"files that hold somebody erased should be gone since {due}"
             )
-        self.tell(f"{gallery.name}: index", 1, 1)
 
     async def orphans(self) -> None:
         """A document names every photo in the store. Photos that may belong to another store are reported, never deleted."""

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Final, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.audit import Action, record
-from app.documents.base import new_id
+from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
 from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
@@ -231,6 +232,8 @@ class _Move:
         pairs = await self._measure_pairs(gallery)
         moved = Moved(gallery.name, gallery.moved_from, samples, pairs, lost, _by_hand(gallery))
         await self._open(gallery, moved)
+        if gallery.published is not None:  # without a queue, `purge_by` makes the publication due
+            await self.runtime.queue.enqueue_publication(gallery.id, again=f":{new_id()}")
         await self._forget_renewals(gallery)
         log.info("gallery_re_embedded", gallery=gallery.name, samples=samples, lost=len(lost), pairs=pairs)
         return moved
@@ -361,6 +364,9 @@ class _Move:
     async def _open(self, gallery: Gallery, moved: Moved) -> None:
         async def commit(session: AsyncClientSession) -> None:
             await self.lease.require(session)
+            # Files of the former model hold everyone. Whoever is erased before the next publication relies on this deadline.
+            purge_by = now() + timedelta(hours=self.runtime.settings.index_purge_hours)
+            await gallery.purge_files(session, [], purge_by)
             if not await gallery.end_to_move(self.card, session):
                 raise NotReady(f"Gallery {gallery.name} was changed at the same moment; start the move again.")
             await record(

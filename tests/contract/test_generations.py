@@ -685,6 +685,13 @@ def test_another_epochs_generations_go_when_they_are_older_whatever_their_number
     assert set(store.listed(GALLERY)) == {("epoch-after", 1), (EPOCH, 1)}
 
 
+def test_another_epochs_lower_numbers_go_although_nothing_of_this_epoch_is_there_yet(store: GenerationStore) -> None:
+    published(store, manifest(epoch="epoch-before", number=3))
+    published(store, manifest(epoch="epoch-after", number=6))
+    assert store.drop(GALLERY, {(EPOCH, 5)}) == [("epoch-before", 3)]
+    assert store.listed(GALLERY) == [("epoch-after", 6)], "its publisher has had the lease since"
+
+
 def test_copies_are_dropped_by_the_same_rule_and_mapped_ones_stay_readable(store: GenerationStore) -> None:
     digests = [published(store, manifest(number=number))[1] for number in (1, 2, 3)]
     copies = [fetched(store, digest, number)[0] for number, digest in enumerate(digests, 1)]

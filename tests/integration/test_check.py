@@ -143,6 +143,8 @@ async def test_a_generation_that_is_spoilt_or_ahead_is_found_and_published_anew(
     await only(runtime, "index-generation", gallery.id)
     await Gallery.get_pymongo_collection().update_one({}, {"$set": {"purge_by": now() - timedelta(hours=1)}})
     assert (await found(runtime)).counts == {"index-generation": 1, "index-purge-late": 1}
+    await Gallery.get_pymongo_collection().update_one({}, {"$set": {"published": None}})
+    assert (await found(runtime)).counts == {"index-purge-late": 1}
 
 
 async def _change(model: Any, query: dict[str, Any], update: dict[str, Any]) -> None:  # noqa: ANN401

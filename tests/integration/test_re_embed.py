@@ -26,6 +26,7 @@ from app.errors import ModelMismatch, NotReady
 from app.runtime import Runtime
 from app.use_cases import re_embed as moving
 from app.use_cases.identify import identify
+from app.use_cases.publish import keep_promises, publish
 from app.use_cases.re_embed import Moved, SamplesLost, Stage, Tell, preview, re_embed
 from tests.builders import another_process, by_officer, case_about, default_gallery, erased, known
 from tests.support.moved_galleries import NEW, OLD, SquaresEngine, claimed, person, photo_of
@@ -44,6 +45,19 @@ async def new(old: Runtime) -> AsyncIterator[Runtime]:
     async with another_process(old) as process:
         process.engine = SquaresEngine(NEW)
         yield process
+
+
+@pytest.fixture
+def asked(new: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The galleries whose publication the new process asks a queue for. The queue is away."""
+    ids: list[str] = []
+
+    async def enqueue(gallery_id: str, **_: str) -> bool:
+        ids.append(gallery_id)
+        return False
+
+    monkeypatch.setattr(new.queue, "enqueue_publication", enqueue)
+    return ids
 
 
 class Cut(Exception):
@@ -191,6 +205,34 @@ async def test_people_enrolled_during_a_move_are_moved_and_erased_people_are_not
     assert await found(new, "bob") == await found(new, "cid") == await found(new, "eve") == []
     assert (await default_gallery()).samples == 2
     assert await Renewal.find_all().count() == 0
+
+
+async def test_a_moved_gallery_is_published_again_and_keeps_no_index_files_of_the_former_model(
+    old: Runtime, new: Runtime, asked: list[str]
+) -> None:
+    ann, _ = await person(old, "ann"), await person(old, "bob")
+    before = await default_gallery()
+    await publish(old, by_system("index.publish"), before.id, holder="test")
+    await move(new)
+    receipt = await erased(new, ann)
+    head = await default_gallery()
+    assert asked == [before.id]
+    assert head.purge_by is not None, "the sweep asks for the publication as well"
+    assert head.purge_by <= receipt.index_purge_by
+    await keep_promises(new)
+    assert new.search.store.listed(head.id) == []
+    generation = await publish(new, by_system("index.publish"), head.id, holder="test")
+    head = await default_gallery()
+    assert new.search.store.listed(head.id) == [(head.epoch, generation.number)]
+    assert head.purge_by is None
+
+
+async def test_a_gallery_without_an_index_is_not_published_by_a_move(
+    old: Runtime, new: Runtime, asked: list[str]
+) -> None:
+    await person(old, "ann")
+    await move(new)
+    assert (asked, (await default_gallery()).purge_by) == ([], None)
 
 
 async def test_losses_are_refused_unless_they_are_accepted(old: Runtime, new: Runtime) -> None:
