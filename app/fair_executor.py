@@ -7,10 +7,10 @@ by measured cost, as the Completely Fair Scheduler of Linux shares a processor (
 
 import asyncio
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -35,8 +35,10 @@ class _Job:
     caller: str
     work: Callable[[], Any]
     answer: "asyncio.Future[Any]"
-    #: It gave its thread back because it would have waited for another job. It starts again when one ends.
-    is_crowded: bool = field(default=False)
+    #: Jobs of one caller start in the order of their numbers.
+    number: int
+    #: It gave its thread back, because it would have waited for another job.
+    gave_back: bool = False
 
 
 class FairExecutor:
@@ -55,9 +57,15 @@ class FairExecutor:
         self._free = threads
         self._most_waiting = most_waiting
         self._crowded = crowded
-        self._lines: dict[str, deque[_Job]] = {}
+        self._lines: dict[str, list[_Job]] = {}
         self._running: dict[str, int] = {}
         self._used: dict[str, float] = {}
+        self._number = 0
+        # Jobs that have ended, without those that gave their threads back; and their number at the start of the last attempt that
+        # failed or may fail. A job that gave its thread back starts again when the first is larger than the second. So one such
+        # job tries again each time when a job ends.
+        self._ended = 1
+        self._crowded_at = 0
 
     async def run(self, caller: str, work: Callable[[], T]) -> T:
         """Do the work on a thread when it is this caller's turn; returns or raises what it does.
@@ -65,12 +73,10 @@ class FairExecutor:
         Raises TooMuchWaits when the lines are full and no other caller's line is longer. If one is longer, its newest job is
         dropped, and that job's caller gets TooMuchWaits.
         """
-        self._make_room(caller)
-        job = _Job(caller, work, asyncio.get_running_loop().create_future())
+        self._number += 1
+        job = _Job(caller, work, asyncio.get_running_loop().create_future(), self._number)
         self._join(caller)
-        self._lines.setdefault(caller, deque()).append(job)
-        WAITING.set(self.waiting)
-        self._start_next()
+        self._line_up(job)
         try:
             answer: T = await job.answer
         finally:
@@ -88,14 +94,15 @@ class FairExecutor:
         """End the threads after the work that they have begun."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _make_room(self, caller: str) -> None:
-        if self._free > 0 or self.waiting < self._most_waiting:
+    def _line_up(self, job: _Job) -> None:
+        """Put the job into its caller's line, and start what may start. If too many wait then, drop one."""
+        insort(self._lines.setdefault(job.caller, []), job, key=lambda one: one.number)
+        self._start_next()
+        if self.waiting <= self._most_waiting:
             return
         REFUSED.inc()
-        longest = max(self._lines.values(), key=len)
-        if len(self._lines.get(caller, ())) + 1 >= len(longest):
-            raise TooMuchWaits
-        newest = longest[-1]
+        longest = max(self._lines, key=lambda name: (len(self._lines[name]), name == job.caller))
+        newest = self._lines[longest][-1]
         self._forget(newest)
         if not newest.answer.done():
             newest.answer.set_exception(TooMuchWaits())
@@ -113,34 +120,42 @@ class FairExecutor:
 
     def _start_next(self) -> None:
         while self._free > 0:
-            ready = [name for name, line in self._lines.items() if not line[0].is_crowded]
+            ready = [job for job in map(self._first_ready, self._lines.values()) if job is not None]
             if not ready:
-                return
+                break
             # Among equal accounts, the caller with fewer running jobs goes first: else one caller would get all free threads.
-            caller = min(ready, key=lambda name: (self._used[name], self._running.get(name, 0)))
-            job = self._pop(caller)
+            job = min(ready, key=lambda one: (self._used[one.caller], self._running.get(one.caller, 0)))
+            caller = job.caller
+            self._forget(job)
+            if job.gave_back:
+                self._crowded_at = self._ended
             self._free -= 1
             self._running[caller] = self._running.get(caller, 0) + 1
             began = time.monotonic()
-            ended = partial(_call_soon, asyncio.get_running_loop(), self._end, job, began)
+            ended = partial(_call_soon, asyncio.get_running_loop(), self._end, job, began, self._ended)
             self._executor.submit(job.work).add_done_callback(ended)
         WAITING.set(self.waiting)
 
-    def _end(self, job: _Job, began: float, done: "Future[Any]") -> None:
+    def _first_ready(self, line: list[_Job]) -> _Job | None:
+        """The first job that may start."""
+        return next((job for job in line if not job.gave_back or self._crowded_at < self._ended), None)
+
+    def _end(self, job: _Job, began: float, ended_before: int, done: "Future[Any]") -> None:
         self._free += 1
         self._used[job.caller] = self._used.get(job.caller, _NOTHING) + time.monotonic() - began
         self._running[job.caller] -= 1
         if not self._running[job.caller]:
             del self._running[job.caller]
-        for line in self._lines.values():
-            line[0].is_crowded = False
         error = None if done.cancelled() else done.exception()
-        is_alone = not self._running
-        if self._crowded is not None and isinstance(error, self._crowded) and not job.answer.done():
-            # The work that it would have waited for may have ended since. If nothing runs, there is none.
-            job.is_crowded = not is_alone
-            self._lines.setdefault(job.caller, deque()).appendleft(job)
-        elif not job.answer.done():
+        is_crowded = self._crowded is not None and isinstance(error, self._crowded)
+        if not is_crowded or not self._running:  # if nothing runs, no job has to wait for another one
+            self._ended += 1
+        if is_crowded and not job.answer.done():
+            job.gave_back = True
+            self._crowded_at = max(self._crowded_at, ended_before)
+            self._line_up(job)
+            return
+        if not job.answer.done():
             if done.cancelled():
                 job.answer.cancel()
             elif error is not None:
@@ -148,14 +163,6 @@ class FairExecutor:
             else:
                 job.answer.set_result(done.result())
         self._start_next()
-        WAITING.set(self.waiting)
-
-    def _pop(self, caller: str) -> _Job:
-        line = self._lines[caller]
-        job = line.popleft()
-        if not line:
-            del self._lines[caller]
-        return job
 
     def _forget(self, job: _Job) -> None:
         line = self._lines.get(job.caller)

@@ -164,6 +164,97 @@ async def test_work_that_would_wait_gives_its_thread_to_others_and_starts_again(
         executor.shutdown()
 
 
+class _Large:
+    """Jobs of which one may run at a time. `tries` counts starts. The first one runs until `may_end`."""
+
+    def __init__(self) -> None:
+        self.tries: list[str] = []
+        self.ended: list[str] = []
+        self.may_end = threading.Event()
+        self._lock = threading.Lock()
+
+    def job(self, name: str) -> Callable[[], str]:
+        """A job that gives its thread back while another one runs."""
+
+        def run() -> str:
+            self.tries.append(name)
+            if not self._lock.acquire(blocking=False):
+                raise _Crowded
+            try:
+                self.may_end.wait(WITHIN_SECONDS)
+                self.ended.append(name)
+            finally:
+                self._lock.release()
+            return name
+
+        return run
+
+
+async def _quiet() -> None:
+    """Until all attempts that may start have ended."""
+    await asyncio.sleep(0.05)
+
+
+async def test_small_jobs_pass_a_large_one_of_the_same_caller_that_cannot_start() -> None:
+    executor, large = FairExecutor(2, 100, crowded=_Crowded), _Large()
+    try:
+        waiting = [asyncio.create_task(executor.run(name, large.job(name))) for name in ("x", "a")]
+        await _until(lambda: executor.waiting == 1)
+        for _ in range(5):
+            assert await asyncio.wait_for(executor.run("a", lambda: "small"), WITHIN_SECONDS / 2) == "small"
+        assert large.ended == []
+        large.may_end.set()
+        await asyncio.gather(*waiting)
+        assert large.ended == ["x", "a"]
+    finally:
+        large.may_end.set()
+        executor.shutdown()
+
+
+async def test_jobs_that_gave_their_threads_back_count_as_waiting() -> None:
+    """Threads are free, because no large job can start. Still no more than 4 may wait."""
+    executor, large = FairExecutor(2, 4, crowded=_Crowded), _Large()
+    try:
+        first = asyncio.create_task(executor.run("b", large.job("first")))
+        await _until(lambda: large.tries == ["first"])
+        flood = [asyncio.create_task(executor.run("a", large.job(str(number)))) for number in range(100)]
+        await _until(lambda: sum(task.done() for task in flood) == 96)
+        assert executor.waiting == 4
+        assert await asyncio.wait_for(executor.run("a", lambda: "small"), WITHIN_SECONDS / 2) == "small"
+        other = asyncio.create_task(executor.run("c", large.job("other")))
+        await _until(lambda: sum(task.done() for task in flood) == 97)
+        assert {type(task.exception()) for task in flood if task.done()} == {TooMuchWaits}
+        large.may_end.set()
+        assert [*await asyncio.gather(first, other)] == ["first", "other"]
+        await asyncio.gather(*flood, return_exceptions=True)
+        assert executor.waiting == 0
+        numbers = [int(name) for name in large.ended if name.isdecimal()]
+        assert numbers == sorted(numbers), "large jobs of one caller keep their order"
+    finally:
+        large.may_end.set()
+        executor.shutdown()
+
+
+async def test_large_jobs_that_cannot_start_do_not_try_without_end() -> None:
+    """Each tries once when it comes. When another job ends, one of them tries again."""
+    executor, large = FairExecutor(3, 100, crowded=_Crowded), _Large()
+    try:
+        names = ["x", *"aaabbb"]
+        jobs = [asyncio.create_task(executor.run(name, large.job(name))) for name in names]
+        await _until(lambda: executor.waiting == 6)
+        await _quiet()
+        assert sorted(large.tries) == sorted(names)
+        await executor.run("c", lambda: None)
+        await _quiet()
+        assert len(large.tries) == len(names) + 1
+        large.may_end.set()
+        await asyncio.gather(*jobs)
+        assert sorted(large.ended) == sorted(names)
+    finally:
+        large.may_end.set()
+        executor.shutdown()
+
+
 async def test_accounts_of_callers_who_left_do_not_pile_up(one_thread: FairExecutor) -> None:
     gate = threading.Event()
     running = asyncio.create_task(one_thread.run("stays", gate.wait))
