@@ -19,8 +19,9 @@ from app.keys import WrappedKeys
 
 DEFAULT_GALLERY = "default"
 OWNERS_AT_ONCE = 5000
-#: Beginning of `contract` while a gallery moves; the former and the new contract follow.
-_MOVING = "moving|"
+#: Beginning of `contract` while a gallery moves; the former and the new contract follow. `replacing`: some templates may have
+#: been replaced already.
+_MOVING, _REPLACING = "moving|", "replacing|"
 #: Fields of the policy that are scores of one model.
 THRESHOLDS_BY_HAND = ("verify_threshold", "identify_threshold", "dedup_threshold")
 
@@ -161,22 +162,32 @@ class Gallery(Stored):
     @property
     def moves_to(self) -> str | None:
         """The contract that the gallery is being moved to; None outside a move."""
-        return self.contract.rpartition("|")[2] if self.contract.startswith(_MOVING) else None
+        return self.contract.rpartition("|")[2] if self.contract.startswith((_MOVING, _REPLACING)) else None
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether some of its templates may be those of another model than `moved_from`."""
+        return self.contract.startswith(_REPLACING)
 
     @property
     def moved_from(self) -> str:
         """The contract of the gallery's templates; during a move, the former one."""
-        return self.contract.split("|")[1] if self.contract.startswith(_MOVING) else self.contract
+        return self.contract if self.moves_to is None else self.contract.split("|")[1]
 
     async def start_to_move(self, contract: str, session: AsyncClientSession) -> bool:
         """Close the gallery for a move. False when its contract or epoch has changed since it was read.
 
         `contract` then names no model. So processes of every version refuse to enrol, screen and search.
         """
-        return await self._bind(f"{_MOVING}{self.moved_from}|{contract}", {}, session)
+        state = _REPLACING if self.is_replacing else _MOVING
+        return await self._bind(f"{state}{self.moved_from}|{contract}", {}, session)
+
+    async def start_to_replace(self, session: AsyncClientSession) -> bool:
+        """Note, before the first template is replaced, that the gallery can no longer open under its former model."""
+        return await self._bind(f"{_REPLACING}{self.moved_from}|{self.moves_to}", {}, session)
 
     async def stay(self, session: AsyncClientSession) -> bool:
-        """Open a closed gallery again, as long as nothing of it was moved."""
+        """Open a closed gallery again under its former model. It must not be replacing templates already."""
         return await self._bind(self.moved_from, {}, session)
 
     async def end_to_move(self, card: ModelCard, session: AsyncClientSession) -> bool:

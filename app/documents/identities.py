@@ -23,12 +23,17 @@ class Liveness(Value):
     passed: bool
 
 
+#: The `contract` of a sample without a template.
+NO_CONTRACT: Final = ""
+
+
 class Sample(Value):
     """One photo with its face.
 
-    template: the sealed embedding; photo_digest: keyed hash of the bytes as they came; fingerprint: sealed, tells copies of the
-    photo, None where there is nothing to tell them by. found: the face that was taken; None for samples of older versions.
-    landmarks: sealed, where that face lies on the stored photo; None for samples of older versions.
+    template: the sealed embedding; contract: of the model that made it; photo_digest: keyed hash of the bytes as they came;
+    fingerprint: sealed, tells copies of the photo, None where there is nothing to tell them by. found: the face that was taken;
+    None for samples of older versions. landmarks: sealed, where that face lies on the stored photo; None for samples of older
+    versions.
     """
 
     id: str

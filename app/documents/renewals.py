@@ -7,7 +7,7 @@ from pymongo import IndexModel, ReplaceOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored
-from app.documents.identities import Identity
+from app.documents.identities import NO_CONTRACT, Identity
 
 
 class Renewal(Stored):
@@ -77,7 +77,7 @@ class Renewal(Stored):
                 {"case": {"$eq": [{"$type": "$$renewal"}, "missing"]}, "then": "$$sample"},
                 {
                     "case": {"$eq": [{"$type": "$$renewal.template"}, "null"]},
-                    "then": {"$mergeObjects": ["$$sample", {"template": b""}]},
+                    "then": {"$mergeObjects": ["$$sample", {"template": b"", "contract": NO_CONTRACT}]},
                 },
             ],
             "default": {"$mergeObjects": ["$$sample", renewed]},

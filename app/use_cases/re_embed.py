@@ -69,9 +69,14 @@ class LostSample:
 class SamplesLost(Conflict):
     """Some samples would be lost, and the caller did not accept losses."""
 
-    def __init__(self, gallery: str, lost: Sequence[LostSample]) -> None:
+    def __init__(self, gallery: Gallery, lost: Sequence[LostSample]) -> None:
+        state = (
+            "The gallery stays closed, because an interrupted move has replaced some templates already."
+            if gallery.is_replacing
+            else "Nothing was moved."
+        )
         super().__init__(
-            f"{len(lost)} samples of gallery {gallery} give no template under the running model. Nothing was moved. "
+            f"{len(lost)} samples of gallery {gallery.name} give no template under the running model. {state} "
             "With --accept-losses the gallery is moved, and these samples no longer match anyone."
         )
         self.lost = tuple(lost)
@@ -225,9 +230,10 @@ class _Move:
         # The gallery is closed: no more samples can come.
         await self._catch_up(seen)
         lost = await self._lost(gallery)
-        if lost and not self.accepts_losses and not await self._has_begun(gallery):
+        if lost and not self.accepts_losses and not gallery.is_replacing:
             await self._change(gallery, gallery.stay)
         self._require_no_losses(gallery, lost)
+        gallery = await self._change(gallery, gallery.start_to_replace)
         samples = await self._replace(gallery)
         pairs = await self._measure_pairs(gallery)
         moved = Moved(gallery.name, gallery.moved_from, samples, pairs, lost, _by_hand(gallery))
@@ -293,29 +299,24 @@ class _Move:
 
     def _require_no_losses(self, gallery: Gallery, lost: list[LostSample]) -> None:
         if lost and not self.accepts_losses:
-            raise SamplesLost(gallery.name, lost)
+            raise SamplesLost(gallery, lost)
 
     async def _close(self, gallery: Gallery) -> Gallery:
         async def close(session: AsyncClientSession) -> bool:
             return await gallery.start_to_move(self.card.contract, session)
 
-        await self._change(gallery, close)
-        return await self._gallery()
+        return await self._change(gallery, close)
 
-    async def _change(self, gallery: Gallery, change: Callable[[AsyncClientSession], Awaitable[bool]]) -> None:
+    async def _change(self, gallery: Gallery, change: Callable[[AsyncClientSession], Awaitable[bool]]) -> Gallery:
+        """Make the change to the gallery. Returns the changed gallery."""
+
         async def commit(session: AsyncClientSession) -> None:
             await self.lease.require(session)
             if not await change(session):
                 raise NotReady(f"Gallery {gallery.name} was changed at the same moment; start the move again.")
 
         await self.runtime.transaction(commit)
-
-    async def _has_begun(self, gallery: Gallery) -> bool:
-        """Whether any template was replaced already."""
-        async for people in _people(gallery):
-            if any(sample.contract == self.card.contract for identity in people for sample in identity.samples):
-                return True
-        return False
+        return await self._gallery()
 
     async def _replace(self, gallery: Gallery) -> int:
         """Replace the old templates with the new ones. Returns how many samples have a new template."""

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -272,6 +274,40 @@ async def test_a_loss_that_is_found_after_closing_opens_the_gallery_again(old: R
     assert (await default_gallery()).contract == OLD.contract
     assert await found(old, "ann") == [ann.id]
     assert await move(new) is not None
+
+
+async def test_a_half_replaced_gallery_does_not_open_for_its_former_model(old: Runtime, new: Runtime) -> None:
+    ann, bob = await person(old, "ann"), await person(old, "bob")
+    with pytest.raises(Cut):
+        await move(new, at("replacing templates"))
+    async with another_process(old) as third:
+        third.engine = SquaresEngine(replace(OLD, pack="fake-3", contract="sha256:fake-3"))
+        third.engine.blind_to = {"bob"}
+        with pytest.raises(SamplesLost, match="stays closed") as refusal:
+            await move(third)
+        assert "Nothing was moved" not in refusal.value.detail
+        for process in (old, new, third):
+            with pytest.raises(NotReady):
+                await found(process, "ann")
+    assert await move(new) is not None
+    assert (await found(new, "ann"), await found(new, "bob")) == ([ann.id], [bob.id])
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_a_gallery_can_move_back_and_has_its_lost_samples_again(
+    old: Runtime, new: Runtime, *, is_cut: bool
+) -> None:
+    ann, bob = await person(old, "ann", photos=2), await person(old, "bob")
+    await old.photos.delete([ann.samples[1].photo_key])
+    assert isinstance(new.engine, SquaresEngine)
+    new.engine.blind_to = {"bob"}
+    with pytest.raises(Cut) if is_cut else nullcontext():
+        await move(new, at("replacing templates") if is_cut else None, accept_losses=True)
+    moved = await move(old)
+    assert moved is not None
+    assert moved.samples == 2
+    assert (await found(old, "ann"), await found(old, "bob")) == ([ann.id], [bob.id])
+    assert (await claimed(old, ann, "ann")).match
 
 
 async def test_recorded_pairs_and_open_cases_get_the_scores_of_the_new_model(old: Runtime, new: Runtime) -> None:
