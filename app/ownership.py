@@ -1,8 +1,9 @@
 """The places of this process's store: photos, index, copies of the index, evidence. Each place has one owner.
 
 A process checks the owners when it starts. It refuses to start with a place of another store. If a place does not answer at the
-start, its owner is checked before the first write. The evidence store is an exception: a process starts although another store
-owns it. The process then reads it, because a restore needs that, and writes nothing there.
+start, its owner is checked before the first write. So is a place that this store marked before and that is empty now: its share
+may not be mounted. The evidence store is an exception: a process starts although another store owns it. The process then reads
+it, because a restore needs that, and writes nothing there.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from prometheus_client import Gauge
 from app.config import PlaceRefused, Settings
 from app.documents.base import now
 from app.documents.deletions import LEDGER
+from app.documents.stores import Store
 from app.documents.tree import HEADS, KEYS, AuditKey
 from storage.evidence import EvidenceExists, EvidenceNotFound, EvidenceStore, EvidenceUnavailable
 from storage.generations import is_generation
@@ -51,14 +53,20 @@ EVIDENCE_NAMES: Final = frozenset(name.rstrip("/") for name in (MARKS, HEADS, KE
 EVIDENCE_SECONDS: Final = 60.0
 
 
-def owner_of(settings: Settings, store_id: str, galleries: set[str]) -> Owner:
+def owner_of(settings: Settings, store: Store) -> Owner:
     """The store that a process with these settings works for."""
     folders: dict[Path, frozenset[str]] = {}
-    for path in (settings.vector_db_path, settings.index_copies_of(store_id), settings.storage_path):
+    for path in (settings.vector_db_path, settings.index_copies_of(store.store_id), settings.storage_path):
         folders[path.absolute()] = frozenset()
     if not settings.evidence_bucket:
         folders[settings.evidence_path.absolute()] = EVIDENCE_NAMES
-    return Owner(store_id, set(galleries), folders, reads_foreign=settings.foreign_stores == "read")
+    return Owner(
+        store.store_id,
+        set(store.galleries),
+        folders,
+        set(store.places),
+        reads_foreign=settings.foreign_stores == "read",
+    )
 
 
 def guards_of(settings: Settings, owner: Owner, photos: LocalPhotoStore | MinioPhotoStore) -> dict[PlaceName, Guard]:
@@ -73,7 +81,7 @@ def guards_of(settings: Settings, owner: Owner, photos: LocalPhotoStore | MinioP
     return {
         "photos": photos.guard,
         "index": Guard(FolderPlace("VECTOR_DB_PATH", settings.vector_db_path), owner),
-        "copies": Guard(FolderPlace("INDEX_CACHE_PATH", copies), owner),
+        "copies": Guard(FolderPlace("INDEX_CACHE_PATH", copies), owner, is_shared=False),
     }
 
 
@@ -183,6 +191,10 @@ class Places:
     async def claim(self) -> None:
         """Mark the places that are free. Raises PlaceRefused when a place belongs to another store, or may belong to one."""
         standings = await self._each(self._claimed, self.evidence.claim)
+        await self.remember()
+        for standing in standings:
+            if standing.state == "emptied":
+                log.error("place_emptied", setting=standing.setting, reason=standing.sentence)
         refused = [standing for standing in standings if standing.is_refused]
         for standing in refused:
             log.critical("place_of_another_store", setting=standing.setting, reason=standing.sentence)
@@ -191,7 +203,13 @@ class Places:
 
     async def adopt(self, names: AbstractSet[str]) -> list[Standing]:
         """Take these places over for this store, also from another owner. names: of PLACES. Returns their new standings."""
-        return await self._each(Guard.adopt, self.evidence.adopt, names)
+        standings = await self._each(Guard.adopt, self.evidence.adopt, names)
+        await self.remember()
+        return standings
+
+    async def remember(self) -> None:
+        """Store which places carry this store's mark, as far as this process knows. Later starts do not mark them again."""
+        await Store.remember_places(self.owner.places)
 
     async def require_photos(self) -> None:
         """Raises PhotoStoreUnavailable unless this store owns the photo store now, or there is none yet."""

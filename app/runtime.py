@@ -408,7 +408,7 @@ async def _open_places(
     """The places of this database's store, and its photo store, which has a guard."""
     ids = [row["_id"] async for row in Gallery.get_pymongo_collection().find({}, {"_id": 1})]
     store = await stores.Store.opened(database, ids)
-    owner, photos = owner_of(settings, store.store_id, set(store.galleries)), _open_photos(settings)
+    owner, photos = owner_of(settings, store), _open_photos(settings)
     bucket = settings.evidence_bucket
     evidence = OwnedEvidence(
         BoundedEvidence(await _open_evidence(settings, serves=serves), boundaries.evidence), owner,

@@ -4,7 +4,8 @@ Each place carries a mark: a small file or object that names the store that owns
 A store asks for the mark before it writes or deletes anything there.
 
 A place without a mark is free when it is empty, or when everything in it belongs to galleries that the store knows.
-Any other place is refused. See docs/adr/0035.
+Any other place is refused. A place that the store has marked before is not free when it is empty: it may be the mount point of
+a share that is not mounted. See docs/adr/0035.
 """
 
 import errno
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
@@ -32,6 +33,8 @@ _MARK_LIMIT: Final = 4096
 #: Another process writes an empty mark within this time. After it, the process has died, and the mark counts as missing.
 _FILLED_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.05
+#: Another thread or process that makes a place again writes its mark within this time.
+_MADE_SECONDS: Final = 0.5
 #: A fresh ext4 file system has this folder.
 _IGNORED: Final = frozenset({"lost+found"})
 #: How many unknown names a message shows.
@@ -41,8 +44,9 @@ _COUNTED: Final = 1000
 
 Result = TypeVar("Result")
 #: ours: the mark names this store. foreign: the mark names another store. free: no mark, and this store may write one.
-#: unmarked: no mark, and unknown content. absent: there is no such folder or bucket. away: the place does not answer.
-State = Literal["ours", "foreign", "free", "unmarked", "absent", "away"]
+#: unmarked: no mark, and unknown content. emptied: this store marked it before, and now it is empty. absent: there is no such
+#: folder or bucket. away: the place does not answer.
+State = Literal["ours", "foreign", "free", "unmarked", "emptied", "absent", "away"]
 
 
 class NotOurs(OSError):
@@ -64,13 +68,14 @@ class Owner:
     """The store that this process works for.
 
     galleries: the ids of all galleries that the store has or had. folders: its own folders, which may lie inside each other,
-    each with the names that the store itself writes there. reads_foreign: a place of another store is read, and never
-    written, instead of refused.
+    each with the names that the store itself writes there. places: the names of the guards whose places the store has marked.
+    reads_foreign: a place of another store is read, and never written, instead of refused.
     """
 
     id: str
     galleries: set[str] = field(default_factory=set)
     folders: Mapping[Path, AbstractSet[str]] = field(default_factory=dict)
+    places: set[str] = field(default_factory=set)
     reads_foreign: bool = False
 
     def own_names(self, root: Path) -> set[str]:
@@ -116,6 +121,11 @@ class Standing:
                 f"{named} has no mark of a store, and contains names that this database does not know ({shown}): name an "
                 "empty place, or take this one over with `idem stores adopt`, which deletes nothing in it"
             )
+        if self.state == "emptied":
+            return (
+                f"{named} was marked by this store before, and is empty now: if it is a share, mount it; if its content is gone "
+                "for good, take the empty place into use with `idem stores adopt`"
+            )
         return f"{named} cannot be used: {self.trouble or self.state}"
 
 
@@ -154,9 +164,13 @@ class Place(Protocol):
 class Guard:
     """Lets one process write to a place only while its store owns the place. Blocking; safe from any thread."""
 
-    def __init__(self, place: Place, owner: Owner) -> None:
+    def __init__(self, place: Place, owner: Owner, *, is_shared: bool = True) -> None:
+        """is_shared: all hosts see the same place. Otherwise it is new on each host, and empty there."""
         self.place = place
         self.owner = owner
+        #: What the owner remembers of a place that it has marked.
+        self.name = f"{place.setting} {place.where}"
+        self._is_shared = is_shared
         self._is_confirmed = False
 
     def look(self) -> Standing:
@@ -170,9 +184,14 @@ class Guard:
             if not place.exists():
                 return Standing(place.setting, place.where, "absent")
             unknown = tuple(place.unknown(self.owner))
+            state = "unmarked" if unknown else "emptied" if self._is_emptied() else "free"
         except OSError as error:
             return Standing(place.setting, place.where, "away", trouble=str(error))
-        return Standing(place.setting, place.where, "unmarked" if unknown else "free", unknown=unknown)
+        return Standing(place.setting, place.where, state, unknown=unknown)
+
+    def _is_emptied(self) -> bool:
+        """Whether a place without a mark and unknown content has no gallery either, although the store has marked it before."""
+        return self.name in self.owner.places and not self.place.unknown(replace(self.owner, galleries=set()))
 
     def claim(self, *, make: bool = False) -> Standing:
         """Look at the place, and mark it if it is free. make: also make and mark it if it is missing."""
@@ -185,6 +204,8 @@ class Guard:
                 return Standing(standing.setting, standing.where, "away", trouble=str(error))
             standing = self.look()  # another store may have marked it first
         self._is_confirmed = standing.state == "ours"
+        if self._is_confirmed and self._is_shared:
+            self.owner.places.add(self.name)
         return standing
 
     def require(self) -> None:
@@ -192,6 +213,9 @@ class Guard:
         if self._is_confirmed and self.place.is_costly:
             return
         standing = self.claim(make=True)
+        if standing.state == "emptied":  # or another thread or process has just made it, and not marked it yet
+            time.sleep(_MADE_SECONDS)
+            standing = self.claim(make=True)
         if standing.state == "ours":
             return
         if standing.is_refused:
@@ -239,8 +263,8 @@ class FolderPlace:
 
     def __init__(self, setting: str, root: Path) -> None:
         self.setting = setting
-        self.where = str(root)
         self._root = root.absolute()
+        self.where = str(self._root)
         self._mark = self._root / MARK
 
     def exists(self) -> bool:

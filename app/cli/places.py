@@ -30,6 +30,7 @@ STATES: Final[dict[State, str]] = {
     "foreign": "ANOTHER STORE'S: nothing is written or deleted there",
     "free": "free: the next start marks it",
     "unmarked": "NOT MARKED, and it contains what this database does not know",
+    "emptied": "EMPTY, although this store marked it before: is its share mounted?",
     "absent": "not there yet",
     "away": "it does not answer",
 }
@@ -95,7 +96,7 @@ def _show(store: str, standings: list[Standing], *, as_json: bool) -> None:
         table.add_row(one.setting, one.where, STATES[one.state], one.store or "", since)
     console.print(table)
     for one in standings:
-        if one.is_refused or one.trouble is not None:
+        if one.is_refused or one.state == "emptied" or one.trouble is not None:
             typer.echo(f"{one.sentence}.")
 
 

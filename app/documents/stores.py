@@ -29,7 +29,8 @@ class Store(Stored):
 
     store_id: the id in the marks of its folders and buckets. collection: MongoDB's own id of this collection, which a copy of
     the database does not have. copied_from: the store id that a copy came with. adopted: stores whose places it took over.
-    galleries: the ids of all galleries that the store has or had. lacks_evidence: lost files of the evidence store are being
+    galleries: the ids of all galleries that the store has or had. places: the folders and buckets
+    that carry its mark, each after the name of its setting. lacks_evidence: lost files of the evidence store are being
     written again, and not all of them are there yet.
     """
 
@@ -38,6 +39,7 @@ class Store(Stored):
     copied_from: list[str] = Field(default_factory=list)
     adopted: list[str] = Field(default_factory=list)
     galleries: list[str] = Field(default_factory=list)
+    places: list[str] = Field(default_factory=list)
     lacks_evidence: bool = False
     created_at: datetime = Field(default_factory=now)
 
@@ -65,7 +67,8 @@ class Store(Stored):
             known = await cls.get(STORE)
         if known.collection != collection:
             mine = {"_id": STORE, "store_id": known.store_id, "collection": known.collection}
-            fields = {"store_id": new_id(), "collection": collection}
+            # Its places belong to the original.
+            fields = {"store_id": new_id(), "collection": collection, "places": list[str]()}
             update = {"$set": fields, "$push": {"copied_from": known.store_id}}
             if (await cls.get_pymongo_collection().update_one(mine, update)).modified_count:
                 log.warning("store_is_a_copy", store=fields["store_id"], copied_from=known.store_id)
@@ -81,6 +84,12 @@ class Store(Stored):
     async def took_over(cls, stores: Iterable[str]) -> None:
         """Record that this store took over the places of these stores."""
         update = {"$addToSet": {"adopted": {"$each": sorted(stores)}}}
+        await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
+
+    @classmethod
+    async def remember_places(cls, names: Iterable[str]) -> None:
+        """Record that these places carry the store's mark."""
+        update = {"$addToSet": {"places": {"$each": sorted(names)}}}
         await cls.get_pymongo_collection().update_one({"_id": STORE}, update)
 
     @classmethod

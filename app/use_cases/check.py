@@ -287,7 +287,8 @@ class _Looking:
         self.runtime.search.store.remember(await known_galleries())
         for standing in await self.runtime.places.standings():
             # After a restore on another machine, the former store owns the evidence until it is adopted: that is no fault.
-            if standing.is_refused and not standing.setting.startswith("EVIDENCE"):
+            is_lost = standing.is_refused or standing.state == "emptied"
+            if is_lost and not standing.setting.startswith("EVIDENCE"):
                 self._find("place-foreign", None, standing.setting, standing.sentence)
         for name in await self.runtime.share.run(self.runtime.search.store.strangers):
             self._find("index-foreign", None, name, "it is not an index file of this store; left unchanged")

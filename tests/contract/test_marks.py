@@ -1,9 +1,11 @@
 """What a place promises about its mark: a folder, and a bucket on an S3 server."""
 
 import errno
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -48,6 +50,15 @@ def put(place: Place, request: pytest.FixtureRequest) -> PUT:
             client.put_object(place.where, name, io.BytesIO(b"foreign"), 7)
 
     return put_there
+
+
+def unmarked(place: Place) -> None:
+    """Delete the mark."""
+    if isinstance(place, FolderPlace):
+        (Path(place.where) / MARK).unlink()
+    else:
+        assert isinstance(place, BucketPlace)
+        place._client.remove_object(place.where, MARK)
 
 
 def guard(place: Place, store: str = "mine", *galleries: str) -> Guard:
@@ -105,6 +116,44 @@ def test_adopting_takes_a_place_over_and_deletes_nothing(place: Place, put: PUT)
     assert guard(place, "mine").adopt().state == "ours"
     assert former.claim().state == "foreign"
     assert place.unknown(Owner("mine")) == ["notes.txt"]
+
+
+def test_a_marked_place_that_is_empty_without_its_mark_is_not_marked_again(place: Place, put: PUT) -> None:
+    """It may be the mount point of a share that is not mounted."""
+    place.make()
+    assert guard(place).claim().state == "ours"
+    mine = Guard(place, Owner("mine", {GALLERY}, places={f"{place.setting} {place.where}"}))
+    unmarked(place)
+    standing = mine.claim()
+    assert standing.state == "emptied"
+    for word in (place.setting, place.where, "if it is a share, mount it", "idem stores adopt"):
+        assert word in standing.sentence
+    with pytest.raises(OSError, match="if it is a share, mount it"):
+        mine.require()
+    assert place.mark() is None
+    put(f"{GALLERY}/a/b")
+    assert mine.claim().state == "ours", "content of the store proves the place"
+    unmarked(place)
+    put("notes.txt")
+    assert mine.claim().state == "unmarked"
+    assert mine.adopt().state == "ours"
+
+
+def test_a_place_that_this_process_marked_is_remembered(place: Place) -> None:
+    mine = guard(place)
+    mine.require()
+    unmarked(place)
+    assert mine.claim().state == "emptied"
+
+
+def test_threads_that_make_a_removed_folder_again_all_get_it(tmp_path: Path) -> None:
+    place = FolderPlace("STORAGE_PATH", tmp_path / "photos")
+    mine = guard(place)
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as threads:
+            for done in [threads.submit(mine.require) for _ in range(8)]:
+                done.result()
+        shutil.rmtree(tmp_path / "photos")
 
 
 def test_one_store_owns_the_place_when_many_claim_it_at_once(place: Place) -> None:

@@ -284,6 +284,87 @@ async def test_a_copied_database_is_a_store_of_its_own(
     assert copy.copied_from == [original.store_id]
 
 
+def unmount(folder: Path) -> Path:
+    """Put an empty folder in its place. Returns where the content is now."""
+    mounted = folder.with_name(f"{folder.name}-mounted")
+    folder.rename(mounted)
+    folder.mkdir()
+    return mounted
+
+
+def mount(mounted: Path, folder: Path) -> None:
+    folder.rmdir()
+    mounted.rename(folder)
+
+
+@pytest.mark.parametrize("place", ["storage_path", "vector_db_path"])
+async def test_a_share_that_is_not_mounted_at_the_start_is_left_alone_until_it_is_back(
+    settings: Settings, published: set[str], place: str
+) -> None:
+    folder: Path = getattr(settings, place)
+    mounted = unmount(folder)
+    with capture_logs() as logs:
+        async with open_runtime(settings, FakeEngine()) as runtime:
+            (line,) = [line for line in logs if line["event"] == "place_emptied"]
+            assert f"{folder} was marked by this store before, and is empty now" in line["reason"]
+            gallery = await default_gallery()
+            assert (await identified(runtime, "ann")).candidates, "searches continue"
+            await keep_promises(runtime)
+            if place == "storage_path":
+                with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
+                    await enrolled(runtime, "cleo")
+                with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
+                    await sweep_photos.sweep_photos(runtime)
+            else:
+                with pytest.raises(OSError, match="if it is a share, mount it"):
+                    await publish(runtime, by_system("index.publish"), gallery.id, holder="test")
+            assert (await checking.check(runtime, lambda *_: None)).counts["place-foreign"] == 1
+            assert content(folder) == set()
+            assert not (folder / MARK).exists()
+            mount(mounted, folder)
+            await enrolled(runtime, "dan")
+            await publish(runtime, by_system("index.publish"), gallery.id, holder="test")
+    assert published <= {f"{root}/{name}" for root in places(settings) for name in content(root)} | {
+        name for name in published if name.startswith(str(settings.index_cache_path))
+    }
+
+
+async def test_an_emptied_place_is_taken_into_use_again_by_adopting_it(settings: Settings, published: set[str]) -> None:
+    unmount(settings.storage_path)
+    async with open_runtime(settings, FakeEngine(), claims=False) as runtime:
+        assert {one.setting: one.state for one in await runtime.places.standings()}["STORAGE_PATH"] == "emptied"
+        assert {one.state for one in await runtime.places.adopt({"photos"})} == {"ours"}
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        assert {one.state for one in await runtime.places.standings()} == {"ours"}
+        await enrolled(runtime, "cleo")
+
+
+async def test_a_folder_that_is_missing_at_the_start_is_made_again(settings: Settings, published: set[str]) -> None:
+    for root in (*places(settings), settings.evidence_path):
+        shutil.rmtree(root)
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        await enrolled(runtime, "cleo")
+        await publish(runtime, by_system("index.publish"), (await default_gallery()).id, holder="test")
+        assert {one.state for one in await runtime.places.standings()} == {"ours"}
+
+
+async def test_an_empty_folder_for_copies_is_new_on_each_host(settings: Settings, published: set[str]) -> None:
+    unmount(settings.index_cache_path)
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        assert {one.state for one in await runtime.places.standings()} == {"ours"}
+
+
+async def test_a_copied_database_does_not_remember_the_places_of_its_original(
+    settings: Settings, another: Settings, published: set[str]
+) -> None:
+    """It was moved to a machine with the same paths."""
+    copied(settings, another)
+    for root in (*places(settings), settings.evidence_path):
+        unmount(root)
+    async with open_runtime(another, FakeEngine()) as runtime:
+        assert {one.state for one in await runtime.places.standings()} == {"ours"}
+
+
 async def test_a_restore_in_place_keeps_the_store_and_its_proofs(settings: Settings, tmp_path: Path) -> None:
     async with open_runtime(settings, FakeEngine()) as runtime:
         await Gallery.get_pymongo_collection().update_one({"name": "default"}, {"$set": {"policy.quality": "off"}})
