@@ -155,9 +155,10 @@ class Gallery(Stored):
         return {row["_id"]: row["name"] async for row in rows}
 
     @classmethod
-    async def of_another_model(cls, contract: str) -> list[Self]:
-        """The galleries whose templates were made under another contract, or that are being moved; by name."""
-        return await cls.find({"contract": {"$ne": contract}}).sort("name").to_list()
+    async def of_another_model(cls, contract: str, *, also: Sequence[str] = ()) -> list[Self]:
+        """The galleries whose templates were made under another contract, or that are being moved; by name. also: further ids."""
+        chosen = [{"contract": {"$ne": contract}}, {"_id": {"$in": list(also)}}]
+        return await cls.find({"$or": chosen}).sort("name").to_list()
 
     @property
     def moves_to(self) -> str | None:

@@ -236,6 +236,12 @@ class Identity(Stored):
         return {row["_id"]: row["status"] async for row in rows}
 
     @classmethod
+    async def sample_ids_of(cls, ids: Sequence[str], session: AsyncClientSession | None = None) -> set[str]:
+        """The ids of the samples of these identities."""
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"samples.id": 1}, session=session)
+        return {sample["id"] async for row in rows for sample in row["samples"]}
+
+    @classmethod
     async def photo_keys_of(cls, ids: Sequence[str]) -> dict[str, tuple[str, set[str]]]:
         """The gallery of each of the ids, erased ones too, and the keys of the photos that its samples name."""
         fields = {"gallery_id": 1, "samples.photo_key": 1}

@@ -6,6 +6,16 @@ from typing import Self
 from app.documents.base import Stored, Value
 
 
+def rekeying(gallery_id: str) -> str:
+    """The name of the lease of whoever rotates the gallery's key."""
+    return f"rekey:{gallery_id}"
+
+
+def re_embedding(gallery_id: str) -> str:
+    """The name of the lease of whoever moves the gallery to another model."""
+    return f"re-embed:{gallery_id}"
+
+
 class LeaseProgress(Value):
     """How far the holder has come: `done` of `total` in the present stage, which began at `started_at`."""
 

@@ -1,6 +1,6 @@
 """Templates of another model, made from the stored photos. They wait until their gallery moves to that model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Self
 
 from pymongo import IndexModel, ReplaceOne
@@ -39,14 +39,14 @@ class Renewal(Stored):
         return {renewal.id: renewal for renewal in found}
 
     @classmethod
-    async def keep(cls, renewals: Sequence[Self]) -> None:
+    async def keep(cls, renewals: Sequence[Self], session: AsyncClientSession | None = None) -> None:
         """Store them; one of another model is replaced."""
         writes = [
             ReplaceOne({"_id": one.id}, {"_id": one.id, **one.model_dump(exclude={"id", "revision_id"})}, upsert=True)
             for one in renewals
         ]
         if writes:
-            await cls.get_pymongo_collection().bulk_write(writes, ordered=False)
+            await cls.get_pymongo_collection().bulk_write(writes, ordered=False, session=session)
 
     @classmethod
     async def lost(cls, gallery_id: str, contract: str) -> list[Self]:
@@ -107,7 +107,21 @@ class Renewal(Stored):
         await cls.get_pymongo_collection().delete_one({"_id": sample_id}, session=session)
 
     @classmethod
-    async def forget_gallery(cls, gallery_id: str, *, only_lost: bool = False) -> None:
+    async def forget_others(cls, identity_ids: Sequence[str], sample_ids: Collection[str]) -> None:
+        """Delete those of the identities that belong to none of the samples."""
+        others = {"identity_id": {"$in": list(identity_ids)}, "_id": {"$nin": list(sample_ids)}}
+        await cls.get_pymongo_collection().delete_many(others)
+
+    @classmethod
+    async def gallery_ids(cls) -> list[str]:
+        """The galleries that have any."""
+        ids: list[str] = await cls.get_pymongo_collection().distinct("gallery_id")
+        return ids
+
+    @classmethod
+    async def forget_gallery(
+        cls, gallery_id: str, *, only_lost: bool = False, session: AsyncClientSession | None = None
+    ) -> None:
         """Delete those of a gallery. only_lost: those without a template."""
         which = {"gallery_id": gallery_id} | ({"template": None} if only_lost else {})
-        await cls.get_pymongo_collection().delete_many(which)
+        await cls.get_pymongo_collection().delete_many(which, session=session)

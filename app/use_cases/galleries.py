@@ -16,6 +16,7 @@ from app.documents.events import Detail, Scalar
 from app.documents.galleries import DEFAULT_GALLERY, Gallery, GalleryChange, PendingChange
 from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal
+from app.documents.renewals import Renewal
 from app.documents.scans import Scan
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy
@@ -257,6 +258,7 @@ async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
         await GalleryChange.get_pymongo_collection().delete_many(mine, session=session)
         await Identity.get_pymongo_collection().delete_many({**mine, "status": "erased"}, session=session)
         await IdentityProposal.get_pymongo_collection().delete_many(mine, session=session)
+        await Renewal.forget_gallery(gallery.id, session=session)
         await Scan.forget_all_of(gallery.id, session=session)
         await record(session, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
 from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
+from app.documents.leases import Lease, re_embedding, rekeying
 from app.documents.probes import Probe
 from app.documents.renewals import Renewal
 from app.documents.sealed import data_key, open_landmarks, open_template, seal_landmarks, seal_template
@@ -134,9 +136,9 @@ class _Read:
 
 
 async def chosen(runtime: Runtime, name: str | None) -> list[Gallery]:
-    """The gallery of that name, or all that were not made by the running model. Raises NotFound."""
+    """The gallery of that name, or all that were not made by the running model or have renewals left. Raises NotFound."""
     if name is None:
-        return await Gallery.of_another_model(runtime.engine.card.contract)
+        return await Gallery.of_another_model(runtime.engine.card.contract, also=await Renewal.gallery_ids())
     return [await Gallery.require(name)]
 
 
@@ -179,13 +181,18 @@ async def re_embed(
 ) -> Moved | None:
     """Move the gallery to the running model. Returns None if it has that model already.
 
-    Continues an interrupted move. Raises SamplesLost, Conflict while another process moves the gallery, NotFound, NotReady.
+    Continues an interrupted move. Raises SamplesLost, Conflict while another process moves the gallery or rotates its key,
+    NotFound, NotReady.
     """
     began = time.monotonic()
     while True:
         try:
-            async with held(f"re-embed:{gallery_id}", f"re-embed:{new_id()}", LEASE_SECONDS) as lease:
+            async with held(re_embedding(gallery_id), f"re-embed:{new_id()}", LEASE_SECONDS) as lease:
                 if lease is not None:
+                    if await Lease.alive(rekeying(gallery_id)):
+                        raise Conflict(
+                            "The gallery's key is being rotated. Start the move when the rotation has ended."
+                        )
                     move = _Move(runtime, action, gallery_id, lease, tell, settle_seconds, accepts_losses=accept_losses)
                     return await move.run()
         except LeaseLost as error:
@@ -218,6 +225,7 @@ class _Move:
             return None
         # Photos that were missing at an earlier attempt may be back.
         await self._forget_renewals(gallery, only_lost=True)
+        await self._forget_strays(gallery)
         seen = gallery.seq
         await self._prepare(gallery, _people(gallery))
         if gallery.moves_to is None:
@@ -254,6 +262,14 @@ class _Move:
         with pymongo.timeout(BATCH_SECONDS):
             await Renewal.forget_gallery(gallery.id, only_lost=only_lost)
 
+    async def _forget_strays(self, gallery: Gallery) -> None:
+        """Delete renewals whose samples are gone: a process of a former version removes samples and knows no renewals."""
+        last = ""
+        while owners := await Renewal.owners_after(gallery.id, last, REPLACED_AT_ONCE):
+            last = owners[-1]
+            with pymongo.timeout(BATCH_SECONDS):
+                await Renewal.forget_others(owners, await Identity.sample_ids_of(owners))
+
     async def _catch_up(self, seen: int) -> int:
         """Read the samples that came after the `seq` in `seen`, until few are left. Returns the `seq` that was reached."""
         for _ in range(MOST_PASSES):
@@ -273,7 +289,9 @@ class _Move:
             todo = [(identity, sample) for identity, sample in wanted if sample.id not in known]
             head = await self._gallery()  # read again for its current keys
             read = await _read_all(self.runtime, head, todo)
-            await Renewal.keep([self._renewal(head, one) for one in read])
+            await self.runtime.transaction(
+                partial(_keep, [self._renewal(head, one) for one in read]), seconds=BATCH_SECONDS
+            )
             done += sum(len(identity.samples) for identity in people)
             await self._say("reading photos", done, max(done, gallery.samples))
 
@@ -401,6 +419,14 @@ async def _newcomers(gallery: Gallery, seen: int) -> AsyncIterator[list[Identity
         seen = rows[-1].seq
         came = {row.identity_id for row in rows if row.kind == "add" and row.identity_id is not None}
         yield list((await Identity.living_among(sorted(came))).values())
+
+
+async def _keep(renewals: list[Renewal], session: AsyncClientSession) -> None:
+    """Store the renewals of samples that are still there. Whoever removes one of these at the same time conflicts."""
+    owners = sorted({renewal.identity_id for renewal in renewals})
+    await Identity.touch_living(owners, session)
+    there = await Identity.sample_ids_of(owners, session)
+    await Renewal.keep([renewal for renewal in renewals if renewal.id in there], session)
 
 
 async def _read_all(runtime: Runtime, gallery: Gallery, wanted: list[tuple[Identity, Sample]]) -> list[_Read]:

@@ -19,6 +19,7 @@ from app.audit import Action, record
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.leases import Lease, re_embedding, rekeying
 from app.documents.master_sealed import MASTER_SEALED, SealedValue
 from app.documents.sealed import gallery_key
 from app.errors import Conflict, NotFound, NotReady
@@ -134,12 +135,14 @@ async def rotate_gallery_key(
     """Give the gallery's key a new generation, wrap all data keys with it, destroy the older ones; how many were wrapped anew.
 
     A rotation that was cut off is finished, instead of a further one begun. settle_seconds: see SETTLE_SECONDS. Raises Conflict
-    while another one is at it, NotFound, SealBroken, NotReady when the lease was lost.
+    while another one is at it or the gallery is moved to another model, NotFound, SealBroken, NotReady when the lease was lost.
     """
     try:
-        async with held(f"rekey:{gallery_id}", f"rekey:{new_id()}", LEASE_SECONDS) as lease:
+        async with held(rekeying(gallery_id), f"rekey:{new_id()}", LEASE_SECONDS) as lease:
             if lease is None:
                 raise Conflict("The gallery's key is being rotated already.")
+            if await Lease.alive(re_embedding(gallery_id)):
+                raise Conflict("The gallery is being moved to another model. Rotate its key when the move has ended.")
             return await _Rotation(runtime, action, gallery_id, lease, tell, settle_seconds).run()
     except LeaseLost as error:
         raise NotReady("The rotation was too slow, and another one took over; what it did is kept.") from error

@@ -19,17 +19,23 @@ from app.audit import by_system
 from app.cli import models
 from app.cli import re_embed as command
 from app.config import Settings
+from app.documents.base import new_id
 from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.leases import rekeying
 from app.documents.renewals import Renewal
-from app.errors import ModelMismatch, NotReady
+from app.errors import Conflict, ModelMismatch, NotReady
+from app.leases import held
 from app.runtime import Runtime
+from app.use_cases import galleries
 from app.use_cases import re_embed as moving
 from app.use_cases.identify import identify
 from app.use_cases.publish import keep_promises, publish
 from app.use_cases.re_embed import Moved, SamplesLost, Stage, Tell, preview, re_embed
+from app.use_cases.remove_sample import remove_sample
+from app.use_cases.rotate_keys import rotate_gallery_key
 from tests.builders import another_process, by_officer, case_about, default_gallery, erased, known
 from tests.support.moved_galleries import NEW, OLD, SquaresEngine, claimed, person, photo_of
 
@@ -308,6 +314,85 @@ async def test_a_gallery_can_move_back_and_has_its_lost_samples_again(
     assert moved.samples == 2
     assert (await found(old, "ann"), await found(old, "bob")) == ([ann.id], [bob.id])
     assert (await claimed(old, ann, "ann")).match
+
+
+async def test_no_renewal_stays_of_a_sample_that_is_removed_while_its_photo_is_read(
+    old: Runtime, new: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, gallery = await person(old, "ann", photos=2), await default_gallery()
+    read_all = moving._read_all
+
+    async def read_and_remove(*arguments: object) -> object:
+        read = await read_all(*arguments)  # type: ignore[arg-type] # the same arguments
+        await remove_sample(old, by_officer("sample.remove"), gallery, ann.id, ann.samples[1].id, "test")
+        return read
+
+    monkeypatch.setattr(moving, "_read_all", read_and_remove)
+    with pytest.raises(Cut):
+        await move(new, at("reading photos"))
+    assert [renewal.id for renewal in await Renewal.find_all().to_list()] == [ann.samples[0].id]
+
+
+async def test_renewals_whose_samples_a_former_version_removed_are_deleted_at_the_start(
+    old: Runtime, new: Runtime
+) -> None:
+    ann, bob = await person(old, "ann"), await person(old, "bob")
+    with pytest.raises(Cut):
+        await move(new, at("closing"))
+    (left,) = await Renewal.find({"identity_id": bob.id}).to_list()
+    await erased(old, bob)
+    await Renewal.keep([left, left.model_copy(update={"id": new_id(), "identity_id": ann.id})])
+    with pytest.raises(Cut):
+        await move(new, at("reading photos"))
+    assert [renewal.id for renewal in await Renewal.find_all().to_list()] == [ann.samples[0].id]
+
+
+async def test_no_renewal_outlives_its_gallery(old: Runtime) -> None:
+    gallery = await galleries.create(old, by_officer("gallery.create"), "north", None, old.starting_policy())
+    await Renewal(id=new_id(), gallery_id=gallery.id, identity_id=new_id(), contract=NEW.contract).insert()
+    await galleries.delete(old, by_officer("gallery.delete"), gallery)
+    assert await Renewal.find_all().count() == 0
+
+
+async def test_the_command_deletes_what_a_move_that_was_killed_at_its_end_has_left(
+    old: Runtime, new: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await person(old, "ann")
+    gallery = await default_gallery()
+    forget = Renewal.forget_gallery
+
+    async def dies(gallery_id: str, *, only_lost: bool = False) -> None:
+        if not only_lost:
+            raise Cut
+        await forget(gallery_id, only_lost=True)
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Renewal, "forget_gallery", dies)
+        await move(new)
+    assert await Renewal.find_all().count() == 1
+    assert [one.id for one in await moving.chosen(new, None)] == [gallery.id]
+    assert await move(new) is None
+    assert await Renewal.find_all().count() == 0
+    assert await moving.chosen(new, None) == []
+
+
+async def test_a_move_and_a_rotation_of_the_gallerys_key_exclude_each_other(old: Runtime, new: Runtime) -> None:
+    await person(old, "ann")
+    gallery, action = await default_gallery(), by_system("key.rotate")
+
+    async def rotated() -> None:
+        await rotate_gallery_key(old, action, gallery.id, settle_seconds=0)
+
+    async def meanwhile(stage: Stage, _: int, __: int) -> None:
+        if stage == "reading photos":
+            with pytest.raises(Conflict, match="moved"):
+                await rotated()
+
+    async with held(rekeying(gallery.id), "rotation"):
+        with pytest.raises(Conflict, match="rotated"):
+            await move(new)
+    assert await move(new, meanwhile) is not None
+    await rotated()
 
 
 async def test_recorded_pairs_and_open_cases_get_the_scores_of_the_new_model(old: Runtime, new: Runtime) -> None:
