@@ -15,7 +15,8 @@ from app.use_cases import sequence
 from workers import jobs
 from workers.steady import SteadyWorker
 
-#: A killed worker's job waits for this and ten seconds more, so it is short; a screening takes milliseconds.
+#: A screening takes milliseconds. arq keeps a killed worker's job for the longest timeout of all jobs (hours), so the sweep of
+#: overdue screenings queues it again under another id.
 JOB_TIMEOUT_SECONDS = 10
 #: One slice of a scan is a few seconds long; the clusters of a million pairs take half a minute.
 SCAN_TIMEOUT_SECONDS = 300
