@@ -6,6 +6,7 @@ import numpy as np
 
 from app.domain.alignment import CROP_SIDE, TEMPLATE
 from app.domain.faces import Embedding, Face, ModelCard, Pixels, RatePoint
+from app.engine.port import Search
 from app.errors import LowQuality
 
 #: Strangers' cosines spread by 1/16 at this dimension: the thresholds of CARD lie five spreads away, and captures of one
@@ -71,9 +72,9 @@ class FakeEngine:
     def warm(self) -> None:
         """Nothing to load."""
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
         """One face, unless nobody is inscribed."""
-        del quick
+        del search
         if not inscription(pixels):
             return []
         landmarks = (TEMPLATE + FACE_AT).astype(np.float32)

@@ -45,6 +45,7 @@ _DOUBTFUL, _SURE = 0.6, 0.8
 _LEAST_CONFIDENCE = 0.2
 #: With `faces: single`, a second face of this share of the subject's area refuses: a fifth of its length.
 _TINY = 0.04
+_QUARTER = 0.25
 #: Two faces of one person: the larger one is meant where the other has at most this share of its area (0.85 of its length).
 #: Twins side by side, and two prints of one photo, stay undecided.
 _CLEARLY_SMALLER = 0.72
@@ -113,6 +114,11 @@ def find_main_face(
     face = _alone(ranked) if rule.faces == "single" else _prominent(ranked, rule.second_face_prominence, is_same_person)
     _require_usable(face, size)
     return MainFace(face, max(found, 1))
+
+
+def refuses_small_faces(rule: SubjectRule) -> bool:
+    """Whether a face of less than a quarter of the subject's area may refuse a photo."""
+    return rule.faces == "single" or rule.second_face_prominence < _QUARTER
 
 
 def prominences(faces: Sequence[PhotoFace], size: tuple[int, int]) -> list[tuple[PhotoFace, float]]:

@@ -1,6 +1,7 @@
 """Where the faces are: SCRFD through InsightFace's class, YuNet through OpenCV's."""
 
 import importlib
+import math
 import threading
 from collections.abc import Iterable
 from typing import Protocol, cast
@@ -9,7 +10,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from app.domain.faces import Face, Pixels
+from app.domain.faces import Box, Face, Pixels
+from app.engine.port import Search
 from app.engine.sessions import Session
 from app.errors import ModelUnavailable
 
@@ -28,6 +30,15 @@ SCRFD_UPRIGHT_SCORE_OF_LONG = 0.6
 #: which decides on `multiple-faces`, still has the 32 that SCRFD finds reliably. Smaller: look again at the next size.
 SURE_SHARE = 0.2
 
+#: A thorough search finds faces of this share of the largest face's length, if they have so many pixels at its size.
+_SMALL_SHARE, SMALL_PIXELS = 0.2, 32
+#: Sizes of SCRFD are multiples of it.
+_STRIDE = 32
+#: Longest side of a thorough search. It takes 16 times as long as a search at 320.
+_LARGEST_SEARCH = 1280
+#: A box that lies in another one by more than this share shows the same face, or a part of it.
+_SAME_FACE_SHARE = 0.5
+
 
 class Detector(Protocol):
     """Finds faces.
@@ -38,8 +49,8 @@ class Detector(Protocol):
     upright_score: float
     upright_score_of_long: float
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All upright faces, largest first; safe from several threads at once. quick: large ones are enough."""
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        """All upright faces, largest first; safe from several threads at once."""
 
 
 class _Scrfd(Protocol):
@@ -64,17 +75,20 @@ class ScrfdDetector:
         self._network: _Scrfd = scrfd.SCRFD(session=session, static_shape_sessions=False)
         self._sizes = sizes
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All upright faces, largest first. quick: at the first size only."""
-        sizes = self._sizes[:1] if quick else self._sizes
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        """All upright faces, largest first. A quick search is one at the first size."""
         best: list[Face] = []
-        for size in sizes:
+        reached = 0
+        for size in self._sizes[:1] if search == "quick" else self._sizes:
             found = self._at(pixels, size)
-            if found and max(found[0].box[2:]) >= SURE_SHARE * max(pixels.shape[:2]):
-                return found
             # Small faces: the larger search has them all, with better landmarks.
             if found and (not best or len(found) >= len(best)):
-                best = found
+                best, reached = found, size
+            if found and max(found[0].box[2:]) >= SURE_SHARE * max(pixels.shape[:2]):
+                best, reached = found, size
+                break
+        if search == "thorough" and best and (larger := size_for_small_faces(best[0], pixels)) > reached:
+            return with_others(best, self._at(pixels, larger))
         return best
 
     def _at(self, pixels: Pixels, size: int) -> list[Face]:
@@ -107,10 +121,16 @@ class YunetDetector:
         self._longest = max(sizes)
         self._own = threading.local()
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All upright faces, largest first. There is one search, quick or not."""
-        del quick
-        small, scale = shrunk(pixels, min(self._longest, max(pixels.shape[:2])))
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        """All upright faces, largest first. A quick search is a usual one."""
+        usual = min(self._longest, max(pixels.shape[:2]))
+        found = self._at(pixels, usual)
+        if search == "thorough" and found and (larger := size_for_small_faces(found[0], pixels)) > usual:
+            return with_others(found, self._at(pixels, larger))
+        return found
+
+    def _at(self, pixels: Pixels, long_side: int) -> list[Face]:
+        small, scale = shrunk(pixels, long_side)
         network = self._network()
         network.setInputSize((small.shape[1], small.shape[0]))
         # OpenCV's stubs promise rows; where there is no face it gives None.
@@ -149,6 +169,18 @@ def largest_first(faces: Iterable[Face]) -> list[Face]:
     return sorted(sound, key=lambda face: face.area, reverse=True)
 
 
+def size_for_small_faces(largest: Face, pixels: Pixels, smallest: int = SMALL_PIXELS) -> int:
+    """The long side of a search for faces that are small beside the largest one. smallest: what the detector finds, in pixels."""
+    share = max(largest.box[2:]) / float(max(pixels.shape[:2]))
+    return min(_LARGEST_SEARCH, _STRIDE * math.ceil(smallest / (_SMALL_SHARE * share) / _STRIDE))
+
+
+def with_others(faces: list[Face], others: list[Face]) -> list[Face]:
+    """The faces, and those of the others that are not among them. So a thorough search does not change the subject's template."""
+    new = [one for one in others if all(_overlap(one.box, face.box) <= _SAME_FACE_SHARE for face in faces)]
+    return largest_first([*faces, *new])
+
+
 def shrunk(pixels: Pixels, long_side: int) -> tuple[Pixels, float]:
     """The photo scaled so that its long side is `long_side`, and the factor by which its coordinates were multiplied.
 
@@ -166,6 +198,13 @@ def shrunk(pixels: Pixels, long_side: int) -> tuple[Pixels, float]:
 def surest(faces: list[Face]) -> float:
     """The highest detection score; there must be a face."""
     return max(face.detection_score for face in faces)
+
+
+def _overlap(one: Box, other: Box) -> float:
+    """The area that both boxes cover, as a share of the smaller one."""
+    across = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
+    down = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
+    return max(0.0, across) * max(0.0, down) / min(one[2] * one[3], other[2] * other[3])
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from app.domain.faces import Embedding, Face, ModelCard, Pixels
-from app.engine.detectors import largest_first, shrunk, surest
+from app.engine.detectors import largest_first, shrunk, size_for_small_faces, surest, with_others
 from app.engine.dlib_child import ANSWER, DETECT, EMBED, PING, REQUEST
 from app.engine.liveness import LivenessModels, LivenessWeights
 from app.engine.packs import Pack
+from app.engine.port import Search
 from app.engine.sessions import Device
 from app.engine.vectors import unit_embedding
 from app.errors import ModelUnavailable
@@ -29,6 +30,9 @@ _EMBED_MARGIN = 0.75
 #: HOG sees faces in creases and badges too, with a score of 0.1 beside 0.7 for the real one; a real face beside others got a
 #: third of the surest one's.
 _GHOST_SHARE = 1 / 5
+
+#: HOG finds faces of 80 pixels and more.
+_HOG_PIXELS = 80
 
 #: HOG gives 99% of upside-down faces at most 0.31, and 99% of upright ones at least 0.37.
 _UPRIGHT_SCORE = 0.45
@@ -143,10 +147,13 @@ class DlibEngine:
         self._liveness_models()
         self._ask(PING, np.zeros((8, 8, 3), dtype=np.uint8))
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All upright faces in these pixels, largest first. There is one search, quick or not."""
-        del quick
-        return _without_ghosts(self._upright(pixels))
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        """All upright faces in these pixels, largest first. A quick search is a usual one."""
+        usual = min(max(self._pack.detection_sizes), max(pixels.shape[:2]))
+        found = self._at(pixels, usual)
+        if search == "thorough" and found and (larger := size_for_small_faces(found[0], pixels, _HOG_PIXELS)) > usual:
+            found = with_others(found, self._at(pixels, larger))
+        return _without_ghosts(found)
 
     def is_upright(self, face: Face, length: float | None) -> bool:
         """Whether the score is high enough. The length of dlib's vectors says nothing."""
@@ -173,8 +180,8 @@ class DlibEngine:
         for child in children:
             child.end()
 
-    def _upright(self, pixels: Pixels) -> list[Face]:
-        small, scale = shrunk(pixels, min(max(self._pack.detection_sizes), max(pixels.shape[:2])))
+    def _at(self, pixels: Pixels, long_side: int) -> list[Face]:
+        small, scale = shrunk(pixels, long_side)
         rows = np.asarray(self._ask(DETECT, small), dtype=np.float64).reshape(-1, 15)
         return largest_first(
             Face(

@@ -17,7 +17,7 @@ from app.domain.alteration import Signs, signs
 from app.domain.faces import Box, Embedding, Face
 from app.domain.photo import Photo
 from app.domain.subject import MainFace
-from app.engine.port import FaceEngine
+from app.engine.port import FaceEngine, Search
 from app.errors import Advice, LowQuality, PhotoRefused
 
 
@@ -125,32 +125,32 @@ class Look:
         return any(is_believable(face) and self.searched.engine.is_upright(face, None) for face in self.faces)
 
 
-def look(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
+def look(engine: FaceEngine, photo: Photo, choose: Choose, search: Search = "usual") -> Look:
     """Search the photo, turned so that the face that is meant is upright. Blocking.
 
     A negative is refused. Its inverted copy has the higher score, and light eyes or a much longer vector confirm it.
     """
-    seen = _upright(engine, photo, choose)
+    seen = _upright(engine, photo, choose, search)
     if seen.face is None or seen.is_sure:
         return seen
-    inverted = _look(Searched(engine, seen.photo.inverted()), choose, quick=False)
+    inverted = _look(Searched(engine, seen.photo.inverted()), choose, "usual")
     if _stands_better(inverted, seen) and _shows_a_negative(inverted, seen):
         return replace(seen, main=None, problem=_negative())
     return seen
 
 
-def _upright(engine: FaceEngine, photo: Photo, choose: Choose) -> Look:
-    first = _look(Searched(engine, photo), choose, quick=False)
+def _upright(engine: FaceEngine, photo: Photo, choose: Choose, search: Search) -> Look:
+    first = _look(Searched(engine, photo), choose, search)
     is_small = first.face is not None and max(first.face.box[2:]) < _SMALL * max(photo.pixels.shape[:2])
     if first.is_sure and not is_small:
         return first
-    turned = [_look(Searched(engine, photo.turned(turns)), choose, quick=True, quarters=turns) for turns in _TURNS]
+    turned = [_look(Searched(engine, photo.turned(turns)), choose, "quick", turns) for turns in _TURNS]
     best = max(turned, key=lambda one: one.score)
     if best.score == 0:
         return first
     wins = _is_the_larger_subject(best, first) if first.is_sure else _stands_better(best, first)
     # Searched as fully as a photo that came upright, so that both give the same template.
-    return _look(best.searched, choose, quick=False, quarters=best.quarters) if wins else first
+    return _look(best.searched, choose, search, best.quarters) if wins else first
 
 
 def is_believable(face: Face) -> bool:
@@ -161,8 +161,8 @@ def is_believable(face: Face) -> bool:
     return roll <= PLAUSIBLE_ROLL_DEGREES and float(eyes[0] * down[1] - eyes[1] * down[0]) > 0
 
 
-def _look(searched: Searched, choose: Choose, *, quick: bool, quarters: int = 0) -> Look:
-    faces = searched.engine.detect(searched.photo.pixels, quick=quick)
+def _look(searched: Searched, choose: Choose, search: Search, quarters: int = 0) -> Look:
+    faces = searched.engine.detect(searched.photo.pixels, search=search)
     try:
         return Look(searched, faces, choose(searched, faces), None, quarters)
     except PhotoRefused as problem:

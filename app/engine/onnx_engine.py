@@ -12,6 +12,7 @@ from app.engine.cards import Preprocessing
 from app.engine.detectors import Detector, ScrfdDetector, YunetDetector
 from app.engine.liveness import LivenessModels, LivenessWeights
 from app.engine.packs import Pack
+from app.engine.port import Search
 from app.engine.sessions import Device, Floats, Session, device_of, open_session
 from app.engine.vectors import unit_embedding
 from app.errors import Advice, LowQuality, ModelUnavailable
@@ -94,9 +95,9 @@ class OnnxEngine:
         if loaded.liveness is not None:
             loaded.liveness.score(grey, face)
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
         """All upright faces in these pixels, largest first."""
-        return self._ready().detector.detect(pixels, quick=quick)
+        return self._ready().detector.detect(pixels, search=search)
 
     def is_upright(self, face: Face, length: float | None) -> bool:
         """Whether score and length are high enough; the score alone, if the face or the card has no length."""

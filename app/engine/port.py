@@ -1,8 +1,12 @@
 """The port that every face engine answers to."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from app.domain.faces import Embedding, Face, ModelCard, Pixels
+
+#: Which faces a search has to find. quick: those of a fifth of the long side or more. usual: also the subject of any photo, and
+#: faces of a quarter of its area. thorough: also faces of a fifth of the subject's length.
+Search = Literal["quick", "usual", "thorough"]
 
 
 class FaceEngine(Protocol):
@@ -19,11 +23,8 @@ class FaceEngine(Protocol):
     def warm(self) -> None:
         """Load the weights and run once. Raises ModelUnavailable when a file is missing, cut or another."""
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        """All upright faces in these pixels, largest first.
-
-        quick: only faces of a fifth of the long side or more have to be found.
-        """
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        """Upright faces in these pixels, largest first. A more thorough search finds the same faces, and smaller ones."""
 
     def is_upright(self, face: Face, length: float | None) -> bool:
         """Whether a face that `detect` found is surely upright.

@@ -11,7 +11,7 @@ from app.domain.faces import Embedding, Face, Landmarks, PhotoFace, Pixels
 from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
-from app.domain.subject import MainFace, find_main_face
+from app.domain.subject import MainFace, find_main_face, refuses_small_faces
 from app.domain.thresholds import threshold_at_fmr
 from app.engine.close_up import close_up
 from app.engine.looking import Searched, look
@@ -125,7 +125,7 @@ def subject_of(engine: FaceEngine, photo: Photo, policy: GalleryPolicy) -> Subje
         found = [turned.in_photo(face) for face in faces]
         return find_main_face(found, (turned.width, turned.height), policy, is_same_person)
 
-    seen = look(engine, photo, choose)
+    seen = look(engine, photo, choose, "thorough" if refuses_small_faces(policy) else "usual")
     vector, main, face, marks = seen.vector, seen.main, seen.face, seen.signs
     if vector is None or main is None or face is None or marks is None:
         problem = seen.problem or NoFace()

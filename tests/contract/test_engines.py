@@ -12,7 +12,7 @@ import pytest
 
 from app.config import Settings
 from app.domain.faces import Embedding, Pixels
-from app.domain.photo import decode
+from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import judge, measure
 from app.domain.thresholds import threshold_at_fmr
@@ -21,7 +21,7 @@ from app.engine.dlib_engine import DlibEngine
 from app.engine.opening import open_engine
 from app.engine.port import FaceEngine
 from app.engine.reading import subject_of
-from app.errors import LowQuality, ModelUnavailable
+from app.errors import LowQuality, ModelUnavailable, MultipleFaces
 from tests.support.packs import BUFFALO, MOBILEFACENET, YUNET, weights_dir, write_manifest
 from tests.support.photos import ASTRONAUT, GROUP, HANKS, encoded, pixels_of
 
@@ -69,6 +69,27 @@ def test_the_six_people_of_a_group_photo_are_found_largest_first(engine: FaceEng
     faces = engine.detect(pixels_of(GROUP))
     assert 3 <= len(faces) <= 6  # dlib's detector knows only faces that look ahead
     assert [face.area for face in faces] == sorted((face.area for face in faces), reverse=True)
+
+
+def with_a_second_face(share: float, ratio: float) -> Pixels:
+    """A scene of 1,200 pixels: a face has this share of its height, and a second face `ratio` of that."""
+    scene, head, face_height = np.full((1200, 1200, 3), 150, np.uint8), pixels_of(ASTRONAUT)[20:210, 140:310], 116
+    for height, at in ((share * 1200, 350), (share * ratio * 1200, 20)):
+        size = round(170 * height / face_height), round(190 * height / face_height)
+        scene[at : at + size[1], at : at + size[0]] = cv2.resize(head, size, interpolation=cv2.INTER_LINEAR)
+    return scene
+
+
+@pytest.mark.parametrize(("share", "ratio"), [(0.22, 0.35), (0.3, 0.3), (0.4, 0.35)])
+def test_a_gallery_for_single_faces_sees_a_small_second_face(engine: FaceEngine, share: float, ratio: float) -> None:
+    pixels = with_a_second_face(share, ratio)
+    usual, thorough = engine.detect(pixels), engine.detect(pixels, search="thorough")
+    assert len(thorough) == 2
+    assert thorough[0].box == usual[0].box, "the subject's template stays the same"
+    photo = Photo(pixels, "png", 1200, 1200, 1)
+    with pytest.raises(MultipleFaces):
+        subject_of(engine, photo, GalleryPolicy(faces="single"))
+    assert subject_of(engine, photo, GalleryPolicy()).main.face.box == usual[0].box
 
 
 def test_landmarks_lie_in_the_box_left_eye_first_and_mouth_below(engine: FaceEngine) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 from app.documents.identities import Identity
 from app.domain.attributes import Attributes
 from app.domain.faces import Embedding, Face, ModelCard, Pixels
+from app.engine.port import Search
 from app.runtime import Runtime
 from app.use_cases import enrol
 from app.use_cases.verify import Claim, Verification, verify
@@ -47,9 +48,9 @@ class SquaresEngine(FakeEngine):
         super().__init__(card)
         self.blind_to: set[str] = set()
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
         """One face. None if the photo has no person, the model is blind to the person, or the photo is turned or inverted."""
-        del quick
+        del search
         text = _written_on(pixels)
         if "|" not in text or text.split("|")[0] in self.blind_to:
             return []

@@ -12,6 +12,7 @@ from app.domain.faces import Embedding, Face, Pixels
 from app.domain.photo import decode, decode_part
 from app.domain.policy import GalleryPolicy
 from app.engine.close_up import close_up
+from app.engine.port import Search
 from app.engine.reading import subject_in
 from tests.fakes import FakeEngine
 
@@ -29,9 +30,9 @@ class RedSquares(FakeEngine):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
         """The box around everything red."""
-        del quick
+        del search
         rows, columns = np.nonzero((pixels[..., 0] > 200) & (pixels[..., 1] < 90))
         if not len(rows):
             return []

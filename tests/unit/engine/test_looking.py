@@ -10,6 +10,7 @@ from app.domain.faces import Embedding, Face, Pixels
 from app.domain.photo import Photo
 from app.domain.policy import GalleryPolicy
 from app.engine.looking import is_believable
+from app.engine.port import Search
 from app.engine.reading import as_stored, subject_of
 from app.errors import FaceTooSmall, LowQuality, MultipleFaces, NoFace, PhotoRefused
 from tests.fakes import FakeEngine
@@ -34,14 +35,14 @@ class Turning(FakeEngine):
 
     seen: dict[int, list[Seen]]
     inverted: list[Seen] = field(default_factory=list)
-    searches: list[bool] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
     embedded: list[tuple[bytes, tuple[float, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def detect(self, pixels: Pixels, *, quick: bool = False) -> list[Face]:
-        self.searches.append(quick)
+    def detect(self, pixels: Pixels, *, search: Search = "usual") -> list[Face]:
+        self.searches.append(search)
         return [_face(one) for one in self._at(pixels)]
 
     def embed(self, pixels: Pixels, face: Face) -> tuple[Embedding, float]:
@@ -86,14 +87,21 @@ SURE, DOUBTFUL = Seen(0.8, 24), Seen(0.6, 15)
 def test_a_sure_face_takes_one_search() -> None:
     engine = Turning({0: [SURE], 2: [Seen(0.95, 27)]})
     assert position_of(engine) == 0
-    assert engine.searches == [False]
+    assert engine.searches == ["usual"]
+
+
+@pytest.mark.parametrize("policy", [GalleryPolicy(faces="single"), GalleryPolicy(second_face_prominence=0.2)])
+def test_a_gallery_that_refuses_small_second_faces_searches_thoroughly(policy: GalleryPolicy) -> None:
+    engine = Turning({0: [DOUBTFUL], 2: [SURE]})
+    subject_of(engine, photo(), policy)
+    assert engine.searches == ["thorough", "quick", "quick", "quick", "thorough"]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_the_position_with_the_higher_score_and_the_longer_vector_is_taken(turns: int) -> None:
     engine = Turning({0: [DOUBTFUL], turns: [SURE]})
     assert position_of(engine) == turns
-    assert engine.searches == [False, True, True, True, False], (
+    assert engine.searches == ["usual", "quick", "quick", "quick", "usual"], (
         "and the turned photo is searched as fully as an upright one"
     )
 
@@ -149,7 +157,7 @@ def test_a_photo_without_a_face_is_searched_in_every_position() -> None:
     engine = Turning({})
     with pytest.raises(NoFace):
         subject_of(engine, photo(), GalleryPolicy())
-    assert engine.searches == [False, True, True, True]
+    assert engine.searches == ["usual", "quick", "quick", "quick"]
 
 
 @pytest.mark.parametrize(
