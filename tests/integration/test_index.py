@@ -222,7 +222,8 @@ async def test_h91_a_publisher_whose_lease_was_taken_over_commits_nothing(
     loop = asyncio.get_running_loop()
 
     async def take_over() -> None:
-        await Lease.get_pymongo_collection().update_one({"_id": gallery.publishing}, {"$set": {"expires_at": now()}})
+        past = {"expires_at": now() - timedelta(seconds=1)}
+        await Lease.get_pymongo_collection().update_one({"_id": gallery.publishing}, {"$set": past})
         assert await Held.acquire(gallery.publishing, "successor", 30) is not None
 
     def lose_then_commit(*args: object) -> str:
