@@ -73,7 +73,8 @@ class LogOutput:
     def __init__(self, stream: TextIO) -> None:
         self._is_stdout = stream is sys.stdout
         self._stream = stream
-        self._lock = threading.Lock()
+        # Reentrant: garbage collection may run in the middle of a write, and log the error of a task that nobody awaited.
+        self._lock = threading.RLock()
         self._is_torn = False
         try:
             self._descriptor: int | None = stream.fileno()

@@ -1,9 +1,7 @@
 """`idem serve`: the HTTP API in production's shape."""
 
 import os
-import signal
 import socket
-import sys
 import time
 from types import FrameType
 from typing import Annotated
@@ -92,10 +90,11 @@ class OneProcess(uvicorn.Server):
     """A server that ends at once on a signal during its start: there is nothing to finish yet."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End at once during the start; afterwards as uvicorn does."""
+        """End at once during the start; afterwards as uvicorn does.
+
+        It logs nothing: a signal may come in the middle of a log line, and would wait for its lock.
+        """
         if not self.started:
-            log.info("stopped_while_starting", signal=signal.Signals(sig).name)
-            sys.stdout.flush()
             os._exit(0)
         super().handle_exit(sig, frame)
 

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,8 @@ ENDS_WITHIN_SECONDS = 60.0
 #: How long it waits for MongoDB if it is not ended, and how long a busy machine may need to end it (far less).
 WAITS_SECONDS, HEEDS_SIGTERM_WITHIN_SECONDS = 60, 15.0
 REASONS = ("MONGODB_URI: ", "REDIS_URL: ", "The face model cannot be used: ")
+#: Runs a command as process 1 of a namespace, as a container does.
+AS_PROCESS_ONE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 MISSING_PACK = {"FACE_MODEL": "buffalo_l"}
 
 
@@ -44,8 +48,8 @@ def _environment(tmp_path: Path, **others: str) -> dict[str, str]:
     )
 
 
-def _idem(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "app.cli", *arguments]
+def _idem(*arguments: str, environment: dict[str, str], prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, "-m", "app.cli", *arguments]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
     )
@@ -61,10 +65,15 @@ def _end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def _wait_for_connection(process: subprocess.Popen[str], port: int) -> None:
-    """Return when the process has a connection to that port."""
+    """Return when the process, or a child of it, has a connection to that port."""
     until = time.monotonic() + ENDS_WITHIN_SECONDS
     seen = psutil.Process(process.pid)
-    while not any(one.raddr and one.raddr.port == port for one in seen.net_connections("tcp")):
+
+    def ports() -> set[int]:
+        connections = [one for member in (seen, *seen.children()) for one in member.net_connections("tcp")]
+        return {one.raddr.port for one in connections if one.raddr}
+
+    while port not in ports():
         assert process.poll() is None, _end_of(process)
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -108,6 +117,27 @@ def test_i3_a_process_that_waits_for_its_stores_ends_at_once_on_sigterm(
         assert status in {0, -signal.SIGTERM}, said
     finally:
         mongo_server.process.thaw()
+
+
+def _may_unshare() -> bool:
+    return subprocess.run([*AS_PROCESS_ONE, "true"], check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.skipif(not _may_unshare(), reason="This machine allows no namespaces of processes.")
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_i3_process_one_of_a_container_ends_on_sigterm_while_it_waits(tmp_path: Path, command: str) -> None:
+    """The kernel ignores signals that process 1 does not handle."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        environment = _environment(tmp_path, MONGODB_URI=f"mongodb://127.0.0.1:{port}/")
+        process = _idem(command, "--wait", str(WAITS_SECONDS), environment=environment, prefix=AS_PROCESS_ONE)
+        _wait_for_connection(process, port)
+        (one,) = psutil.Process(process.pid).children()
+        began = time.monotonic()
+        one.send_signal(signal.SIGTERM)
+        status, said = _end_of(process)
+    assert time.monotonic() - began < HEEDS_SIGTERM_WITHIN_SECONDS, said
+    assert status == 128 + signal.SIGTERM, said
 
 
 @pytest.mark.parametrize(

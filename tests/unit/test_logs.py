@@ -79,6 +79,46 @@ raise RuntimeError("not caught")
 """
 
 
+#: Something happens in the middle of each write: what Python runs between two instructions, such as a signal's handler.
+INTERRUPTED = """
+import logging, os, signal
+import structlog, uvicorn
+from app.cli.serve import OneProcess
+from app.logs import configure_service_logging
+
+def collect():
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+
+def stop():
+    server = OneProcess(uvicorn.Config("no:app", log_config=None))
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    signal.raise_signal(signal.SIGTERM)
+
+def write(descriptor, data):
+    written = really_write(descriptor, data)
+    os.write = really_write
+    {happens}()
+    return written
+
+configure_service_logging("info")
+really_write, os.write = os.write, write
+structlog.get_logger().info("opening")
+"""
+
+
+@pytest.mark.parametrize(
+    ("happens", "events"),
+    [("stop", ["opening"]), ("collect", ["opening", "Task exception was never retrieved"])],
+    ids=["sigterm while it starts", "garbage collection finds the error of a task"],
+)
+def test_nothing_that_interrupts_a_write_waits_for_its_end(happens: str, events: list[str]) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED.format(happens=happens)],
+        check=True, timeout=60, text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert [json.loads(line)["event"] for line in process.stdout.splitlines()] == events
+
+
 def test_i4_four_processes_on_one_pipe_never_tear_a_line_and_every_line_is_json() -> None:
     reading, writing = os.pipe()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
