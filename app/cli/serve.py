@@ -53,8 +53,13 @@ def serve(
             raise typer.Exit(UNUSABLE_CONFIGURATION if end.code == STARTUP_FAILURE else 1) from None
         return
     require_engine(settings)
+    try:
+        listener = config.bind_socket()
+    except SystemExit:  # it has logged the reason
+        typer.echo(f"API_HOST, API_PORT: cannot listen on {settings.api_host}:{settings.api_port}", err=True)
+        raise typer.Exit(UNUSABLE_CONFIGURATION) from None
     wait_for_mongo(settings.mongodb_uri, seconds=wait)
-    parent = SeveralProcesses(config, sockets=[config.bind_socket()])
+    parent = SeveralProcesses(config, sockets=[listener])
     parent.run()
     if parent.has_failed:
         raise typer.Exit(UNUSABLE_CONFIGURATION)

@@ -140,6 +140,16 @@ def test_i3_process_one_of_a_container_ends_on_sigterm_while_it_waits(tmp_path: 
     assert status == 128 + signal.SIGTERM, said
 
 
+def test_a_port_that_is_taken_ends_the_parent_of_several_processes_with_status_78(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, said = _end_of(_idem("serve", environment=_environment(tmp_path, WORKERS="2", API_PORT=port)))
+    assert status == CONFIGURATION, said
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "API_PORT" in line]
+    assert port in line
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
