@@ -51,7 +51,19 @@ def _excess(event: structlog.typing.EventDict) -> int:
 
 
 def _dumps(event: structlog.typing.EventDict) -> str:
-    return json.dumps(event, default=repr)
+    try:
+        return json.dumps(event, default=repr, allow_nan=False)
+    except (TypeError, ValueError):
+        return json.dumps({name: _as_json_can(value) for name, value in event.items()}, default=repr)
+
+
+def _as_json_can(value: object) -> object:
+    """The value, or how Python shows it if JSON has no such value: NaN, keys that are not text, a list inside itself."""
+    try:
+        json.dumps(value, default=repr, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)[:FIELD_CHARACTERS]
+    return value
 
 
 _SHARED: Final[list[structlog.typing.Processor]] = [

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import structlog
 
@@ -77,6 +79,27 @@ for number in range(300):
             logging.getLogger("library").error("of a library", exc_info=True)
 raise RuntimeError("not caught")
 """
+
+
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, {"scores": [0.5, math.nan]}, {(1, 2): "pair"}, CIRCLE, np.float64("nan")],
+    ids=repr,
+)
+def test_what_json_cannot_say_is_logged_as_text(
+    value: object, logger: structlog.typing.FilteringBoundLogger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger.info("measured", value=value, other=0.5)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (told["event"], told["value"], told["other"]) == ("measured", repr(value), 0.5)
 
 
 #: Something happens in the middle of each write: what Python runs between two instructions, such as a signal's handler.
