@@ -21,6 +21,10 @@ from app.errors import Advice, LowQuality, NoFace, NotLive, PhotoRefused
 Asked = Literal["required", "observe", "off"]
 #: The passive models' mean probability of a live face from which on a photo passes: their own decision boundary.
 LIVE_FROM = 0.5
+#: Another detector's landmarks of the same face lie within this multiple of the landmarks' own spread (docs/adr/0041).
+_SAME_FACE = 0.6
+#: Half the side of a close-up, in spreads: a face has about a quarter of its side.
+_AROUND = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +156,8 @@ def unfit(engine: FaceEngine, seen: Subject) -> tuple[Advice, ...]:
 def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = None) -> StoredFace:
     """The face of a photo that was accepted at enrolment. It is not judged again. Blocking.
 
-    near: its landmarks as they were found at enrolment. A sample without them comes from an older version, which took the
-    largest face, and stored sideways photos as they came. Raises NoFace.
+    near: its landmarks as they were found at enrolment. A face elsewhere is not the enrolled one. A sample without landmarks
+    comes from an older version, which took the largest face, and stored sideways photos as they came. Raises NoFace.
     """
     if near is None:
         height, width = pixels.shape[:2]
@@ -162,11 +166,37 @@ def stored_face(engine: FaceEngine, pixels: Pixels, near: Landmarks | None = Non
         if seen.face is None:
             raise NoFace("No face is found on the stored photo.")
         return StoredFace(seen.photo.pixels, seen.face, as_stored(seen.face.landmarks, seen.quarters, (width, height)))
-    faces = engine.detect(pixels)
-    if not faces:
-        raise NoFace("No face is found on the stored photo.")
-    face = min(faces, key=lambda face: float(np.abs(face.landmarks - near).mean()))
+    face = _face_at(near, engine.detect(pixels)) or _face_at(near, _faces_around(engine, pixels, near))
+    if face is None:
+        raise NoFace("The face that was enrolled is not found on the stored photo.")
     return StoredFace(pixels, face, face.landmarks)
+
+
+def _face_at(near: Landmarks, faces: list[Face]) -> Face | None:
+    """The face with these landmarks, as far as two detectors agree."""
+
+    def distance(face: Face) -> float:
+        return float(np.hypot(*(face.landmarks - near).T).mean())
+
+    face = min(faces, key=distance, default=None)
+    return None if face is None or distance(face) > _SAME_FACE * _spread(near) else face
+
+
+def _faces_around(engine: FaceEngine, pixels: Pixels, near: Landmarks) -> list[Face]:
+    """The faces in a close-up around these landmarks. Some detectors do not find small faces in a large photo."""
+    (x, y), half = near.mean(axis=0), _AROUND * _spread(near)
+    left, top = max(0, int(x - half)), max(0, int(y - half))
+    around = np.ascontiguousarray(pixels[top : int(y + half), left : int(x + half)])
+    corner = np.array([left, top], np.float32)
+    return [
+        Face((face.box[0] + left, face.box[1] + top, *face.box[2:]), face.landmarks + corner, face.detection_score)
+        for face in engine.detect(around)
+    ]
+
+
+def _spread(landmarks: Landmarks) -> float:
+    """The root mean square distance of the landmarks from their centre. Unlike the eyes' distance, it is not small in profile."""
+    return float(np.sqrt(((landmarks - landmarks.mean(axis=0)) ** 2).sum(axis=1).mean()))
 
 
 def as_stored(landmarks: Landmarks, quarters: int, size: tuple[int, int]) -> Landmarks:
