@@ -1,11 +1,11 @@
 """Compare: do two photos show one person?"""
 
-import asyncio
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from app.audit import Action, record
+from app.concurrency import all_of
 from app.documents.galleries import Gallery
 from app.domain.callers import shown_score
 from app.domain.comparison import best_similarity
@@ -32,7 +32,7 @@ class Comparison:
 async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: bytes, photo_b: bytes) -> Comparison:
     """Compare two photos by the gallery's rules; nothing is kept of them."""
     runtime.require_contract(gallery)
-    one, other = await asyncio.gather(
+    one, other = await all_of(
         _read(runtime, action, gallery, "photo_a", photo_a), _read(runtime, action, gallery, "photo_b", photo_b)
     )
     exact = best_similarity(one.embedding, other.embedding[np.newaxis, :])

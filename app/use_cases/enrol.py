@@ -15,6 +15,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from app.audit import Action, UnderSalt, record
+from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery, GalleryChange
 from app.documents.identities import Identity, Liveness, Sample, Screening
@@ -185,7 +186,7 @@ async def _read(runtime: Runtime, action: Action, gallery: Gallery, photos: list
     reading = [
         runtime.compute_long(caller, read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos
     ]
-    return await asyncio.gather(*reading)
+    return await all_of(*reading)
 
 
 async def _prepare(
@@ -222,7 +223,7 @@ async def _store_and_commit(
     try:
         async with asyncio.timeout(GIVE_UP_SECONDS):
             puts = (runtime.photos.put(p.sample.photo_key, p.sealed_photo) for p in prepared)
-            await asyncio.gather(*besides, *puts)
+            await all_of(*besides, *puts)
             return await runtime.in_line(gallery.id, commit)
     except TimeoutError as error:
         raise NotReady("The stores took too long; nothing was enrolled.", retry_after_seconds=5) from error

@@ -23,6 +23,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.audit import Action, record
+from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
 from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
@@ -430,7 +431,7 @@ async def _keep(renewals: list[Renewal], session: AsyncClientSession) -> None:
 
 
 async def _read_all(runtime: Runtime, gallery: Gallery, wanted: list[tuple[Identity, Sample]]) -> list[_Read]:
-    return list(await asyncio.gather(*(_read(runtime, gallery, identity, sample) for identity, sample in wanted)))
+    return await all_of(*(_read(runtime, gallery, identity, sample) for identity, sample in wanted))
 
 
 async def _read(runtime: Runtime, gallery: Gallery, identity: Identity, sample: Sample) -> _Read:

@@ -21,6 +21,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import ConnectionFailure, PyMongoError
 
 from app.audit import Action, by_system, record
+from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.events import Detail, Outcome
 from app.documents.galleries import Gallery, GalleryChange
@@ -435,7 +436,7 @@ class _Slice:
                 if sum(len(some.scores) for _, some in found) > MOST_PAIRS:
                     raise _TooMany
 
-        await asyncio.gather(*(work() for _ in range(self.runtime.settings.compute_threads or processors())))
+        await all_of(*(work() for _ in range(self.runtime.settings.compute_threads or processors())))
         return found
 
     async def _commit(self, scan: Scan, pairs: Sequence[FoundPair], compared: int, began: float) -> None:
