@@ -101,7 +101,10 @@ class Reason(Body):
 
 
 class SampleView(BaseModel):
-    """One photo of the person; faces_found and box are null for samples of older versions."""
+    """One photo of the person. box: on the upright photo as it was sent. stored_box: on the photo that is stored.
+
+    faces_found and both boxes are null for samples of older versions.
+    """
 
     id: str
     status: Literal["pending", "active"]
@@ -109,6 +112,7 @@ class SampleView(BaseModel):
     liveness: Liveness | None
     faces_found: int | None
     box: Box | None
+    stored_box: Box | None
     created_at: Moment
 
 
@@ -190,6 +194,7 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
                 liveness=s.liveness,
                 faces_found=None if s.found is None else s.found.faces_found,
                 box=None if s.found is None else s.found.box,
+                stored_box=s.stored_box,
                 created_at=s.created_at,
             )
             for s in identity.samples

@@ -11,6 +11,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.clock import from_now
 from app.documents.base import Stored, Value, now
+from app.domain.faces import Box
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
 from app.domain.subject import FoundFace
@@ -31,9 +32,9 @@ class Sample(Value):
     """One photo with its face.
 
     template: the sealed embedding; contract: of the model that made it; photo_digest: keyed hash of the bytes as they came;
-    fingerprint: sealed, tells copies of the photo, None where there is nothing to tell them by. found: the face that was taken;
-    None for samples of older versions. landmarks: sealed, where that face lies on the stored photo; None for samples of older
-    versions.
+    fingerprint: sealed, tells copies of the photo, None where there is nothing to tell them by. found: the face that was taken.
+    stored_box: where it lies on the stored photo. landmarks: the same of its landmarks, sealed. These three are None for samples
+    of older versions.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Sample(Value):
     photo_digest: bytes
     fingerprint: bytes | None = None
     found: FoundFace | None = None
+    stored_box: Box | None = None
     landmarks: bytes | None = None
     created_at: datetime
 

@@ -60,6 +60,12 @@ class PhotoFace:
         return Face((x, y, width, height), landmarks, self.detection_score)
 
 
+def rounded(box: Box) -> Box:
+    """The box as answers state it."""
+    x, y, width, height = (round(float(value), 2) for value in box)
+    return x, y, width, height
+
+
 @dataclass(frozen=True, slots=True)
 class RatePoint:
     """One measured point of a model's impostor curve: at `threshold`, a share `fmr` of impostor pairs would match."""

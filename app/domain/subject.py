@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from app.domain.alignment import similarity_to_template
-from app.domain.faces import Box, PhotoFace
+from app.domain.faces import Box, PhotoFace, rounded
 from app.errors import Advice, FaceCropped, FaceTooSmall, MultipleFaces, NoFace, Problem
 
 Faces = Literal["prominent", "single"]
@@ -87,8 +87,7 @@ class MainFace:
     @property
     def report(self) -> FoundFace:
         """What answers say of it."""
-        x, y, width, height = (round(float(value), 2) for value in self.face.box)
-        return FoundFace(faces_found=self.faces_found, box=(x, y, width, height))
+        return FoundFace(faces_found=self.faces_found, box=rounded(self.face.box))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from app.domain.alignment import hides_another_picture
 from app.domain.alteration import Signs, is_altered
-from app.domain.faces import Embedding, Face, Landmarks, PhotoFace, Pixels
+from app.domain.faces import Box, Embedding, Face, Landmarks, PhotoFace, Pixels, rounded
 from app.domain.photo import Photo, decode
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
@@ -41,6 +41,11 @@ class FaceReading:
     embedding: Embedding
     quality: QualityReport
     liveness: float | None
+
+    @property
+    def stored_box(self) -> Box:
+        """Where the face lies on the photo that is stored: on `pixels`."""
+        return rounded(self.face.box)
 
     @property
     def is_live(self) -> bool:

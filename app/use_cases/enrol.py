@@ -204,6 +204,7 @@ async def _prepare(
             liveness=liveness, photo_key=f"{gallery.id}/{identity_id}/{sample_id}",
             photo_digest=runtime.keys.keyed_hash("photo", data), created_at=now(),
             fingerprint=seal_fingerprint(key, mark, gallery.id, identity_id, sample_id), found=reading.main.report,
+            stored_box=reading.stored_box,
             landmarks=seal_landmarks(key, reading.face.landmarks, gallery.id, identity_id, sample_id),
         )  # fmt: skip
         # Stored are our own pixels, encoded again: whatever else the file carried stays outside.

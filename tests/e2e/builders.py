@@ -34,7 +34,7 @@ IDENTITY_FIELDS = {
     "id", "gallery", "external_ref", "full_name", "date_of_birth", "metadata", "status", "samples", "dedup",
     "created_at", "created_by", "updated_at", "version",
 }  # fmt: skip
-SAMPLE_FIELDS = {"id", "status", "quality", "liveness", "faces_found", "box", "created_at"}
+SAMPLE_FIELDS = {"id", "status", "quality", "liveness", "faces_found", "box", "stored_box", "created_at"}
 QUALITY_FIELDS = {"score", "sharpness", "brightness", "yaw", "pitch", "roll", "face_size", "issues"}
 DEDUP_FIELDS = {"job_id", "state", "verdict", "case_id", "candidate_count"}
 

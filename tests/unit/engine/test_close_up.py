@@ -9,11 +9,11 @@ from PIL import Image
 
 from app.domain.alignment import TEMPLATE
 from app.domain.faces import Embedding, Face, Pixels
-from app.domain.photo import decode, decode_part
+from app.domain.photo import decode, decode_part, decode_stored, encode
 from app.domain.policy import GalleryPolicy
 from app.engine.close_up import close_up
 from app.engine.port import Search
-from app.engine.reading import subject_in
+from app.engine.reading import read_face, subject_in
 from tests.fakes import FakeEngine
 
 LIMIT = 25_000_000
@@ -57,7 +57,7 @@ def scene(size: tuple[int, int], at: tuple[int, int], side: int, kind: str = "PN
     return buffer.getvalue()
 
 
-POLICY = GalleryPolicy(quality="off")
+POLICY = GalleryPolicy(quality="off", liveness="off")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -80,6 +80,18 @@ def test_a_small_face_is_compared_in_the_photos_own_pixels_wherever_it_is(at: tu
     assert max(seen.photo.pixels.shape[:2]) <= 5 * 60
     assert engine.embedded[-1] is seen.photo.pixels
     assert seen.main.face.box == pytest.approx((*at, 60, 60), abs=2)
+
+
+@pytest.mark.parametrize(("at", "side"), [((1100, 800), 60), ((40, 70), 60), ((1100, 800), 400)])
+def test_the_stored_box_lies_around_the_face_on_the_stored_photo(at: tuple[int, int], side: int) -> None:
+    reading = read_face(RedSquares(), scene((3240, 2060), at, side), POLICY, LIMIT)
+    assert reading.main.report.box == pytest.approx((*at, side, side), abs=2)
+    x, y, width, height = (round(value) for value in reading.stored_box)
+    face = decode_stored(encode(reading.pixels))[y : y + height, x : x + width]
+    assert face.size
+    assert np.abs(np.median(face, axis=(0, 1)) - RED).max() < 5
+    around = decode_stored(encode(reading.pixels))[y + height + 4, x + width // 2]
+    assert np.abs(around.astype(int) - 128).max() < 20
 
 
 def test_a_large_face_is_not_looked_at_again() -> None:
