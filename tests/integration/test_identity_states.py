@@ -251,7 +251,10 @@ class Model:
         person = self.people[identity_id]
         if person.samples[index].is_gone:
             return NotFound
-        if person.status not in ("active", "revoked") or index == 0 or f"{identity_id}/{index}" in self.cases:
+        is_in_a_case = f"{identity_id}/{index}" in self.cases or any(
+            identity_id in c.candidates for c in self.cases.values()
+        )
+        if person.status not in ("active", "revoked") or index == 0 or is_in_a_case:
             return Conflict
         person.samples[index].is_gone = True
         if index in person.due:
