@@ -17,6 +17,7 @@ async def all_of(*work: Awaitable[T]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would break off what it does at its end
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         tasks.clear()  # their error refers to this frame: both would stay until garbage collection

@@ -1,9 +1,9 @@
 """The places of this process's store: photos, index, copies of the index, evidence. Each place has one owner.
 
 A process checks the owners when it starts. It refuses to start with a place of another store. If a place does not answer at the
-start, its owner is checked before the first write. So is a place that this store marked before and that is empty now: its share
-may not be mounted. The evidence store is an exception: a process starts although another store owns it. The process then reads
-it, because a restore needs that, and writes nothing there.
+start, its owner is checked before the first write. So is a photo store that this store marked before and that is empty now: its
+share may not be mounted. The evidence store is an exception: a process starts although another store owns it. The process then
+reads it, because a restore needs that, and writes nothing there.
 """
 
 import asyncio
@@ -76,12 +76,12 @@ def guards_of(settings: Settings, owner: Owner, photos: LocalPhotoStore | MinioP
     else:
         shared = EVIDENCE_NAMES if settings.evidence_bucket == settings.minio_bucket else frozenset()
         photo_place = photos.place("MINIO_BUCKET", own_names=shared)
-    photos.guard = Guard(photo_place, owner)
+    photos.guard = Guard(photo_place, owner, is_remembered=True)
     copies = settings.index_copies_of(owner.id)
     return {
         "photos": photos.guard,
         "index": Guard(FolderPlace("VECTOR_DB_PATH", settings.vector_db_path), owner),
-        "copies": Guard(FolderPlace("INDEX_CACHE_PATH", copies), owner, is_shared=False),
+        "copies": Guard(FolderPlace("INDEX_CACHE_PATH", copies), owner),
     }
 
 

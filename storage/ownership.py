@@ -4,14 +4,15 @@ Each place carries a mark: a small file or object that names the store that owns
 A store asks for the mark before it writes or deletes anything there.
 
 A place without a mark is free when it is empty, or when everything in it belongs to galleries that the store knows.
-Any other place is refused. A place that the store has marked before is not free when it is empty: it may be the mount point of
-a share that is not mounted. See docs/adr/0035.
+Any other place is refused. A photo store that the store has marked before is not free when it is empty: it may be the mount
+point of a share that is not mounted. See docs/adr/0035.
 """
 
 import errno
 import io
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -33,8 +34,6 @@ _MARK_LIMIT: Final = 4096
 #: Another process writes an empty mark within this time. After it, the process has died, and the mark counts as missing.
 _FILLED_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.05
-#: Another thread or process that makes a place again writes its mark within this time.
-_MADE_SECONDS: Final = 0.5
 #: A fresh ext4 file system has this folder.
 _IGNORED: Final = frozenset({"lost+found"})
 #: How many unknown names a message shows.
@@ -145,6 +144,12 @@ class Place(Protocol):
     def make(self) -> None:
         """Make it if it is missing."""
 
+    def make_marked(self, mark: Mark) -> None:
+        """Make it with this mark. If another process or thread has made it meanwhile, leave it as it is."""
+
+    def is_marked_unreadably(self) -> bool:
+        """Whether a mark was begun there and never completed. `mark` gives None for it."""
+
     def mark(self) -> Mark | None:
         """Its mark; None without one."""
 
@@ -164,13 +169,13 @@ class Place(Protocol):
 class Guard:
     """Lets one process write to a place only while its store owns the place. Blocking; safe from any thread."""
 
-    def __init__(self, place: Place, owner: Owner, *, is_shared: bool = True) -> None:
-        """is_shared: all hosts see the same place. Otherwise it is new on each host, and empty there."""
+    def __init__(self, place: Place, owner: Owner, *, is_remembered: bool = False) -> None:
+        """is_remembered: its content cannot be made again. If the store has marked it before, it is never filled while empty."""
         self.place = place
         self.owner = owner
         #: What the owner remembers of a place that it has marked.
         self.name = f"{place.setting} {place.where}"
-        self._is_shared = is_shared
+        self._is_remembered = is_remembered
         self._is_confirmed = False
 
     def look(self) -> Standing:
@@ -191,20 +196,23 @@ class Guard:
 
     def _is_emptied(self) -> bool:
         """Whether a place without a mark and unknown content has no gallery either, although the store has marked it before."""
-        return self.name in self.owner.places and not self.place.unknown(replace(self.owner, galleries=set()))
+        is_remembered = self._is_remembered and self.name in self.owner.places
+        if not is_remembered or self.place.is_marked_unreadably():
+            return False
+        return not self.place.unknown(replace(self.owner, galleries=set()))
 
     def claim(self, *, make: bool = False) -> Standing:
         """Look at the place, and mark it if it is free. make: also make and mark it if it is missing."""
         standing = self.look()
         if standing.state == "free" or (make and standing.state == "absent"):
+            write = self.place.put_mark if standing.state == "free" else self.place.make_marked
             try:
-                self.place.make()
-                self.place.put_mark(_fresh(self.owner))
+                write(_fresh(self.owner))
             except OSError as error:
                 return Standing(standing.setting, standing.where, "away", trouble=str(error))
             standing = self.look()  # another store may have marked it first
         self._is_confirmed = standing.state == "ours"
-        if self._is_confirmed and self._is_shared:
+        if self._is_confirmed and self._is_remembered:
             self.owner.places.add(self.name)
         return standing
 
@@ -213,9 +221,6 @@ class Guard:
         if self._is_confirmed and self.place.is_costly:
             return
         standing = self.claim(make=True)
-        if standing.state == "emptied":  # or another thread or process has just made it, and not marked it yet
-            time.sleep(_MADE_SECONDS)
-            standing = self.claim(make=True)
         if standing.state == "ours":
             return
         if standing.is_refused:
@@ -274,6 +279,24 @@ class FolderPlace:
     def make(self) -> None:
         """See Place."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def make_marked(self, mark: Mark) -> None:
+        """See Place. The folder appears with its mark. So a process that dies leaves no empty folder."""
+        self._root.parent.mkdir(parents=True, exist_ok=True)
+        hidden = FolderPlace(self.setting, self._root.parent / f".{self._root.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            hidden.make()
+            hidden.put_mark(mark)
+            Path(hidden.where).rename(self._root)
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                raise
+        finally:
+            shutil.rmtree(hidden.where, ignore_errors=True)
+
+    def is_marked_unreadably(self) -> bool:
+        """See Place."""
+        return self._data() == b""
 
     def mark(self) -> Mark | None:
         """See Place. Waits for a mark that is still empty."""
@@ -391,6 +414,15 @@ class BucketPlace:
     def make(self) -> None:
         """See Place."""
         _called(lambda: ensure_bucket(self._client, self._bucket))
+
+    def make_marked(self, mark: Mark) -> None:
+        """See Place."""
+        self.make()
+        self.put_mark(mark)
+
+    def is_marked_unreadably(self) -> bool:
+        """See Place. An object is complete, or it is not there."""
+        return False
 
     def mark(self) -> Mark | None:
         """See Place."""

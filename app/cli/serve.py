@@ -1,6 +1,7 @@
 """`idem serve`: the HTTP API in production's shape."""
 
 import os
+import signal
 import socket
 import time
 from types import FrameType
@@ -47,6 +48,10 @@ def serve(
     if fd is not None or settings.workers == 1:
         config.load_app()  # the long imports, while MongoDB may still be starting
         wait_for_mongo(settings.mongodb_uri, seconds=wait)
+        if os.getpid() == 1:
+            # After its end, the server raises the signal again for the handler that was there before. The kernel's default does
+            # nothing to process 1, so the process ends with status 0.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             OneProcess(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
         except SystemExit as end:

@@ -215,7 +215,6 @@ class _Publication:
         turning = Turning.of(gallery_key(self.runtime.keys, gallery), name, gallery.dimension)
         await _sweep(self.runtime, gallery, self.lease)  # first: what a dead publisher left may fill the disk
         staged = await self.runtime.share.run(store.stage, gallery.id, gallery.epoch, self.lease.fence)
-        await self.runtime.places.remember()  # the first publication makes the folder of the index
         count = await self._write_rows(staged, former, turning)
         kind = kind_for(count)
         measured = await self._build(staged) if kind == "faiss" else _EXACT

@@ -1,8 +1,10 @@
 """What a place promises about its mark: a folder, and a bucket on an S3 server."""
 
 import errno
+import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +124,7 @@ def test_a_marked_place_that_is_empty_without_its_mark_is_not_marked_again(place
     """It may be the mount point of a share that is not mounted."""
     place.make()
     assert guard(place).claim().state == "ours"
-    mine = Guard(place, Owner("mine", {GALLERY}, places={f"{place.setting} {place.where}"}))
+    mine = Guard(place, Owner("mine", {GALLERY}, places={f"{place.setting} {place.where}"}), is_remembered=True)
     unmarked(place)
     standing = mine.claim()
     assert standing.state == "emptied"
@@ -140,15 +142,58 @@ def test_a_marked_place_that_is_empty_without_its_mark_is_not_marked_again(place
 
 
 def test_a_place_that_this_process_marked_is_remembered(place: Place) -> None:
-    mine = guard(place)
+    mine = Guard(place, Owner("mine"), is_remembered=True)
     mine.require()
     unmarked(place)
     assert mine.claim().state == "emptied"
 
 
-def test_threads_that_make_a_removed_folder_again_all_get_it(tmp_path: Path) -> None:
-    place = FolderPlace("STORAGE_PATH", tmp_path / "photos")
+def test_a_place_whose_content_can_be_made_again_is_marked_again(place: Place) -> None:
     mine = guard(place)
+    mine.require()
+    unmarked(place)
+    assert mine.claim().state == "ours"
+
+
+def test_a_disk_that_is_full_when_a_removed_folder_is_made_leaves_no_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = FolderPlace("STORAGE_PATH", tmp_path / "photos")
+    mine = Guard(place, Owner("mine"), is_remembered=True)
+    mine.require()
+    shutil.rmtree(tmp_path / "photos")
+    with monkeypatch.context() as full:
+
+        def refused(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        full.setattr(FolderPlace, "_write", refused)
+        with pytest.raises(OSError, match="no space left"):
+            mine.require()
+    assert list(tmp_path.iterdir()) == []
+    mine.require()
+    assert mine.look().state == "ours"
+
+
+def test_a_mark_that_was_lost_in_a_power_cut_does_not_lock_the_store_out(tmp_path: Path) -> None:
+    place = FolderPlace("STORAGE_PATH", tmp_path / "photos")
+    mine = Guard(place, Owner("mine"), is_remembered=True)
+    mine.require()
+    (tmp_path / "photos" / MARK).write_bytes(bytes(100))
+    mine.require()
+    assert mine.look().state == "ours"
+
+
+def test_threads_that_make_a_removed_folder_again_all_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = FolderPlace("STORAGE_PATH", tmp_path / "photos")
+    mine = Guard(place, Owner("mine"), is_remembered=True)
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.005)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
     for _ in range(20):
         with ThreadPoolExecutor(8) as threads:
             for done in [threads.submit(mine.require) for _ in range(8)]:

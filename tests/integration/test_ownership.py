@@ -297,36 +297,39 @@ def mount(mounted: Path, folder: Path) -> None:
     mounted.rename(folder)
 
 
-@pytest.mark.parametrize("place", ["storage_path", "vector_db_path"])
-async def test_a_share_that_is_not_mounted_at_the_start_is_left_alone_until_it_is_back(
-    settings: Settings, published: set[str], place: str
+async def test_a_photo_share_that_is_not_mounted_at_the_start_is_left_alone_until_it_is_back(
+    settings: Settings, published: set[str]
 ) -> None:
-    folder: Path = getattr(settings, place)
+    folder = settings.storage_path
     mounted = unmount(folder)
     with capture_logs() as logs:
         async with open_runtime(settings, FakeEngine()) as runtime:
             (line,) = [line for line in logs if line["event"] == "place_emptied"]
             assert f"{folder} was marked by this store before, and is empty now" in line["reason"]
-            gallery = await default_gallery()
             assert (await identified(runtime, "ann")).candidates, "searches continue"
             await keep_promises(runtime)
-            if place == "storage_path":
-                with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
-                    await enrolled(runtime, "cleo")
-                with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
-                    await sweep_photos.sweep_photos(runtime)
-            else:
-                with pytest.raises(OSError, match="if it is a share, mount it"):
-                    await publish(runtime, by_system("index.publish"), gallery.id, holder="test")
+            with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
+                await enrolled(runtime, "cleo")
+            with pytest.raises(PhotoStoreUnavailable, match="if it is a share, mount it"):
+                await sweep_photos.sweep_photos(runtime)
             assert (await checking.check(runtime, lambda *_: None)).counts["place-foreign"] == 1
             assert content(folder) == set()
             assert not (folder / MARK).exists()
             mount(mounted, folder)
             await enrolled(runtime, "dan")
-            await publish(runtime, by_system("index.publish"), gallery.id, holder="test")
     assert published <= {f"{root}/{name}" for root in places(settings) for name in content(root)} | {
         name for name in published if name.startswith(str(settings.index_cache_path))
     }
+
+
+async def test_an_emptied_folder_of_the_index_is_filled_again_after_a_start(
+    settings: Settings, published: set[str]
+) -> None:
+    unmount(settings.vector_db_path)
+    async with open_runtime(settings, FakeEngine()) as runtime:
+        assert {one.state for one in await runtime.places.standings()} == {"ours"}
+        await publish(runtime, by_system("index.publish"), (await default_gallery()).id, holder="test")
+        assert (await identified(runtime, "ann")).candidates
 
 
 async def test_an_emptied_place_is_taken_into_use_again_by_adopting_it(settings: Settings, published: set[str]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -138,6 +139,35 @@ def test_i3_process_one_of_a_container_ends_on_sigterm_while_it_waits(tmp_path: 
         status, said = _end_of(process)
     assert time.monotonic() - began < HEEDS_SIGTERM_WITHIN_SECONDS, said
     assert status == 128 + signal.SIGTERM, said
+
+
+@pytest.mark.skipif(not _may_unshare(), reason="This machine allows no namespaces of processes.")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_process_one_of_a_container_that_has_served_ends_with_status_0(
+    tmp_path: Path, mongo_server: services.Server, redis_server: services.Server, database_name: str, workers: str
+) -> None:
+    port = free_port()
+    environment = _environment(
+        tmp_path, MONGODB_URI=mongo_server.url, MONGODB_DATABASE=database_name, REDIS_URL=redis_server.url,
+        API_PORT=str(port), WORKERS=workers,
+    )  # fmt: skip
+    process = _idem("serve", environment=environment, prefix=AS_PROCESS_ONE)
+    until = time.monotonic() + ENDS_WITHIN_SECONDS
+    while not _answers(port):
+        assert process.poll() is None, _end_of(process)
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (one,) = psutil.Process(process.pid).children()
+    one.send_signal(signal.SIGTERM)
+    status, said = _end_of(process)
+    assert status == 0, said
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_port_that_is_taken_ends_the_parent_of_several_processes_with_status_78(tmp_path: Path) -> None:

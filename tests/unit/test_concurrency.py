@@ -60,6 +60,26 @@ async def test_a_cancellation_reaches_all() -> None:
     assert all(task.cancelled() for task in tasks)
 
 
+async def test_a_cancellation_lets_all_end_in_their_own_time() -> None:
+    ended: list[str] = []
+
+    async def goes_on(name: str, steps: int) -> None:
+        try:
+            await asyncio.sleep(WITHIN_SECONDS)
+        finally:
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            ended.append(name)
+
+    whole = asyncio.create_task(all_of(goes_on("one", 0), goes_on("two", 5), goes_on("three", 10)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    whole.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await whole
+    assert ended == ["one", "two", "three"]
+
+
 async def test_nothing_of_the_failed_work_stays_in_memory() -> None:
     photo = Photo()
     seen = weakref.ref(photo)
