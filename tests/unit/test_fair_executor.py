@@ -191,7 +191,7 @@ class _Large:
 
 
 async def _quiet() -> None:
-    """Until all attempts that may start have ended."""
+    """Time in which an attempt that must not start would have started."""
     await asyncio.sleep(0.05)
 
 
@@ -241,10 +241,11 @@ async def test_large_jobs_that_cannot_start_do_not_try_without_end() -> None:
     try:
         names = ["x", *"aaabbb"]
         jobs = [asyncio.create_task(executor.run(name, large.job(name))) for name in names]
-        await _until(lambda: executor.waiting == 6)
+        await _until(lambda: executor.waiting == 6 and len(large.tries) >= len(names))
         await _quiet()
         assert sorted(large.tries) == sorted(names)
         await executor.run("c", lambda: None)
+        await _until(lambda: len(large.tries) > len(names))
         await _quiet()
         assert len(large.tries) == len(names) + 1
         large.may_end.set()
