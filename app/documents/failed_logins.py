@@ -21,6 +21,7 @@ KNOWN_SECONDS = 30 * 24 * 3600
 #: 2 to this power is more than any wait.
 _DOUBLINGS = 20
 
+#: Means no wait. `$$NOW` would not do: another command that began a millisecond earlier would take it for a wait.
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 #: No wait is longer (see LOGIN_WAIT_MAXIMUM_SECONDS). A longer one was written while MongoDB's clock was ahead: it is over.
 LONGEST_WAIT_SECONDS = 86_400
@@ -92,7 +93,7 @@ class FailedLogins(Stored):
         forgotten_at = {"$add": ["$$NOW", "$$wait", FORGOTTEN_AFTER_SECONDS * 1000]}
         counted: dict[str, Any] = {
             "failures": "$$n",
-            "wait_until": {"$add": ["$$NOW", "$$wait"]},
+            "wait_until": {"$cond": [{"$eq": ["$$wait", 0]}, _LONG_AGO, {"$add": ["$$NOW", "$$wait"]}]},
             "forgotten_at": forgotten_at,
             "expires_at": {"$max": ["$expires_at", forgotten_at]},
         }
@@ -107,7 +108,7 @@ class FailedLogins(Stored):
     async def make_known(cls, id_: str, of: str) -> Remembered:
         """Forget the failures of a name at an address where it has just succeeded. Returns what was known before."""
         known_until = {"$add": ["$$NOW", KNOWN_SECONDS * 1000]}
-        fresh = {"failures": 0, "wait_until": "$$NOW", "forgotten_at": "$$NOW", "known_until": known_until}
+        fresh = {"failures": 0, "wait_until": _LONG_AGO, "forgotten_at": "$$NOW", "known_until": known_until}
         return await cls._change(id_, [{"$set": {"of": of, **fresh, "expires_at": known_until}}])
 
     @classmethod
@@ -125,7 +126,7 @@ class FailedLogins(Stored):
     async def forgive(cls, name: str) -> None:
         """Forget the failures of a name, wherever they were."""
         await cls.forget(name)
-        none = {"failures": 0, "wait_until": "$$NOW"}
+        none = {"failures": 0, "wait_until": _LONG_AGO}
         await cls.get_pymongo_collection().update_many({"of": name}, [{"$set": none}])
 
     @classmethod
