@@ -81,8 +81,8 @@ class ScrfdDetector:
         reached = 0
         for size in self._sizes[:1] if search == "quick" else self._sizes:
             found = self._at(pixels, size)
-            # Small faces: the larger search has them all, with better landmarks.
-            if found and (not best or len(found) >= len(best)):
+            # Small faces: the larger search has them all, with better landmarks. A smaller one is for faces that fill the photo.
+            if found and (not best or (size > reached and len(found) >= len(best))):
                 best, reached = found, size
             if found and max(found[0].box[2:]) >= SURE_SHARE * max(pixels.shape[:2]):
                 best, reached = found, size
