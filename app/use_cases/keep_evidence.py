@@ -29,8 +29,10 @@ async def keep_evidence(runtime: Runtime, *, whole: bool) -> int:
     """Write missing objects again. Returns how many were missing; 0 while another sweep does it.
 
     whole: compare all objects. Otherwise check a few, and compare all only if one of the few is missing, or if an earlier sweep
-    did not finish.
+    did not finish. Compares a few only if this store may write to the evidence store.
     """
+    if not whole and runtime.places.evidence.refusal is not None:
+        return 0  # nothing may be written there before it is adopted
     try:
         if not (whole or await _is_unfinished() or await lacks_something(runtime.evidence)):
             return 0

@@ -10,6 +10,7 @@ from app.audit import by_system, record
 from app.documents.base import now
 from app.documents.deletions import LEDGER
 from app.documents.galleries import Gallery
+from app.documents.stores import Store
 from app.documents.tree import HEADS, KEYS, TreeHead
 from app.kept_outside import Lost, write_again
 from app.runtime import Runtime
@@ -19,6 +20,7 @@ from app.use_cases import sequence
 from app.use_cases.erase import erase
 from app.use_cases.keep_evidence import keep_evidence
 from storage.evidence import EvidenceStore, EvidenceUnavailable
+from storage.ownership import Standing
 from tests.builders import active, by_officer, default_gallery
 from workers.jobs import sweep_all_evidence, sweep_evidence
 
@@ -158,6 +160,22 @@ async def test_a_killed_sweep_is_continued_by_the_next_short_sweep(
     await sweep_evidence({"runtime": runtime})
     assert before.items() <= (await _kept(runtime)).items()
     assert await keep_evidence(runtime, whole=True) == 0
+
+
+async def test_short_sweeps_do_not_compare_the_evidence_of_another_store(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could write nothing there, so an unfinished comparison would begin again every 20 seconds."""
+    await _with_evidence(runtime)
+    await Store.note_evidence(lacks_some=True)
+    places = runtime.places.evidence
+    monkeypatch.setattr(places, "standing", Standing("EVIDENCE_PATH", "/there", "foreign", "another"))
+
+    def compared(*_: object) -> None:
+        pytest.fail("it compares all objects")
+
+    monkeypatch.setattr(keeping, "lost", compared)
+    await sweep_evidence({"runtime": runtime})
 
 
 async def test_r11_one_head_a_minute_is_uploaded_however_many_are_signed(runtime: Runtime) -> None:
