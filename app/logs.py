@@ -85,7 +85,7 @@ class LogOutput:
     def __init__(self, stream: TextIO) -> None:
         self._is_stdout = stream is sys.stdout
         self._stream = stream
-        # Reentrant: garbage collection may run in the middle of a write, and log the error of a task that nobody awaited.
+        # Reentrant: garbage collection may run in the middle of a write, and log the error of a task that was not awaited.
         self._lock = threading.RLock()
         self._is_torn = False
         try:

@@ -145,7 +145,7 @@ class Place(Protocol):
         """Make it if it is missing."""
 
     def make_marked(self, mark: Mark) -> None:
-        """Make it with this mark. If another process or thread has made it meanwhile, leave it as it is."""
+        """Make it with this mark. If another process or thread was quicker, leave it as it is."""
 
     def is_marked_unreadably(self) -> bool:
         """Whether a mark was begun there and never completed. `mark` gives None for it."""

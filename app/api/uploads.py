@@ -38,7 +38,7 @@ F = TypeVar("F", bound=BaseModel)
 
 
 class NoFields(Body):
-    """Nothing beside the photo."""
+    """No fields besides the photo."""
 
 
 class _InMemoryParser(MultiPartParser):

@@ -7,12 +7,12 @@ from app.documents.base import Stored, Value
 
 
 def rekeying(gallery_id: str) -> str:
-    """The name of the lease of whoever rotates the gallery's key."""
+    """The name of the lease for a rotation of the gallery's key."""
     return f"rekey:{gallery_id}"
 
 
 def re_embedding(gallery_id: str) -> str:
-    """The name of the lease of whoever moves the gallery to another model."""
+    """The name of the lease for a move of the gallery to another model."""
     return f"re-embed:{gallery_id}"
 
 

@@ -384,7 +384,7 @@ class _Move:
     async def _open(self, gallery: Gallery, moved: Moved) -> None:
         async def commit(session: AsyncClientSession) -> None:
             await self.lease.require(session)
-            # Files of the former model hold everyone. Whoever is erased before the next publication relies on this deadline.
+            # Files of the former model hold everyone. An erasure before the next publication relies on this deadline.
             purge_by = now() + timedelta(hours=self.runtime.settings.index_purge_hours)
             await gallery.purge_files(session, [], purge_by)
             if not await gallery.end_to_move(self.card, session):
@@ -423,7 +423,7 @@ async def _newcomers(gallery: Gallery, seen: int) -> AsyncIterator[list[Identity
 
 
 async def _keep(renewals: list[Renewal], session: AsyncClientSession) -> None:
-    """Store the renewals of samples that are still there. Whoever removes one of these at the same time conflicts."""
+    """Store the renewals of samples that are still there. A removal of one of these at the same time conflicts."""
     owners = sorted({renewal.identity_id for renewal in renewals})
     await Identity.touch_living(owners, session)
     there = await Identity.sample_ids_of(owners, session)

@@ -103,8 +103,8 @@ class Restored:
     """The result of a restore.
 
     photos_missing: photos that a restore drill did not find, and must not write. erased_again: people of the backup who were
-    erased again, because a ledger lists them. unreadable: ledger lines that were not
-    applied, because they are torn or, in the evidence store, lack this store's tag. log_size: events in the log of the backup.
+    erased again, because a ledger lists them. unreadable: ledger lines that were not applied, because they are torn or, in the
+    evidence store, lack this store's tag. log_size: events in the log of the backup.
     log: mismatches with the heads in the evidence store, one sentence each. evidence: why nothing is written to the evidence
     store; None if it is written to.
     """
