@@ -177,7 +177,9 @@ def test_a_stopped_scan_says_so(service: Service, gallery: str) -> None:
     if paused.status_code == 200:
         assert paused.json()["state"] == "paused"
         resumed = service.officer.post(f"/v1/dedup/scans/{scan['id']}/resume")
-        assert (resumed.status_code, resumed.json()["state"]) == (200, "queued")
+        # A worker may already have taken the scan when the answer is written.
+        assert resumed.status_code == 200
+        assert resumed.json()["state"] in ("queued", "running", "done")
     cancelled = service.officer.post(f"/v1/dedup/scans/{scan['id']}/cancel")
     ended = read(service, f"/v1/dedup/scans/{scan['id']}")["state"]
     assert (cancelled.status_code, ended) in ((200, "cancelled"), (409, "done"))
