@@ -1,5 +1,6 @@
 """Strict JSON: what a lenient parser would let in, MongoDB cannot store or two readers would read differently."""
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Coroutine
@@ -80,14 +81,15 @@ def _is_json(request: Request) -> bool:
 def parsed(name: str, data: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8, at most DEEPEST deep, without repeated keys, NaN, infinities, or halves of surrogate pairs.
 
-    Raises Validation; where there are more than MOST_MARKS, before anything is parsed: each value costs far more than its bytes.
+    A byte order mark may come first. Raises Validation; where there are more than MOST_MARKS, before anything is parsed: each
+    value costs far more than its bytes.
     """
     if sum(map(data.count, _MARKS)) > MOST_MARKS:
         message = f"At most {MOST_MARKS} brackets, commas and quotes are taken."
         raise Validation(message, errors=(Advice(name, "too-many-values", message),))
     message = "A JSON object is expected."
     try:
-        text = data.decode()
+        text = data.removeprefix(codecs.BOM_UTF8).decode()
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_refused)
         if isinstance(value, dict):
             _check_depth(value)

@@ -71,6 +71,7 @@ class Readiness(BaseModel):
     checks: dict[str, dict[str, Any]]
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """Alive; in constant time, asking nobody."""
@@ -188,6 +189,7 @@ async def _checked(look: Callable[[Runtime], Awaitable[Seen]], runtime: Runtime)
     return {"status": status, "latency_ms": round((time.perf_counter() - started) * 1000, 1), **seen}
 
 
+@router.head("/ready", include_in_schema=False, dependencies=[Depends(Strangers("read"))])
 @router.get(
     "/ready",
     responses={503: {"model": Readiness, "description": "Not ready"}},

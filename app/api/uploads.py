@@ -1,8 +1,6 @@
 """Photos and fields of one request, as multipart or JSON, bounded while they are read."""
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import json
 import secrets
@@ -14,9 +12,11 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api.base64_texts import NotBase64, decoded, spelt_bytes
 from app.api.bodies import MOST_MARKS, parsed, refuse_encodings
 from app.api.dependencies import CurrentRuntime
 from app.api.shapes import Body
@@ -33,6 +33,8 @@ SLICE_SECONDS, SMALLEST_SLICE, LARGEST_SLICE = 0.002, 1024, 256 * 1024
 #: What the parser of forms may work on one body; five photos take it a tenth. It walks through padding behind a boundary, and
 #: through what only begins like one, at a millionth of a second a byte.
 PARSER_SECONDS = 0.5
+#: The most bytes that may come before the first boundary of a form (RFC 2046, 5.1.1: a preamble).
+PREAMBLE_BYTES = 16 * 1024
 
 F = TypeVar("F", bound=BaseModel)
 
@@ -75,7 +77,7 @@ def uploaded(model: type[F], *names: str, most: int = 1) -> Callable[[Request, C
         if kind == "multipart/form-data":
             fields, photos = await _multipart(request, names, len(names) * most, limit)
         elif kind == "application/json":
-            request.state.body_limit = len(names) * most * (limit * 4 // 3 + 4) + FIELDS_BYTES
+            request.state.body_limit = len(names) * most * spelt_bytes(limit) + FIELDS_BYTES
             # Decoded in a thread: it may be five photos of ten megabytes in base64. `request.body()` would keep the bytes.
             spelt = [b"".join([piece async for piece in request.stream()])]
             fields, photos = await runtime.compute(_from_json, spelt, names, most, limit)
@@ -152,7 +154,7 @@ async def _multipart(
     # One file more than allowed is let in, so that the answer can say so.
     parser = _InMemoryParser(
         request.headers,
-        _in_bounded_time(request.stream()),
+        _in_bounded_time(_from_first_boundary(request)),
         max_files=most_files + 1,
         max_fields=MAXIMUM_FIELDS,
         max_part_size=FIELDS_BYTES,
@@ -166,6 +168,8 @@ async def _multipart(
     photos: dict[str, list[bytes]] = {}
     try:
         for name, value in form.multi_items():
+            if _is_blank(value):
+                continue
             if isinstance(value, UploadFile):
                 if name not in names:
                     message = "No photo is taken under this name."
@@ -183,6 +187,36 @@ async def _multipart(
     finally:
         await form.close()
     return fields, photos
+
+
+def _is_blank(value: UploadFile | str) -> bool:
+    """Whether a person left this field of a form empty: a text of blanks, or no file chosen (no name, no bytes)."""
+    return not (value.filename or value.size) if isinstance(value, UploadFile) else not value.strip()
+
+
+async def _from_first_boundary(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body without what comes before its first boundary. Raises MultiPartException if that is too much, or all."""
+    boundary = parse_options_header(request.headers.get("content-type"))[1].get(b"boundary", b"")
+    # The first boundary may be the first line.
+    marker, before = b"\r\n--" + boundary, bytearray(b"\r\n")
+    pieces = aiter(request.stream())
+    async for piece in pieces:
+        searched = max(0, len(before) - len(marker))
+        before += piece
+        at = before.find(marker, searched)
+        if at >= 0:
+            yield bytes(before[at + 2 :])
+            break
+        if len(before) > PREAMBLE_BYTES:
+            break
+    else:
+        at = -1
+    if at < 0:
+        message = f"No boundary is found in the first {PREAMBLE_BYTES} bytes."
+        raise MultiPartException(message)
+    del before
+    async for piece in pieces:
+        yield piece
 
 
 async def _in_bounded_time(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
@@ -245,16 +279,14 @@ def _long_texts_apart(data: bytes) -> tuple[bytes, dict[str, bytes]]:
 
 
 def _decoded(name: str, text: object, long_texts: dict[str, bytes], limit: int) -> bytes:
-    message = "Not standard base64."
-    if not isinstance(text, str):
-        raise Validation(message, errors=(Advice(name, "base64", message),))
-    spelt = long_texts.pop(text, None)
+    spelt = long_texts.pop(text, None) if isinstance(text, str) else None
     if spelt is not None and len(spelt) > 2 * (limit * 4 // 3 + 4):
         # Escapes may take as much as the photo; what they stand for is not looked at in vain.
         raise _too_large(name, limit)
     try:
-        if spelt is not None:
-            text = str(json.loads(f'"{spelt.decode("ascii")}"'))
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decoded(json.loads(f'"{spelt.decode("ascii")}"') if spelt is not None else text)
+    except NotBase64 as error:
+        raise Validation(str(error), errors=(Advice(name, "base64", str(error)),)) from error
+    except ValueError as error:
+        message = "The text of the photo is not base64: it has characters that base64 does not use."
         raise Validation(message, errors=(Advice(name, "base64", message),)) from error

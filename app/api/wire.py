@@ -47,6 +47,9 @@ UNREADABLE = Counter("idem_unreadable_requests", "Connections that brought no re
 _END: Final = b"\r\n\r\n"
 #: A line feed alone, a carriage return alone, a line that goes on in the next: two readers may read two requests.
 _AMBIGUOUS: Final = re.compile(rb"(?<!\r)\n|\r(?![\n]|\Z)|\r\n[ \t]")
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
+#: A name or an address, and a port. Anything else, a user name above all, is no host that a client asks for.
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 #: How many bytes before the end of the bytes searched so far a match of _AMBIGUOUS may begin.
 _OVERLAP: Final = 3
 
@@ -74,7 +77,8 @@ class _Pieces(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._body_bytes = 0
-        elif isinstance(event, h11.Data):
+            return in_origin_form(event)
+        if isinstance(event, h11.Data):
             self.pieces_left -= 1
             self._chunks += event.chunk_start
             self._body_bytes += len(event.data)
@@ -363,6 +367,28 @@ def fault_of(received: bytes, looked_at: int = 0) -> type[Problem] | None:
     if len(header) > HEADER_BYTES or header.count(b"\r\n") > MOST_HEADERS:
         return HeadersTooLarge
     return None
+
+
+def in_origin_form(request: h11.Request) -> h11.Request:
+    """The request with a path as its target. A server must take absolute targets (RFC 9112, 3.2.2), and then ignore `Host`.
+
+    Raises h11.RemoteProtocolError for a target without a host, with a user name, or with a fragment.
+    """
+    target = _ABSOLUTE.match(request.target)
+    if target is None:
+        return request
+    host, path = target[1], target[2]
+    if not _HOST.fullmatch(host) or b"#" in path:
+        message = "illegal request target"
+        raise h11.RemoteProtocolError(message)
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    target_path = path if path.startswith(b"/") else b"/" + path
+    return h11.Request(
+        method=request.method,
+        target=target_path,
+        headers=[(b"host", host), *headers],
+        http_version=request.http_version,
+    )
 
 
 def _page(kind: type[Problem]) -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:

@@ -37,6 +37,16 @@ def test_it_is_alive_without_asking_anybody(service: Service) -> None:
     assert (answer.status_code, answer.json()) == (200, {"status": "alive"})
 
 
+def test_g12_probes_may_ask_for_the_header_alone(service: Service) -> None:
+    for path in ("/health", "/ready"):
+        header, page = service.anonymous.head(path), service.anonymous.get(path)
+        assert (header.status_code, header.content) == (page.status_code, b"")
+        assert header.headers["content-type"] == page.headers["content-type"]
+    refused = service.anonymous.head("/v1/galleries")
+    assert (refused.status_code, refused.content) == (405, b"")
+    assert service.anonymous.post("/health").headers["allow"] == "GET, HEAD"
+
+
 def test_it_is_ready_and_says_what_it_saw(service: Service) -> None:
     answer = service.anonymous.get("/ready")
     page = answer.json()

@@ -290,6 +290,21 @@ async def test_h105_the_host_header_decides_nothing(server: Server) -> None:
     assert "evil" not in str(answers[1].headers)
 
 
+async def test_f16_a_target_in_absolute_form_is_read(server: Server) -> None:
+    """RFC 9112, 3.2.2. The host in the target counts, and `Host` may be another one."""
+    ask = "GET {}/who HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n"
+    plain = await server.raw(ask.format("", "idem.example").encode())
+    for target, host in (("http://idem.example", "idem.example"), ("HTTPS://idem.example:8080", "evil.example")):
+        answer = await server.raw(ask.format(target, host).encode())
+        assert _status(answer) == "200"
+        assert answer.partition("\r\n\r\n")[2] == plain.partition("\r\n\r\n")[2]
+    for target in ("http://", "http://me:secret@idem.example", "http://idem.example#"):
+        answer = await server.raw(ask.format(target, "idem.example").encode())
+        assert _status(answer) == "400"
+        assert '"status": 400' in answer
+    assert _status(await server.raw(ask.format("ftp://idem.example", "x").encode())) == "404"
+
+
 async def _slowest_but_five_percent(client: httpx.AsyncClient) -> float:
     took = []
     for _ in range(100):

@@ -78,8 +78,24 @@ def test_h30_half_a_surrogate_pair_is_no_text(half: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"null", b"[]", b"1", b'"x"', b"{", b"{}{}", b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0"]
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"{",
+        b"{}{}",
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbf\xef\xbb\xbf{}",
+        b"\xff\xfe{\0}\0",
+    ],
 )
 def test_a_body_is_one_object_in_utf_8(body: bytes) -> None:
     with pytest.raises(Validation):
         parsed("body", body)
+
+
+def test_g11_a_byte_order_mark_before_the_object_is_left_out() -> None:
+    assert bodies.parsed("body", b'\xef\xbb\xbf{"gallery":"north"}') == {"gallery": "north"}

@@ -144,7 +144,6 @@ async def test_each_photo_stays_under_its_name() -> None:
         b'{"photo_base64":"%s\\ud800"}' % LONG,
         b'{"photo_base64":"%s\xc3\xa9"}' % LONG,
         b'{"photo_base64":"%s\xff"}' % LONG,
-        b'{"photo_base64":"%s\\n"}' % LONG,
         b'{"photo_base64":"%s\n"}' % LONG,
         b'{"photo_base64":"%s"' % LONG,
         b'{"photo_base64":"%s}' % LONG,
@@ -254,3 +253,117 @@ async def test_h30_a_form_is_utf_8(charset: str) -> None:
     for spelling in ("charset=utf-8", 'CHARSET="UTF-8"', "charset=utf8"):
         kind = {"Content-Type": f"{FORM['Content-Type']}; {spelling}"}
         assert (await _sent("/one", body, kind)).json()["fields"] == {"full_name": "Ánh"}
+
+
+BLANK_PARTS = {
+    "texts": _part(b"full_name", b"")
+    + _part(b"gallery", b" ")
+    + _part(b"metadata", b"")
+    + _part(b"date_of_birth", b"\t"),
+    "no file": _part(b"photo", b"", b'; filename=""\r\nContent-Type: application/octet-stream'),
+    "a text for a file": _part(b"photo", b""),
+}
+
+
+@pytest.mark.parametrize("blank", BLANK_PARTS.values(), ids=BLANK_PARTS)
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_g10_a_field_of_a_form_that_was_left_blank_counts_as_absent(blank: bytes, *, is_first: bool) -> None:
+    photo = _part(b"photo", b"x", b'; filename="a"')
+    body = (blank + photo if is_first else photo + blank) + b"--b0undary--\r\n"
+    answer = await _sent("/one", body, FORM)
+    assert answer.json() == {"fields": {}, "photos": {"photo": ["78"]}}
+
+
+async def test_g10_a_form_without_any_photo_is_refused_as_such() -> None:
+    answer = await _sent("/one", BLANK_PARTS["no file"] + b"--b0undary--\r\n", FORM)
+    assert [error["code"] for error in answer.json()["errors"]] == ["photo-missing"]
+
+
+async def test_g10_an_empty_file_with_a_name_is_no_blank_field() -> None:
+    body = _part(b"photo", b"", b'; filename="a"') + _part(b"photo", b"x", b'; filename="b"') + b"--b0undary--\r\n"
+    answer = await _sent("/five", body, FORM)
+    assert [error["code"] for error in answer.json()["errors"]] == ["photo-missing"]
+
+
+PHOTO = bytes(range(256)) * 9 + b"\xfb\xff\xfe\xfb"
+
+
+def _in_lines(text: bytes, letters: int, end: bytes) -> bytes:
+    return b"".join(text[at : at + letters] + end for at in range(0, len(text), letters))
+
+
+BASE64_SPELLINGS: dict[str, Callable[[bytes], bytes]] = {
+    "lines of 76 and CRLF, as MIME": base64.encodebytes,
+    "lines of 64 and CRLF": lambda data: _in_lines(base64.b64encode(data), 64, b"\r\n"),
+    "no padding": lambda data: base64.b64encode(data).rstrip(b"="),
+    "URL-safe": base64.urlsafe_b64encode,
+    "URL-safe, no padding": lambda data: base64.urlsafe_b64encode(data).rstrip(b"="),
+    "a data URL": lambda data: b"data:image/jpeg;base64," + base64.b64encode(data),
+    "a data URL with a parameter": lambda data: b"DATA:image/heic;name=a;Base64," + base64.b64encode(data),
+}
+
+
+@pytest.mark.parametrize("spelling", BASE64_SPELLINGS.values(), ids=BASE64_SPELLINGS)
+@pytest.mark.parametrize("size", [1, 2, 3, len(PHOTO), LIMIT])
+async def test_g11_base64_is_read_as_client_libraries_write_it(spelling: Callable[[bytes], bytes], size: int) -> None:
+    photo = (PHOTO * -(-size // len(PHOTO)))[:size]
+    answer = await _sent("/one", json.dumps({"photo_base64": spelling(photo).decode()}).encode())
+    assert answer.json()["photos"] == {"photo": [photo.hex()]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("AAA=A", "'=' before its end"),
+        ("AAAAA", "missing at its end"),
+        ("AA===", "missing at its end"),
+        ("AAAA=", "missing at its end"),
+        ("AA*A", "characters that base64 does not use"),
+        ("AAA\u00e9", "outside ASCII"),
+        ("data:image/jpeg;base64AAAA", "no comma"),
+        ("data:image/jpeg,AAAA", "not in base64"),
+        (7, "a text in base64"),
+    ],
+)
+async def test_g11_what_is_wrong_with_a_text_is_said(text: object, says: str) -> None:
+    answer = await _sent("/one", json.dumps({"photo_base64": text}).encode())
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert (error["field"], error["code"]) == ("photo_base64", "base64")
+    assert says in error["message"]
+
+
+async def test_g11_a_body_in_json_may_begin_with_a_byte_order_mark() -> None:
+    assert (await _sent("/one", b'\xef\xbb\xbf{"photo_base64":"AAAA"}')).json()["photos"] == {"photo": ["000000"]}
+
+
+PREAMBLES = {
+    "a line": b"This is a message in several parts.\r\n",
+    "an empty line": b"\r\n",
+    "what begins like a boundary": b"--b0und\r\n--b0undar\r\n",
+    "many lines": b"x\r\n" * 3000,
+}
+
+
+@pytest.mark.parametrize("preamble", PREAMBLES.values(), ids=PREAMBLES)
+@pytest.mark.parametrize("epilogue", [b"", b"\r\n", b"Nothing follows.\r\n", b"\r\n--b0undary--\r\n"])
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+async def test_f16_what_comes_before_and_behind_the_parts_means_nothing(
+    preamble: bytes, epilogue: bytes, size: int
+) -> None:
+    body = preamble + _part(b"photo", b"x", b'; filename="a"') + b"--b0undary--\r\n" + epilogue
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for begin in range(0, len(body), size):
+            yield body[begin : begin + size]
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(SERVICE), base_url="http://idem") as client:
+        answer = await client.post("/one", content=pieces(), headers=FORM)
+    assert answer.json() == {"fields": {}, "photos": {"photo": ["78"]}}
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"--b0undar", b"x" * 2 * uploads.PREAMBLE_BYTES, b"\n--b0undary--\r\n"])
+async def test_f16_a_body_without_a_boundary_is_refused(body: bytes) -> None:
+    answer = await _sent("/one", body, FORM)
+    assert answer.status_code == 422
+    assert [error["code"] for error in answer.json()["errors"]] == ["multipart"]

@@ -1,11 +1,12 @@
 """The header as bytes: what is no request, or could be two, is refused before it is parsed."""
 
+import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api.envelope import HEADER_BYTES, MOST_HEADERS
-from app.api.wire import HEADER_SECONDS, fault_of
+from app.api.wire import HEADER_SECONDS, fault_of, in_origin_form
 from app.errors import HeadersTooLarge, Unreadable
 
 GOOD = b"POST /v1/identities HTTP/1.1\r\nHost: idem.example\r\nContent-Length: 4\r\n\r\n"
@@ -60,3 +61,37 @@ def test_what_was_ambiguous_does_not_become_clear_by_what_follows(before: bytes,
 
 def test_h101_a_header_has_ten_seconds() -> None:
     assert HEADER_SECONDS == 10
+
+
+def _asking(target: bytes) -> h11.Request:
+    return h11.Request(method="GET", target=target, headers=[("host", "other"), ("x", "y")])
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        (b"http://idem.example/health", b"idem.example", b"/health"),
+        (b"HTTP://Idem.Example:8080/v1/x?q=http://a/b", b"Idem.Example:8080", b"/v1/x?q=http://a/b"),
+        (b"https://[2001:db8::1]:443/ready", b"[2001:db8::1]:443", b"/ready"),
+        (b"http://idem.example", b"idem.example", b"/"),
+        (b"http://idem.example?q=1", b"idem.example", b"/?q=1"),
+        (b"http://idem.example//health", b"idem.example", b"//health"),
+    ],
+)
+def test_f16_an_absolute_target_is_a_path_and_its_host_counts(target: bytes, host: bytes, path: bytes) -> None:
+    request = in_origin_form(_asking(target))
+    assert (request.target, list(request.headers)) == (path, [(b"host", host), (b"x", b"y")])
+
+
+@pytest.mark.parametrize("target", [b"/health", b"/http://a/health", b"*", b"ftp://a/health", b"http:/health", b"a:80"])
+def test_f16_any_other_target_stays_what_it_is(target: bytes) -> None:
+    assert in_origin_form(_asking(target)) == _asking(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [b"http:///health", b"http://me@a/health", b"http://a:b/", b"http://a/x#y", b"http://a%2f/x", b"http://?x"],
+)
+def test_f16_an_absolute_target_without_a_plain_host_is_refused(target: bytes) -> None:
+    with pytest.raises(h11.RemoteProtocolError):
+        in_origin_form(_asking(target))
