@@ -13,13 +13,22 @@ from typing import Final, cast
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import OperationFailure
 
-from app.documents.base import now
+from app.documents.base import is_id, now
 from app.documents.claims import IdempotencyClaim, Once
-from app.documents.events import ActorRef, AuditEvent, Detail, Outcome, Personal, StrangerCount, Subject
+from app.documents.events import (
+    ActorRef,
+    AuditEvent,
+    Detail,
+    Outcome,
+    Personal,
+    StrangerCount,
+    Subject,
+    TypedText,
+)
 from app.documents.tree import AuditKey
 from app.domain.callers import Caller, subscriber
 from app.domain.log_export import SALT_BYTES, canonical, personal_hash
-from app.errors import AuditRefused, IdempotencyInProgress, Problem
+from app.errors import AuditRefused, IdempotencyInProgress, NotFound, Problem
 from app.keys import KeyRing
 
 STRANGER_PERIOD: Final = timedelta(minutes=2)
@@ -49,6 +58,12 @@ class Action:
         """The caller's id; "system" for what the service does by itself."""
         return self.caller.id if self.caller is not None else "system"
 
+    def about(self, kind: str, named: str) -> None:
+        """Set the subject, as the caller names it. Raises NotFound for what is no id: no event keeps its text."""
+        self.subject = Subject(kind=kind, id=named if is_id(named) else None)
+        if self.subject.id is None:
+            raise NotFound
+
 
 def by_system(name: str) -> Action:
     """An action that no caller asked for at this moment: a verdict, a sweep."""
@@ -64,11 +79,32 @@ class UnderSalt(str):
     __slots__ = ()
 
 
+class Typed(UnderSalt):
+    """A text that somebody typed: a reason, a nonce. It may say anything about anybody.
+
+    An event stores it as UnderSalt. The clear text is kept beside the event, and is deleted with the salt.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, text: str | None) -> "Typed | None":
+        """The text, if there is one."""
+        return None if text is None else cls(text)
+
+
 def _hashed(value: object, salt: bytes) -> object:
     """The value with each UnderSalt in it replaced by its keyed hash."""
     if isinstance(value, dict):
         return {name: _hashed(one, salt) for name, one in value.items()}
     return personal_hash(salt, value) if isinstance(value, UnderSalt) else value
+
+
+def _typed(value: object, place: str) -> list[TypedText]:
+    """Each Typed in the value, which stands at this place in the event."""
+    if isinstance(value, dict):
+        return [text for key, one in value.items() for text in _typed(one, f"{place}.{key}")]
+    return [TypedText(place=place, text=str(value))] if isinstance(value, Typed) else []
 
 
 def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | None, detail: Detail) -> AuditEvent:
@@ -81,6 +117,7 @@ def _event(action: Action, subject: Subject, outcome: Outcome, gallery: str | No
         actor_name=None if caller is None else caller.name,
         actor_ip=action.ip or None,
         request_id=action.request_id if action.has_own_request_id else None,
+        texts=_typed(detail, "detail"),
     )
     hashed = {name: personal_hash(personal.salt, value) for name, value in personal.clear.items()}
     told = cast("Detail", _hashed(detail, personal.salt))

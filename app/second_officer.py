@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, record
+from app.audit import Action, Typed, record
 from app.documents.base import new_id, now
 from app.documents.events import Detail
 from app.documents.galleries import Gallery
@@ -59,7 +59,7 @@ async def propose(
         "proposal_id": proposal.id,
         "kind": wanted.kind,
         "version": identity.version,
-        "reason": wanted.reason,
+        "reason": Typed.of(wanted.reason),
     }
     await record(
         session, replace(action, name="proposal.create"), subject_kind="identity", subject_id=identity.id,

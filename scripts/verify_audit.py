@@ -90,14 +90,16 @@ def parsed(raw, is_first):
     is_numbered = type(line["seq"]) is int and line["seq"] >= 0
     if canonical(line).encode() + b"\n" != raw or set(line) != {*LEAF, *BESIDE, "end"} or not (is_alone or is_numbered):
         raise ValueError("changed")
-    leaf = {name: line[name] for name in LEAF}
+    leaf = {name: value for name, value in json.loads(raw).items() if name in LEAF}
     if line["personal"] is not None:
-        fields, salt, leaf["actor"] = line["personal"]["fields"], line["personal"]["salt"], dict(leaf["actor"])
+        fields, salt = line["personal"]["fields"], line["personal"]["salt"]
         order = [name for name in ("actor.name", "actor.ip", "request_id") if name in fields]
+        order += sorted({name for name in fields if name.startswith("detail.")})
         if len(line["personal"]) != 2 or not fields or fields != order or not SALT.fullmatch(salt):
             raise ValueError("changed")
-        for name in fields:
-            holder, key = leaf if name == "request_id" else leaf["actor"], name.removeprefix("actor.")
+        for holder, key in [
+            (functools.reduce(dict.get, name.split(".")[:-1], leaf), name.split(".")[-1]) for name in fields
+        ]:
             holder[key] = hmac.digest(bytes.fromhex(salt), holder[key].encode(), "sha256").hex()
     return line, None if is_alone else sha256(b"\0" + canonical(leaf).encode()).digest()
 

@@ -16,12 +16,12 @@ from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.audit import Action
 from app.documents.cases import Case, CasePage
-from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.scans import Scan
 from app.domain.callers import Role
 from app.domain.policy import Decision, Verdict
+from app.domain.text import Reason
 from app.errors import (
     Conflict,
     Forbidden,
@@ -87,7 +87,7 @@ class ProposalView(BaseModel):
     decision: Decision
     identity_id: str | None
     keep: str | None
-    reason: str
+    reason: str | None
     by: str
     at: Moment
 
@@ -123,7 +123,7 @@ class DecisionBody(Body):
     decision: Decision
     identity_id: Annotated[str, Field(max_length=64)] | None = None
     keep: Annotated[str, Field(max_length=64)] | None = None
-    reason: Annotated[str, Field(min_length=1, max_length=1000)]
+    reason: Reason
 
 
 def _opened(
@@ -182,7 +182,7 @@ async def _one(runtime: Runtime, request: Request, gallery: Gallery, case_id: st
 
 
 async def _gallery_of(action: Action, case_id: str) -> Gallery:
-    action.subject = Subject(kind="case", id=case_id)
+    action.about("case", case_id)
     gallery_id = await CasePage.gallery_of(case_id)
     if gallery_id is None:
         raise NotFound

@@ -12,7 +12,6 @@ from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.api.uploads import NoFields, Upload, body_of, uploaded
 from app.audit import Action
-from app.documents.events import Subject
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
 from app.documents.sealed import gallery_key
@@ -21,6 +20,7 @@ from app.domain.callers import Role
 from app.domain.faces import Box
 from app.domain.quality import QualityReport
 from app.domain.subject import FoundFace
+from app.domain.text import Nonce
 from app.errors import (
     Advice,
     AlreadyCreated,
@@ -51,7 +51,7 @@ class VerificationFields(Body):
     identity_id: Annotated[str, Field(max_length=64)] | None = None
     external_ref: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     gallery: str = DEFAULT_GALLERY
-    nonce: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    nonce: Nonce | None = None
     audience: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
@@ -186,7 +186,7 @@ async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields)
         message = "Name the identity by identity_id or by external_ref."
         raise Validation(message, errors=(Advice("identity_id", "one-of", message),))
     if fields.identity_id is not None:
-        action.subject = Subject(kind="identity", id=fields.identity_id)
+        action.about("identity", fields.identity_id)
         identity = await Identity.living(fields.identity_id)
         if identity is None:
             raise NotFound
@@ -196,7 +196,7 @@ async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields)
     identity = await Identity.by_external_ref(gallery.id, ref_hash)
     if identity is None:
         raise NotFound
-    action.subject = Subject(kind="identity", id=identity.id)
+    action.about("identity", identity.id)
     return gallery, identity
 
 
@@ -219,7 +219,7 @@ async def verify_identity(
     gallery, identity = await _claimed(runtime, action, fields)
     first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if first is not None:
-        return _verification(verify.answer_of(runtime, gallery, first[0], first[1].score))
+        return _verification(verify.answer_of(runtime, gallery, fields.nonce, first[0], first[1].score))
     claim = verify.Claim(identity, fields.audience, fields.nonce, is_by_reference=fields.external_ref is not None)
     return _verification(await verify.verify(runtime, action, gallery, claim, upload.photos["photo"][0]))
 
@@ -332,7 +332,7 @@ async def create_challenge(
     """A nonce to bind a selfie to: it serves one verification, by this caller, soon."""
     gallery = await visible_gallery(runtime, action, body.gallery)
     if body.identity_id is not None:
-        action.subject = Subject(kind="identity", id=body.identity_id)
+        action.about("identity", body.identity_id)
         identity = await Identity.living(body.identity_id)
         if identity is None or identity.gallery_id != gallery.id:
             raise NotFound

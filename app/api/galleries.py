@@ -11,11 +11,11 @@ from app.api.paging import Page, Paged, page_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.audit import Action
-from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.domain.callers import Role
 from app.domain.policy import GalleryPolicy, thresholds_for
 from app.domain.policy_changes import PendingField
+from app.domain.text import Reason
 from app.errors import Advice, Conflict, Forbidden, NotFound, Unauthenticated, Validation
 from app.runtime import Runtime
 from app.use_cases import galleries
@@ -101,7 +101,7 @@ class Agreement(Body):
 
     field: PendingField | None = None
     value: int | bool | None = None
-    reason: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    reason: Reason | None = None
 
 
 class GalleryView(BaseModel):
@@ -238,7 +238,7 @@ async def agree_to_change(
     With a body, the pending change must be the one that the body names.
     """
     gallery = await visible_gallery(runtime, action, name)
-    action.subject = Subject(kind="gallery", id=gallery.id)
+    action.about("gallery", gallery.id)
     given = body or Agreement()
     if await first_answer(runtime, request, action, key, given.model_dump()) is None:
         seen = galleries.Seen(given.field, given.value)
@@ -256,7 +256,7 @@ async def cancel_change(
 ) -> GalleryView:
     """Cancel the pending policy change. The policy in force stays."""
     gallery = await visible_gallery(runtime, action, name)
-    action.subject = Subject(kind="gallery", id=gallery.id)
+    action.about("gallery", gallery.id)
     if await first_answer(runtime, request, action, key, None) is None:
         gallery = await galleries.cancel(runtime, action, gallery)
     return await view(runtime, gallery)

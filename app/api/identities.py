@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
@@ -15,7 +15,7 @@ from app.api.shapes import Body, Moment
 from app.api.uploads import Upload, body_of, uploaded
 from app.audit import Action
 from app.documents.claims import IdempotencyClaim
-from app.documents.events import AuditEvent, Subject
+from app.documents.events import AuditEvent
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
 from app.documents.proposals import IdentityProposal
@@ -25,6 +25,7 @@ from app.domain.callers import Role
 from app.domain.faces import Box
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
+from app.domain.text import Reason
 from app.errors import (
     Advice,
     AnimatedImage,
@@ -94,10 +95,10 @@ class AttributesPatch(Body):
     metadata: dict[str, Json] | None = None
 
 
-class Reason(Body):
+class Because(Body):
     """Why."""
 
-    reason: Annotated[str, Field(min_length=1, max_length=1000)]
+    reason: Reason
 
 
 class SampleView(BaseModel):
@@ -215,7 +216,7 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
 
 async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
-    action.subject = Subject(kind="identity", id=identity_id)
+    action.about("identity", identity_id)
     identity = await Identity.living(identity_id)
     if identity is None:
         raise NotFound
@@ -423,7 +424,7 @@ async def erase_identity(
     response: Response,
     identity_id: str,
     action: Annotated[Action, Depends(acting("identity.erase", Role.OFFICER))],
-    reason: Annotated[str, Query(min_length=1, max_length=1000)],
+    reason: Reason,
     key: IdempotencyKey = None,
 ) -> ReceiptView | ProposedView:
     """Erase someone: keys destroyed, photos deleted, unmatchable at once.
@@ -463,7 +464,7 @@ async def revoke_identity(
     request: Request,
     response: Response,
     identity_id: str,
-    body: Reason,
+    body: Because,
     action: Annotated[Action, Depends(acting("identity.revoke", Role.OFFICER))],
     key: IdempotencyKey = None,
 ) -> IdentityView:
@@ -480,7 +481,7 @@ async def reinstate_identity(
     request: Request,
     response: Response,
     identity_id: str,
-    body: Reason,
+    body: Because,
     action: Annotated[Action, Depends(acting("identity.reinstate", Role.OFFICER))],
     key: IdempotencyKey = None,
 ) -> IdentityView:

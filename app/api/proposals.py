@@ -13,7 +13,6 @@ from app.api.problems import problems
 from app.api.shapes import Moment
 from app.audit import Action
 from app.documents.deletions import Deletion
-from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal, ProposalKind, ProposalState
@@ -113,7 +112,7 @@ async def _whole(runtime: Runtime, gallery: Gallery, proposal: IdentityProposal)
 
 
 async def _found(action: Action, proposal_id: str) -> tuple[Gallery, IdentityProposal]:
-    action.subject = Subject(kind="proposal", id=proposal_id)
+    action.about("proposal", proposal_id)
     proposal = await IdentityProposal.get(proposal_id)
     if proposal is None:
         raise NotFound

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
 from app.api.bodies import StrictRoute
@@ -24,6 +24,7 @@ from app.audit import Action
 from app.documents.proposals import IdentityProposal
 from app.documents.removals import SampleRemoval
 from app.domain.callers import Role
+from app.domain.text import Reason
 from app.errors import (
     Conflict,
     DependencyUnavailable,
@@ -96,7 +97,7 @@ async def remove_sample(
     identity_id: str,
     sample_id: str,
     action: Annotated[Action, Depends(acting("sample.remove", Role.OFFICER))],
-    reason: Annotated[str, Query(min_length=1, max_length=1000)],
+    reason: Reason,
     key: IdempotencyKey = None,
 ) -> SampleReceiptView | ProposedView:
     """Remove one sample of an active or revoked identity; never the last one that it was enrolled by.

@@ -13,7 +13,6 @@ from app.api.paging import Page, Paged, cursor_behind, position_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.audit import Action
-from app.documents.events import Subject
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.scans import ClusterSummary, Scan, ScanPair, ScanState, contract_of, decisions_on
@@ -151,7 +150,7 @@ async def view(gallery: Gallery, known: Scan) -> ScanView:
 
 
 async def _found(action: Action, scan_id: str) -> tuple[Gallery, Scan]:
-    action.subject = Subject(kind="scan", id=scan_id)
+    action.about("scan", scan_id)
     known = await Scan.get(scan_id)
     if known is None:
         raise NotFound

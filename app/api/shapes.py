@@ -1,6 +1,7 @@
 """What all bodies share: unknown fields are refused, numbers are finite; times are RFC 3339 in UTC."""
 
 import re
+import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -34,6 +35,7 @@ def _dated(value: object) -> object:
 
 
 def _plain(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
     # Control and invisible characters, half surrogate pairs: two names that look the same must be the same.
     if not text.isprintable() or text != text.strip():
         message = "only visible characters, and no space at either end"
@@ -42,7 +44,7 @@ def _plain(text: str) -> str:
 
 
 #: A name that people read.
-PlainText = Annotated[str, AfterValidator(_plain)]
+PlainText = Annotated[str, Field(max_length=1024), AfterValidator(_plain)]
 GalleryName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 #: The galleries that an account is bound to: null means all, [] none.
 Galleries = Annotated[tuple[GalleryName, ...], Field(max_length=1000)] | None

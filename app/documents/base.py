@@ -1,7 +1,8 @@
 """What all stored things share: time-ordered ids, UTC times in milliseconds, frozen embedded values."""
 
+import re
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import uuid_utils.compat as uuids
 from beanie import Document
@@ -10,10 +11,17 @@ from pymongo import IndexModel
 
 from app.clock import Clock
 
+_ID: Final = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 
 def new_id() -> str:
     """A UUIDv7 as text: unique everywhere, and ordered by the time of its making."""
     return str(uuids.uuid7())
+
+
+def is_id(text: str) -> bool:
+    """Whether it has the form of an id of ours. Other text in an id's place may be anything that somebody typed."""
+    return _ID.fullmatch(text) is not None
 
 
 def go_by(clock: Clock) -> None:

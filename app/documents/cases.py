@@ -25,13 +25,14 @@ class CaseCandidate(Value):
 class Proposal(Value):
     """What one officer would decide, where a second one must agree.
 
-    identity_id: the candidate it is about; None: all that are undecided. keep: who would stay, of a duplicate.
+    identity_id: the candidate it is about; None: all that are undecided. keep: who would stay, of a duplicate. reason: None once
+    somebody of the case was erased.
     """
 
     decision: Decision
     identity_id: str | None
     keep: str | None
-    reason: str
+    reason: str | None
     by: str
     at: datetime
 
@@ -63,6 +64,11 @@ class CaseFields(BaseModel):
     version: int = 1
 
 
+def _with(identity_id: str) -> dict[str, Any]:
+    """The filter for cases with the identity on either side."""
+    return {"$or": [{"newcomer_id": identity_id}, {"candidates.identity_id": identity_id}]}
+
+
 class Case(CaseFields, Stored):
     """A case as it is stored, with all its candidates; see CaseFields."""
 
@@ -80,8 +86,7 @@ class Case(CaseFields, Stored):
     @classmethod
     async def open_about(cls, identity_id: str, session: AsyncClientSession) -> list[Self]:
         """Open cases with the identity on either side."""
-        sides = [{"newcomer_id": identity_id}, {"candidates.identity_id": identity_id}]
-        return await cls.find({"state": "open", "$or": sides}, session=session).to_list()
+        return await cls.find({"state": "open", **_with(identity_id)}, session=session).to_list()
 
     @classmethod
     async def measured_anew(cls, gallery_id: str, scores: Mapping[tuple[str, str], float], threshold: float) -> None:
@@ -120,6 +125,22 @@ class Case(CaseFields, Stored):
         return await self.change(
             session, {"state": "decided", "decided_at": now(), "reason": reason, "proposals": []}
         )  # fmt: skip
+
+    @classmethod
+    async def ids_about(cls, identity_id: str) -> list[str]:
+        """The ids of all cases with the identity on either side."""
+        rows = cls.get_pymongo_collection().find(_with(identity_id), {"_id": 1})
+        return [row["_id"] async for row in rows]
+
+    @classmethod
+    async def forget_reasons(cls, identity_id: str, session: AsyncClientSession) -> None:
+        """Delete what officers typed about the identity: the reasons of decisions and proposals of its cases."""
+        cases, mine = cls.get_pymongo_collection(), _with(identity_id)
+        typed = {"decided_by": {"$ne": None}, "reason": {"$ne": None}}
+        await cases.update_many({**mine, **typed}, {"$set": {"reason": None}, "$inc": {"version": 1}}, session=session)
+        proposed = {"proposals.reason": {"$type": "string"}}
+        blank = {"$set": {"proposals.$[].reason": None}, "$inc": {"version": 1}}
+        await cases.update_many({**mine, **proposed}, blank, session=session)
 
     def proposal_about(self, identity_id: str | None) -> Proposal | None:
         """What somebody proposed about the candidate; None asks about all."""

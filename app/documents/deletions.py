@@ -42,7 +42,8 @@ class Deletion(Stored):
     """One erasure; its id is the erased identity's.
 
     receipt: the signed answer, as it was given. photo_keys: photos that the store could not delete yet. unsettled_since: when
-    there was something left to do, None once nothing is: photos, personal parts of events, the entry outside.
+    there was something left to do, None once nothing is: photos, personal parts of events, the entry outside. plain_texts:
+    whether events of an older version contain typed text about the person in the clear; None: nobody looked.
     """
 
     gallery_id: str
@@ -53,6 +54,7 @@ class Deletion(Stored):
     receipt: str | None = None
     photo_keys: list[str] = Field(default_factory=list)
     unsettled_since: datetime | None = None
+    plain_texts: bool | None = None
 
     class Settings(Stored.Settings):
         """Collection and indexes."""

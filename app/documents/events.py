@@ -1,14 +1,16 @@
 """What happened: one audit event for every action and every refusal."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
+from pydantic import Field
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, Value, as_text
-from app.domain.log_export import SALT_BYTES, Json, Line, personal_hash
+from app.domain.log_export import SALT_BYTES, Json, Line, in_order, personal_hash, replaced, value_at
 
 Outcome = Literal["success", "denied", "failure"]
 Scalar = str | int | float | bool | None
@@ -33,22 +35,42 @@ class ActorRef(Value):
     ip: str | None = None
 
 
+class TypedText(Value):
+    """A text that somebody typed, and its place in the event: "detail.reason"."""
+
+    place: str
+    text: str
+
+
 class Personal(Value):
     """What of an event is somebody's, in the clear, and the salt under which it stands in the leaf; deleted to forget them.
 
-    request_id: where the caller gave it; else it is ours, and nobody's.
+    request_id: where the caller gave it; else it is ours, and nobody's. texts: what people typed; none in events of older
+    versions, which have it in the leaf.
     """
 
     salt: bytes
     actor_name: str | None
     actor_ip: str | None
     request_id: str | None
+    texts: list[TypedText] = Field(default_factory=list)
 
     @property
     def clear(self) -> dict[str, str]:
-        """The values that stand hashed in the leaf, by the names that an export gives them."""
+        """The values that stand hashed in the leaf, by the names that an export gives them, in its order."""
         named = {"actor.name": self.actor_name, "actor.ip": self.actor_ip, "request_id": self.request_id}
-        return {name: value for name, value in named.items() if value is not None}
+        given = {name: value for name, value in named.items() if value is not None}
+        given |= {typed.place: typed.text for typed in self.texts}
+        return {name: given[name] for name in in_order(given)}
+
+
+#: What stands in a leaf for something personal.
+_PERSONAL_HASH: Final = re.compile("^[0-9a-f]{64}$")
+
+
+def _about(ids: Sequence[str]) -> dict[str, Any]:
+    """The filter for events about these identities and cases."""
+    return {"subject.id": {"$in": list(ids)}, "subject.kind": {"$in": ["identity", "case"]}}
 
 
 class AuditEvent(Stored):
@@ -112,6 +134,21 @@ class AuditEvent(Stored):
         )
         return forgotten.modified_count
 
+    @classmethod
+    async def forget_about(cls, ids: Sequence[str]) -> None:
+        """Delete salts and clear values of all events about these identities and cases."""
+        await cls.forget_personal(_about(ids))
+
+    @classmethod
+    async def has_plain_texts(cls, ids: Sequence[str]) -> bool:
+        """Whether the leaf of an event about these identities and cases has typed text in the clear, as in older versions."""
+        plain = {"$type": "string", "$not": _PERSONAL_HASH}
+        typed = {"$or": [{"detail.reason": plain}, {"detail.nonce": plain}]}
+        by_somebody = {"actor.kind": {"$in": ["user", "client"]}}
+        return (
+            await cls.get_pymongo_collection().find_one({**_about(ids), **by_somebody, **typed}, {"_id": 1}) is not None
+        )
+
     def leaf(self, seq: int) -> Line:
         """What the leaf at `seq` is hashed over, as JSON."""
         return {
@@ -123,28 +160,29 @@ class AuditEvent(Stored):
 
     @property
     def facts(self) -> dict[str, Scalar]:
-        """The plain values of `detail`, without the nested ones."""
+        """The plain values of `detail`, without the nested ones. Typed texts are keyed hashes."""
         return {name: value for name, value in self.detail.items() if not isinstance(value, dict)}
+
+    @property
+    def told(self) -> Detail:
+        """`detail` as readers see it: typed texts in the clear while they are kept."""
+        return cast("Detail", self.shown()["detail"])
 
     @property
     def borne_out(self) -> dict[str, str]:
         """Of the values kept in the clear those that the leaf bears out: what lies beside an event proves nothing by itself."""
         if self.personal is None or len(self.personal.salt) != SALT_BYTES:
             return {}
-        salt = self.personal.salt
-        leaf = {"actor.name": self.actor.name, "actor.ip": self.actor.ip, "request_id": self.request_id}
-        return {name: value for name, value in self.personal.clear.items() if personal_hash(salt, value) == leaf[name]}
+        salt, leaf = self.personal.salt, self.leaf(0)
+        kept = self.personal.clear
+        return {name: value for name, value in kept.items() if personal_hash(salt, value) == value_at(leaf, name)}
 
     def shown(self) -> Line:
         """The event as readers see it: with the clear values while they are kept and true, and their hashes else."""
-        clear = self.borne_out
-        actor: Json = {
-            "kind": self.actor.kind, "id": self.actor.id, "name": clear.get("actor.name", self.actor.name),
-            "ip": clear.get("actor.ip", self.actor.ip),
-        }  # fmt: skip
-        request_id = clear.get("request_id", self.request_id)
-        numbered: Line = {"seq": self.seq, "actor": actor, "request_id": request_id, "leaf_hash": self.leaf_hash}
-        return self.leaf(0) | numbered
+        line = self.leaf(0)
+        for name, value in self.borne_out.items():
+            line = replaced(line, name, value)
+        return line | {"seq": self.seq, "leaf_hash": self.leaf_hash}
 
     def exported(self) -> Line:
         """The event in an export: with what its leaf can be hashed again from; `skipped` and `end` are the export's to fill."""

@@ -19,6 +19,8 @@ Database = AsyncDatabase[dict[str, Any]]
 #: Changes what is in the old shape; returns how many documents it changed.
 Step = Callable[[Database], Awaitable[int]]
 
+#: People whose data one step of a migration changes before the next ones.
+_AT_ONCE: Final = 500
 #: The former default of `second_face_share`, and the default that replaces it.
 _FORMER_SHARE, _PROMINENCE = 0.25, 0.33
 
@@ -58,8 +60,36 @@ async def _second_face_prominence(database: Database) -> int:
     return changed.modified_count
 
 
+async def _reasons_about_erased_people(database: Database) -> int:
+    """What officers typed about people who were erased by an older version is deleted from cases, and beside their events.
+
+    A deletion without `plain_texts` is one of an older version.
+    """
+    majority = WriteConcern("majority", j=True)
+    deletions, cases, events = (
+        database.get_collection(name, write_concern=majority) for name in ("deletions", "cases", "audit_events")
+    )
+    older, done = {"plain_texts": {"$exists": False}}, 0
+    while ids := [row["_id"] async for row in deletions.find(older, {"_id": 1}).limit(_AT_ONCE)]:
+        sides = {"$or": [{"newcomer_id": {"$in": ids}}, {"candidates.identity_id": {"$in": ids}}]}
+        about = [row["_id"] async for row in cases.find(sides, {"_id": 1})]
+        decided = {"_id": {"$in": about}, "decided_by": {"$ne": None}, "reason": {"$ne": None}}
+        await cases.update_many(decided, {"$set": {"reason": None}, "$inc": {"version": 1}})
+        proposed = {"_id": {"$in": about}, "proposals.reason": {"$type": "string"}}
+        await cases.update_many(proposed, {"$set": {"proposals.$[].reason": None}, "$inc": {"version": 1}})
+        told = {"subject.kind": "case", "subject.id": {"$in": about}, "personal": {"$ne": None}}
+        await events.update_many(told, {"$set": {"personal": None}})
+        # Last: a start that is killed before begins with these people again.
+        await deletions.update_many({"_id": {"$in": ids}, **older}, {"$set": {"plain_texts": None}})
+        done += len(ids)
+    return done
+
+
 #: By the day on which they were written, the oldest first.
-STEPS: Final[tuple[tuple[str, Step], ...]] = (("2026-11-30 second_face_prominence", _second_face_prominence),)
+STEPS: Final[tuple[tuple[str, Step], ...]] = (
+    ("2026-11-30 second_face_prominence", _second_face_prominence),
+    ("2026-12-01 reasons_about_erased_people", _reasons_about_erased_people),
+)
 
 
 async def migrate(database: Database) -> None:

@@ -2,7 +2,8 @@
 
 A line is the event as the API shows it, and what is needed to check it with nothing but a public key:
 
-    personal   null, or {fields, salt}: these fields stand in the leaf as HMAC-SHA256 of their text under that salt
+    personal   null, or {fields, salt}: these fields stand in the leaf as HMAC-SHA256 of their text under that salt. A field is
+               named by its path: actor.name, detail.reason
     skipped    hashes of the subtrees over the events between the line before and this one; none in a whole export
     end        null; in the last line {head, skipped}: a signed tree head, and the subtrees from here up to its size
 
@@ -17,7 +18,7 @@ import hmac
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal, cast
 
 import rfc8785
@@ -33,11 +34,13 @@ FIELDS: Final = (
 )  # fmt: skip
 #: Not part of the leaf: kept or made beside the event.
 BESIDE: Final = ("leaf_hash", "personal", "skipped", "end")
-#: What may be personal, by the name that `personal.fields` gives it.
+#: What may be personal, by the name that `personal.fields` gives it. Below `detail` any text may be.
 PERSONAL: Final = ("actor.name", "actor.ip", "request_id")
+IN_DETAIL: Final = "detail."
 _CELLS_OF_JSON: Final = frozenset({"actor", "subject", "detail", "personal", "skipped", "end"})
 #: What a sheet may take for a formula when a cell begins with it, be it after blanks; full-width forms too.
 _FORMULA_STARTS: Final = tuple("=+-@＝＋－＠")
+_MISREAD: Final = re.compile("[;\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 #: Of one length only: HMAC pads a key with zeros, so that a longer salt could give the same hashes.
 SALT_BYTES: Final = 16
 _SALT: Final = re.compile(rf"[0-9a-f]{{{2 * SALT_BYTES}}}")
@@ -73,22 +76,38 @@ def leaf_bytes(line: Mapping[str, Json]) -> bytes:
         case _:
             message = "`personal` is neither null nor fields and a salt"
             raise BadLine(message)
-    if [name for name in PERSONAL if name in fields] != fields:
+    names = [name for name in fields if isinstance(name, str)]
+    if in_order(names) != fields:
         message = "`personal` names fields that there are not"
         raise BadLine(message)
-    actor = leaf["actor"]
-    if not isinstance(actor, dict):
-        message = "`actor` is no object"
-        raise BadLine(message)
-    actor = dict(actor)
-    for name in fields:
-        holder, key_of = (actor, str(name).removeprefix("actor.")) if name != "request_id" else (leaf, "request_id")
-        value = holder.get(key_of)
+    for name in names:
+        value = value_at(leaf, name)
         if not isinstance(value, str):
             message = f"`personal` names {name}, which is not there"
             raise BadLine(message)
-        holder[key_of] = personal_hash(key, value)
-    return canonical({**leaf, "actor": actor})
+        leaf = replaced(leaf, name, personal_hash(key, value))
+    return canonical(leaf)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names that `personal.fields` may have, in its one order: those of PERSONAL, then those below `detail` by name."""
+    given = set(names)
+    return [name for name in PERSONAL if name in given] + sorted(name for name in given if name.startswith(IN_DETAIL))
+
+
+def value_at(line: Mapping[str, Json], name: str) -> Json:
+    """The value that a name of `personal.fields` stands for; None where there is none."""
+    value: Json = dict(line)
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def replaced(line: Mapping[str, Json], name: str, value: str) -> Line:
+    """The line with another text at that name, which must be there. The given line stays as it is."""
+    first, _, rest = name.partition(".")
+    inner = line[first]
+    return {**line, first: replaced(inner, rest, value) if rest and isinstance(inner, dict) else value}
 
 
 def _from_hex(text: str) -> bytes:
@@ -136,9 +155,12 @@ def _from_csv(raw: bytes) -> Line:
 
 
 def _cell(name: str, value: Json) -> str:
-    """One cell. A semicolon is escaped in JSON, because some sheets part cells there, and what follows would begin one."""
+    """One cell. In JSON, what a sheet may take for more than text is escaped.
+
+    Some sheets part cells at a semicolon, and what follows would begin one. Controls of direction show a text in another order.
+    """
     if name in _CELLS_OF_JSON:
-        return canonical(value).decode().replace(";", "\\u003b")
+        return _MISREAD.sub(lambda found: f"\\u{ord(found[0]):04x}", canonical(value).decode())
     text = "" if value is None else str(value)
     # An apostrophe tells a sheet that text follows; one that stands there already gets another, so that it can be taken away.
     return f"'{text}" if text.startswith("'") or text.lstrip().startswith(_FORMULA_STARTS) else text

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, record
+from app.audit import Action, Typed, record
 from app.documents.base import now
 from app.documents.cases import Case, CaseCandidate, Pair, Proposal, look_alikes
 from app.documents.events import Detail
@@ -51,7 +51,7 @@ async def adjudicate(runtime: Runtime, action: Action, gallery: Gallery, case_id
         proposed = case.proposal_about(wanted.identity_id) if gallery.policy.second_review else None
         detail: Detail = {
             "decision": judgement.decision, "newcomer_id": newcomer.id, "identity_id": judgement.identity_id,
-            "duplicate_id": None if loser is None else loser.id, "reason": judgement.reason,
+            "duplicate_id": None if loser is None else loser.id, "reason": Typed(judgement.reason),
         }  # fmt: skip
         if gallery.policy.second_review and (proposed is None or not _seconds(wanted, proposed)):
             others = [p for p in case.proposals if p.identity_id != wanted.identity_id]

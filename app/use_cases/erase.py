@@ -14,7 +14,7 @@ from prometheus_client import Counter, Gauge
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from app.audit import Action, by_system, record
+from app.audit import Action, Typed, by_system, record
 from app.documents.base import now
 from app.documents.budgets import Erasures
 from app.documents.cases import Case, Pair
@@ -129,15 +129,18 @@ async def erase(
         if kept_for is not None and not await Identity.is_older(identity_id, kept_for, session):
             raise _NotYet
         told: Detail = {} if proposal is None else await agree(session, action, proposal)
-        gone = await _take(runtime, action, gallery, identity_id, told | {"reason": reason}, session)
+        told["reason"] = reason if action.caller is None else Typed.of(reason)
+        gone = await _take(runtime, action, gallery, identity_id, told, session)
         deletion = Deletion(
             id=identity_id, gallery_id=gallery.id, erased_at=gone.event.time, event_id=gone.event.id, samples=gone.samples,
             index_purge_by=gone.purge_by, photo_keys=gone.photo_keys, unsettled_since=gone.event.time,
+            plain_texts=plain_texts,
         )  # fmt: skip
         deletion.receipt = _signed(runtime, gallery, deletion)
         await deletion.insert(session=session)
         return deletion, gone
 
+    plain_texts = await AuditEvent.has_plain_texts([identity_id, *await Case.ids_about(identity_id)])
     deletion, gone = await runtime.in_line(gallery.id, commit)
     await _afterwards(runtime, deletion, gone)
     if action.caller is not None:
@@ -179,7 +182,7 @@ def receipt_of(deletion: Deletion) -> Receipt:
     purge_by = deletion.index_purge_by or deletion.erased_at
     return Receipt(
         deletion.id, deletion.erased_at, deletion.samples, deletion.samples, deletion.event_id, purge_by,
-        _remains(purge_by), deletion.receipt,
+        _remains(deletion, purge_by), deletion.receipt,
     )  # fmt: skip
 
 
@@ -301,6 +304,7 @@ async def _take(
     await gallery.purge_files(session, [s.seq for s in identity.samples], moment + keep)
     await GalleryChange.take_out(gallery.id, identity.id, [(s.id, s.seq) for s in identity.samples], seq, session)
     requeued = await _leave_cases(identity, session)
+    await Case.forget_reasons(identity.id, session)
     await Pair.forget(identity.id, session)
     await ScanPair.forget(identity.id, session)
     await Probe.forget(identity.id, session)
@@ -354,7 +358,7 @@ async def _settle(runtime: Runtime, deletion: Deletion) -> None:
         await runtime.evidence.append(deletion.ledger_name, deletion.ledger_line(runtime.keys))
     except (EvidenceUnavailable, EvidenceExists) as error:
         trouble = error
-    await AuditEvent.forget_personal({"subject.kind": "identity", "subject.id": deletion.id})
+    await AuditEvent.forget_about([deletion.id, *await Case.ids_about(deletion.id)])
     if deletion.photo_keys:
         await runtime.photos.delete(deletion.photo_keys)
         await deletion.photos_are_gone()
@@ -363,8 +367,8 @@ async def _settle(runtime: Runtime, deletion: Deletion) -> None:
     await deletion.settled()
 
 
-def _remains(purge_by: datetime) -> tuple[Remainder, ...]:
-    return (
+def _remains(deletion: Deletion, purge_by: datetime) -> tuple[Remainder, ...]:
+    remains = (
         Remainder(
             "index_files", purge_by, "Index files, and their copies on hosts, may hold the turned vectors until then."
         ),
@@ -374,9 +378,17 @@ def _remains(purge_by: datetime) -> tuple[Remainder, ...]:
             "and the key-encryption key of that time was destroyed.",
         ),
         Remainder(
-            "audit_events", None, "That something happened to this id stays in the log, without anybody's name or address."
+            "audit_events", None,
+            "That something happened to this id stays in the log, without names, addresses and typed text. MongoDB's oplog, "
+            "backups and exports of the log may hold these until they are deleted.",
         ),
         Remainder("ledger", None, "That this id was erased stays in the ledger, for the restoration of backups."),
+    )  # fmt: skip
+    if deletion.plain_texts is False:
+        return remains
+    return *remains, Remainder(
+        "audit_texts", None,
+        "Events of an older version may contain reasons and nonces about this id in the clear. An event cannot be changed.",
     )  # fmt: skip
 
 

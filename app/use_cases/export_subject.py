@@ -148,7 +148,7 @@ def _event(event: AuditEvent) -> dict[str, object]:
     """Without who acted by name or from where: that is somebody else's."""
     return {
         "id": event.id, "seq": event.seq, "time": event.time, "action": event.action, "outcome": event.outcome,
-        "actor": {"kind": event.actor.kind, "id": event.actor.id}, "detail": event.detail,
+        "actor": {"kind": event.actor.kind, "id": event.actor.id}, "detail": event.told,
     }  # fmt: skip
 
 

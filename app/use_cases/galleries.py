@@ -9,7 +9,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from app.audit import Action, by_system, record
+from app.audit import Action, Typed, by_system, record
 from app.documents.accounts import User
 from app.documents.base import as_text, new_id, now
 from app.documents.events import Detail, Scalar
@@ -156,7 +156,7 @@ async def agree(runtime: Runtime, action: Action, gallery: Gallery, seen: Seen, 
             raise Conflict("An officer has agreed already.")
         moment = await fresh.store_time(session)
         agreed = pending.model_copy(update={"agreed_by": action.actor_id, "agreed_at": moment})
-        told = _announced(agreed) | {"people": await people(fresh, agreed), "reason": reason}
+        told = _announced(agreed) | {"people": await people(fresh, agreed), "reason": Typed.of(reason)}
         await _settle(action, fresh, agreed, told, session)
 
     await runtime.transaction(commit)

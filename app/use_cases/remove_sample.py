@@ -11,7 +11,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from app.audit import Action, record
+from app.audit import Action, Typed, record
 from app.documents.base import now
 from app.documents.cases import Case
 from app.documents.events import AuditEvent, Detail
@@ -84,7 +84,7 @@ async def remove_sample(
             raise NotReady("The identity was changed at the same moment.")
         event = await record(
             session, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
-            detail=told | {"sample_id": sample_id, "seq": seq, "reason": reason},
+            detail=told | {"sample_id": sample_id, "seq": seq, "reason": Typed.of(reason)},
         )  # fmt: skip
         removal = SampleRemoval(
             id=sample_id, gallery_id=gallery.id, identity_id=identity.id, removed_at=event.time, event_id=event.id,

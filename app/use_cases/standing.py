@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, record
+from app.audit import Action, Typed, record
 from app.documents.cases import Case, look_alikes
 from app.documents.galleries import Gallery
 from app.documents.identities import Attempts, Identity
@@ -70,7 +70,7 @@ async def _change(
             raise NotFound
         if not await identity.change(session, await change(identity, session)):
             raise NotReady("The identity was changed at the same moment.")
-        detail = {} if reason is None else {"reason": reason}
+        detail = {} if reason is None else {"reason": Typed(reason)}
         await record(
             session, action, subject_kind="identity", subject_id=identity_id, gallery=gallery.name, detail={**detail}
         )

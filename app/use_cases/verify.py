@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from app.audit import Action, UnderSalt, by_system, record
+from app.audit import Action, Typed, UnderSalt, by_system, record
 from app.documents.base import now
 from app.documents.budgets import FaceBudget, NonMatches, this_hour
 from app.documents.challenges import NONCE_PREFIX, Challenge, challenge_id
@@ -170,7 +170,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
             detail={
                 "match": matched, "score": coarse, "threshold": threshold,
                 "fmr": None if coarse is None else fmr_at(runtime.engine.card, coarse), "flags": ",".join(flags),
-                "audience": audience, "nonce": claim.nonce, "challenged": challenge is not None,
+                "audience": audience, "nonce": Typed.of(claim.nonce), "challenged": challenge is not None,
                 "external_ref": claim.hashed_reference,
                 "quality": reading.quality.coarse().model_dump_json(),
                 "liveness": None if reading.liveness is None else round(reading.liveness, 2),
@@ -179,7 +179,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
         )  # fmt: skip
         return event, score
 
-    answer = answer_of(runtime, gallery, *await runtime.in_line(identity.id, commit))
+    answer = answer_of(runtime, gallery, claim.nonce, *await runtime.in_line(identity.id, commit))
     for flag in answer.flags:
         FLAGGED.labels(flag).inc()
     if answer.score is not None and not answer.match:
@@ -187,8 +187,13 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
     return answer
 
 
-def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: float | None) -> Verification:
-    """The answer that an event stands for: what the first request got, a repetition with its idempotency key gets again."""
+def answer_of(
+    runtime: Runtime, gallery: Gallery, nonce: str | None, event: AuditEvent, score: float | None
+) -> Verification:
+    """The answer that an event stands for: what the first request got, a repetition with its idempotency key gets again.
+
+    nonce: the request's own. The event has only its hash, and a repetition brings the same one.
+    """
     detail = event.facts
     matched, threshold, fmr = bool(detail["match"]), float(detail["threshold"] or 0), detail["fmr"]
     live, found = detail["liveness"], detail.get("found")
@@ -203,7 +208,7 @@ def answer_of(runtime: Runtime, gallery: Gallery, event: AuditEvent, score: floa
         flags=tuple(flag for flag in FLAGS if flag in str(detail["flags"]).split(",")),
         found=None if found is None else FoundFace.model_validate_json(str(found)),
         decision_id=event.id,
-        assertion=_assertion(runtime, gallery, event) if matched else None,
+        assertion=_assertion(runtime, gallery, nonce, event) if matched else None,
     )
 
 
@@ -316,13 +321,13 @@ async def _count_non_match(runtime: Runtime, action: Action) -> None:
         log.warning("non_match_not_counted", caller=action.actor_id, error=type(failure).__name__)
 
 
-def _assertion(runtime: Runtime, gallery: Gallery, event: AuditEvent) -> str:
+def _assertion(runtime: Runtime, gallery: Gallery, nonce: str | None, event: AuditEvent) -> str:
     """The signed answer for relying parties; the same event gives the same text."""
     issued_at = int(event.time.astimezone(UTC).timestamp())
     detail = event.facts
     return runtime.access.sign_assertion({
         "sub": event.subject.id, "aud": str(detail["audience"]), "iat": issued_at, "exp": issued_at + ASSERTION_SECONDS,
-        "jti": event.id, "nonce": None if detail["nonce"] is None else str(detail["nonce"]), "amr": ["face"],
+        "jti": event.id, "nonce": nonce, "amr": ["face"],
         "score": float(detail["score"] or 0), "fmr": float(detail["fmr"] or 0), "gallery": gallery.name,
         "contract": gallery.contract, "flags": [flag for flag in str(detail["flags"]).split(",") if flag],
         "challenged": bool(detail["challenged"]), "live": None if detail["live"] is None else bool(detail["live"]),

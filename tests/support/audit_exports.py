@@ -65,7 +65,10 @@ class Log:
         name = f"Zoë {chance.randrange(99)}" if kind in ("user", "client") else None
         ip = f"192.0.2.{chance.randrange(256)}" if kind != "system" else None
         own = f"request-{chance.randrange(999)}" if chance.random() < 0.5 else None
-        named = {"actor.name": name, "actor.ip": ip, "request_id": own}
+        reason = f"asked for by Zoë {chance.randrange(99)}" if kind == "user" else None
+        named = {
+            "actor.name": name, "actor.ip": ip, "request_id": own, "detail.pending.reason": reason, "detail.reason": reason,
+        }  # fmt: skip
         fields: list[Json] = [field_name for field_name, value in named.items() if value is not None]
         personal: Json = {"fields": fields, "salt": chance.randbytes(SALT_BYTES).hex()} if fields else None
         actor: Json = {"kind": kind, "id": chance.choice([None, "id-1"]), "name": name, "ip": ip}
@@ -77,6 +80,7 @@ class Log:
             "request_id": own or f"ours-{seq}", "detail": {
                 "score": chance.choice([0.36, 1.0, -1, None]), "why": "a;=b",
                 "changes": {"verify_fmr": {"old": 0.0001, "new": 1e-7}, "retention_days": {"old": None, "new": 30}},
+                "reason": reason, "pending": {"reason": reason},
             },
             "leaf_hash": "", "personal": personal, "skipped": [], "end": None,
         }  # fmt: skip
