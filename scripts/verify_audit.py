@@ -53,9 +53,7 @@ def point_of(data):
 
 
 @functools.lru_cache(16)
-def tables(
-    key,
-):  # what each value of each byte adds, of the base point's factor and the key's: a signature costs 64 sums
+def tables(key):  # what each value of each byte adds, of the base point and the key: a signature costs 64 sums
     (x, y, z, t), rows = point_of(key), []
     for point in (point_of((4 * pow(5, -1, P) % P).to_bytes(32, "little")), (P - x, y, z, P - t)):
         last = point
@@ -97,9 +95,8 @@ def parsed(raw, is_first):
         order += sorted({name for name in fields if name.startswith("detail.")})
         if len(line["personal"]) != 2 or not fields or fields != order or not SALT.fullmatch(salt):
             raise ValueError("changed")
-        for holder, key in [
-            (functools.reduce(dict.get, name.split(".")[:-1], leaf), name.split(".")[-1]) for name in fields
-        ]:
+        for *path, key in (name.split(".") for name in fields):
+            holder = functools.reduce(dict.get, path, leaf)
             holder[key] = hmac.digest(bytes.fromhex(salt), holder[key].encode(), "sha256").hex()
     return line, None if is_alone else sha256(b"\0" + canonical(leaf).encode()).digest()
 

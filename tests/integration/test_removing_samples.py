@@ -75,7 +75,7 @@ async def test_a_removed_sample_answers_nothing_at_once_on_every_process(runtime
         await runtime.photos.get(sample.photo_key)
     (event,) = await AuditEvent.find({"action": "sample.remove"}).to_list()
     assert (event.id, event.subject.id, event.detail["sample_id"]) == (removal.event_id, ann.id, sample.id)
-    assert event.detail["reason"] == "not the person"
+    assert event.told["reason"] == "not the person"
     assert await findings(runtime) == {}
 
 
