@@ -32,6 +32,7 @@ from app.clock import Clock
 from app.config import Settings, UnsafeProduction
 from app.documents import (
     accounts,
+    audiences,
     budgets,
     cases,
     challenges,
@@ -90,6 +91,7 @@ LOOK_SECONDS = 5.0
 DOCUMENTS: list[type[Document]] = [
     RootSecret,
     *accounts.ACCOUNT_DOCUMENTS,
+    audiences.AudienceClaim,
     galleries.Gallery,
     galleries.GalleryChange,
     identities.Identity,

@@ -25,9 +25,9 @@ from app.access.tokens import (
 )
 from app.config import Settings
 from app.documents.accounts import Client, Login, RevokedToken, User
+from app.documents.audiences import AudienceClaim
 from app.documents.base import now
-from app.domain.callers import Caller, Role
-from app.errors import Advice, Forbidden, Validation
+from app.domain.callers import CLIENT_ROLES, USER_ROLES, Caller
 from app.keys import KeyRing
 
 #: How old a caller's standing may be: "within a second on every process" with time to spare.
@@ -202,7 +202,7 @@ async def _client_behind(claims: TokenClaims) -> Caller | None:
         return None
     if await RevokedToken.get(claims.token_id) is not None:
         return None
-    return client_as_caller(client, token_id=claims.token_id)
+    return client_as_caller(client, token_id=claims.token_id, audiences=await AudienceClaim.usable_by(client))
 
 
 def login_holds(login: Login, user: User) -> bool:
@@ -213,24 +213,13 @@ def login_holds(login: Login, user: User) -> bool:
 def user_as_caller(user: User, *, token_id: str = "", session_id: str | None = None) -> Caller:
     """The user as a caller, with the token that they came with."""
     galleries = None if user.galleries is None else tuple(user.galleries)
-    return Caller(user.id, "user", user.username, frozenset(user.roles), galleries, token_id, session_id)
+    # An older process may have written a role that is not for people.
+    roles = USER_ROLES.intersection(user.roles)
+    return Caller(user.id, "user", user.username, roles, galleries, token_id, session_id)
 
 
-def client_as_caller(client: Client, *, token_id: str = "") -> Caller:
+def client_as_caller(client: Client, *, token_id: str = "", audiences: tuple[str, ...] = ()) -> Caller:
     """The client as a caller, with the token that it came with."""
     galleries = None if client.galleries is None else tuple(client.galleries)
-    audiences = (client.id, *client.audiences)
-    return Caller(client.id, "client", client.name, frozenset(client.roles), galleries, token_id, None, audiences)
-
-
-def check_grant(giver: Caller | None, roles: tuple[Role, ...], galleries: tuple[str, ...] | None) -> None:
-    """What an account may be given: roles, each once, by anybody; galleries by who has them (None: the system has all).
-
-    Raises Validation and Forbidden.
-    """
-    if not roles or len(set(roles)) != len(roles):
-        message = "One or more different roles are needed."
-        raise Validation(message, errors=(Advice("roles", "roles", message),))
-    if giver is not None and not giver.may_keep(galleries):
-        message = "You can give your own galleries only."
-        raise Forbidden(message, errors=(Advice("galleries", "not-yours", message),))
+    roles = CLIENT_ROLES.intersection(client.roles)
+    return Caller(client.id, "client", client.name, roles, galleries, token_id, None, audiences or (client.id,))

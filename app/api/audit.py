@@ -17,6 +17,7 @@ from app.audit import Action, record
 from app.config import Settings
 from app.documents.base import now
 from app.documents.events import AuditEvent, Detail, Outcome
+from app.documents.galleries import Gallery
 from app.documents.tree import AuditKey, AuditTree, TreeHead, node_hashes, proof
 from app.domain.callers import Role
 from app.domain.log_export import Form, Json, Line, encoded, heading, without_events
@@ -122,20 +123,28 @@ def _head_view(head: TreeHead) -> HeadView:
     return HeadView.model_validate(head.head, from_attributes=True)
 
 
-def _within(action: Action, after: Moment | None, before: Moment | None, gallery: str | None = None) -> dict[str, Any]:
-    """Filters by time (half-open) and gallery; a caller bound to galleries sees their events only."""
+async def _within(
+    action: Action, after: Moment | None, before: Moment | None, gallery: str | None = None
+) -> dict[str, Any]:
+    """Filters by time (half-open) and gallery; a caller bound to galleries sees their events only.
+
+    Events name their gallery. So an event from before a gallery was made is that of a former gallery of the same name.
+    """
     filters: dict[str, Any] = {}
     times = {name: moment for name, moment in {"$gte": after, "$lt": before}.items() if moment is not None}
     if times:
         filters["time"] = times
-    allowed = None if action.caller is None else action.caller.galleries
-    if gallery is not None:
-        if action.caller is None or not action.caller.may_see(gallery):
-            raise NotFound
-        filters["gallery"] = gallery
-    elif allowed is not None:
-        filters["gallery"] = {"$in": list(allowed)}
-    return filters
+    allowed = () if action.caller is None else action.caller.galleries
+    if allowed is None:
+        return filters if gallery is None else filters | {"gallery": gallery}
+    made = await Gallery.made(allowed)
+    if gallery is not None and gallery not in made:
+        raise NotFound
+    names = made if gallery is None else [gallery]
+    since = [{"gallery": name, "time": {"$gte": made[name]}} for name in names]
+    if not since:
+        return filters | {"gallery": {"$in": []}}
+    return filters | {"$or": since}
 
 
 @router.get("/events", responses=problems(NotFound))
@@ -153,7 +162,7 @@ async def list_events(
     gallery: str | None = None,
 ) -> Paged[EventView]:
     """Events, the newest first. `actor` and `subject` are ids."""
-    filters = _within(action, after, before, gallery)
+    filters = await _within(action, after, before, gallery)
     named = {"actor.id": actor, "action": event_action, "subject.id": subject, "outcome": outcome}
     filters |= {name: value for name, value in named.items() if value is not None}
     items, cursor = await page_of(AuditEvent, filters, page, request, runtime.keys, by="time")
@@ -164,7 +173,7 @@ async def list_events(
 async def get_event(event: str, action: Reading) -> EventView:
     """One event, by its id or its number in the tree."""
     named = {"seq": int(event)} if event.isdecimal() and len(event) < 19 else {"_id": event}  # noqa: PLR2004 - int64
-    found = await AuditEvent.find_one({**named, **_within(action, None, None)})
+    found = await AuditEvent.find_one({**named, **await _within(action, None, None)})
     if found is None:
         raise NotFound
     return _view(found)
@@ -184,7 +193,7 @@ async def export_events(
     another time, of galleries that the caller may not see) are stood for by hashes. Where no event fits there is one line, null
     in every field but `end`.
     """
-    filters = _within(action, after, before)
+    filters = await _within(action, after, before)
     event = await record(None, action, subject_kind="audit", subject_id=None, detail={"format": form})
     head = await head_over(runtime, event.id)
     kind = "application/x-ndjson" if form == "ndjson" else "text/csv; charset=utf-8"

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Form, Header, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
+from app.access.grants import shown
 from app.access.signing import PUBLISHED_FOR_SECONDS
 from app.access.tokens import TOKEN_CHARACTERS
 from app.api.bodies import StrictRoute
@@ -192,7 +193,8 @@ async def revoke_token(request: Request, runtime: CurrentRuntime, form: Annotate
 async def show_me(action: Annotated[Action, Depends(acting("auth.me", is_read=True))]) -> Me:
     """Who the token's bearer is, and what they may do and see."""
     caller = _caller(action)
-    galleries = None if caller.galleries is None else list(caller.galleries)
+    names = await shown(caller.galleries)
+    galleries = None if names is None else list(names)
     return Me(id=caller.id, kind=caller.kind, name=caller.name, roles=sorted(caller.roles), galleries=galleries)
 
 

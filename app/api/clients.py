@@ -6,13 +6,15 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from app.access.grants import named
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer
 from app.api.paging import Page, Paged, page_of
 from app.api.problems import CHANGES, problems
-from app.api.shapes import NO_STORE, Body, Galleries, Moment, PlainText, Roles
+from app.api.shapes import NO_STORE, Body, ClientRoles, Galleries, Moment, PlainText
 from app.audit import Action
 from app.documents.accounts import Client, kept_account, kept_by
+from app.documents.galleries import Gallery
 from app.domain.callers import Role
 from app.errors import (
     AlreadyCreated,
@@ -43,11 +45,15 @@ Audiences = Annotated[tuple[Audience, ...], Field(max_length=32)]
 
 
 class NewClient(Body):
-    """A client application to be made. audiences: whom its assertions may address besides itself."""
+    """A client application to be made.
+
+    galleries: names, and never left out; null means all. audiences: whom its assertions may address besides itself; each belongs
+    to one client.
+    """
 
     name: ClientName
-    roles: Roles = (Role.RELYING_APP,)
-    galleries: Galleries = None
+    roles: ClientRoles = (Role.RELYING_APP,)
+    galleries: Galleries
     audiences: Audiences = ()
 
 
@@ -56,7 +62,7 @@ class ClientPatch(TypedDict, total=False):
     """A merge patch (RFC 7396): what is left out stays, `galleries: null` means all."""
 
     name: ClientName
-    roles: Roles
+    roles: ClientRoles
     galleries: Galleries
     audiences: Audiences
 
@@ -105,7 +111,8 @@ async def list_clients(
 ) -> Paged[ClientAnswer]:
     """All client applications, newest first."""
     clients, cursor = await page_of(Client, kept_by(action.caller), page, request, runtime.keys)
-    return Paged[ClientAnswer](items=[_client(client) for client in clients], next_cursor=cursor)
+    names = await Gallery.names_by_id([id_ for client in clients for id_ in client.galleries or ()])
+    return Paged[ClientAnswer](items=[_client(client, names) for client in clients], next_cursor=cursor)
 
 
 @router.post("", status_code=201, responses=CHANGES | _SECRET)
@@ -123,7 +130,7 @@ async def create_client(
     client, secret = await keep_clients.create_client(runtime, action, fields)
     response.headers.update(NO_STORE)
     response.headers["Location"] = f"/v1/clients/{client.id}"
-    return ClientWithSecret(**_client(client).model_dump(), client_secret=secret)
+    return ClientWithSecret(**(await _shown(client)).model_dump(), client_secret=secret)
 
 
 @router.get("/{client_id}", responses=_ONE)
@@ -131,7 +138,7 @@ async def show_client(
     client_id: str, action: Annotated[Action, Depends(acting("client.read", Role.ADMIN, is_read=True))]
 ) -> ClientAnswer:
     """One client application."""
-    return _client(await kept_account(Client, client_id, action.caller))
+    return await _shown(await kept_account(Client, client_id, action.caller))
 
 
 @router.patch("/{client_id}", responses=CHANGES | _ONE)
@@ -145,8 +152,8 @@ async def update_client(
 ) -> ClientAnswer:
     """Change a client application; other roles void its access tokens."""
     if await first_answer(runtime, request, action, key, patch) is not None:
-        return _client(await kept_account(Client, client_id, action.caller))
-    return _client(
+        return await _shown(await kept_account(Client, client_id, action.caller))
+    return await _shown(
         await keep_clients.update_client(runtime, action, client_id, lambda old: _patched_client(old, patch))
     )
 
@@ -179,7 +186,7 @@ async def rotate_client_secret(
     await first_answer(runtime, request, action, key, {"overlap_hours": hours}, holds_secret=True)
     client, secret = await keep_clients.rotate_client_secret(runtime, action, client_id, hours)
     response.headers.update(NO_STORE)
-    shown = _client(client).model_dump()
+    shown = (await _shown(client)).model_dump()
     return RotatedClient(**shown, client_secret=secret, former_secret_until=client.former_until)
 
 
@@ -192,13 +199,17 @@ def _patched_client(old: ClientFields, patch: ClientPatch) -> ClientFields:
     )
 
 
-def _client(client: Client) -> ClientAnswer:
+async def _shown(client: Client) -> ClientAnswer:
+    return _client(client, await Gallery.names_by_id(client.galleries or ()))
+
+
+def _client(client: Client, names: dict[str, str]) -> ClientAnswer:
     return ClientAnswer(
         id=client.id,
         client_id=client.id,
         name=client.name,
         roles=sorted(client.roles),
-        galleries=client.galleries,
+        galleries=None if client.galleries is None else list(named(client.galleries, names)),
         audiences=client.audiences,
         created_at=client.created_at,
         updated_at=client.updated_at,

@@ -41,6 +41,8 @@ router = APIRouter(
 )
 
 Reading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, is_read=True))]
+#: An enroller reads the verdicts of its own enrolments.
+VerdictReading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, Role.ENROLLER, is_read=True))]
 
 
 class Progress(BaseModel):
@@ -59,14 +61,14 @@ class JobCandidate(BaseModel):
 
 
 class JobView(BaseModel):
-    """A background job."""
+    """A background job. candidates: null for an enroller."""
 
     id: str
     kind: Literal["enrolment", "scan", "import"]
     state: Literal["queued", "running", "paused", "done", "failed", "cancelled"]
     progress: Progress
     verdict: Verdict | None
-    candidates: list[JobCandidate]
+    candidates: list[JobCandidate] | None
     as_of_seq: int | None
     started_at: Moment | None
     finished_at: Moment | None
@@ -190,13 +192,17 @@ async def _gallery_of(action: Action, case_id: str) -> Gallery:
 
 
 @router.get("/jobs/{job_id}", responses=problems(NotFound))
-async def get_job(job_id: str, action: Reading) -> JobView:
-    """A screening's state and what it found, or how far a scan is."""
+async def get_job(job_id: str, action: VerdictReading) -> JobView:
+    """A screening's state and what it found, or how far a scan is. An enroller reads the jobs of its own enrolments."""
+    is_enroller = action.caller is None or action.caller.sees_own_enrolments_only
     identity = await Identity.by_job(job_id)
-    if identity is None:
+    if identity is None and not is_enroller:
         return await _scan_job(action, job_id)
-    screening = identity.screening(job_id)
-    if screening is None:
+    screening = None if identity is None else identity.screening(job_id)
+    if identity is None or screening is None:
+        raise NotFound
+    identities.require_own_enrolment(action, identity)
+    if is_enroller and job_id != identity.screenings[0].job_id:  # of a photo that an officer added
         raise NotFound
     await gallery_of(action, identity.gallery_id)
     total = len(screening.sample_ids)
@@ -206,7 +212,9 @@ async def get_job(job_id: str, action: Reading) -> JobView:
         state=screening.state,
         progress=Progress(done=total if screening.state == "done" else 0, total=total),
         verdict=screening.verdict,
-        candidates=[JobCandidate(identity_id=c.identity_id, score=c.score, rank=c.rank) for c in screening.candidates],
+        candidates=None
+        if is_enroller
+        else [JobCandidate(identity_id=c.identity_id, score=c.score, rank=c.rank) for c in screening.candidates],
         as_of_seq=screening.as_of_seq,
         started_at=screening.started_at,
         finished_at=screening.finished_at,

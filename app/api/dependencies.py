@@ -181,8 +181,8 @@ def acting(name: str, *roles: Role, is_read: bool = False) -> Acting:
 async def visible_gallery(runtime: Runtime, action: Action, name: str) -> Gallery:
     """The gallery of that name. Raises NotFound, also where the caller may not see it."""
     assert action.caller is not None  # noqa: S101 - routes get their Action from `acting`
-    gallery = await Gallery.named(name) if action.caller.may_see(name) else None
-    if gallery is None:
+    gallery = await Gallery.named(name)
+    if gallery is None or not action.caller.may_see(gallery.id):
         raise NotFound(f"There is no gallery {name!r} for you.")
     action.gallery = name
     return gallery
@@ -190,8 +190,10 @@ async def visible_gallery(runtime: Runtime, action: Action, name: str) -> Galler
 
 async def gallery_of(action: Action, gallery_id: str) -> Gallery:
     """The gallery that something lies in. Raises NotFound where the caller may not see it."""
+    if action.caller is None or not action.caller.may_see(gallery_id):
+        raise NotFound
     gallery = await Gallery.get(gallery_id)
-    if gallery is None or action.caller is None or not action.caller.may_see(gallery.name):
+    if gallery is None:
         raise NotFound
     action.gallery = gallery.name
     return gallery

@@ -43,6 +43,8 @@ router = APIRouter(prefix="/v1", tags=["faces"], responses=problems(Unauthentica
 json_router = APIRouter(route_class=StrictRoute)
 
 CALLERS = (Role.RELYING_APP, Role.OFFICER)
+#: Whoever enrols may look at a photo beforehand, to advise the person.
+ADVISERS = (*CALLERS, Role.ENROLLER)
 
 
 class VerificationFields(Body):
@@ -278,7 +280,7 @@ async def compare_faces(
 @router.post("/faces/detect", openapi_extra=body_of(NoFields, "photo"), responses=problems(*PHOTO_PROBLEMS, Validation))
 async def detect_faces(
     runtime: CurrentRuntime,
-    action: Annotated[Action, Depends(acting("face.detect", *CALLERS))],
+    action: Annotated[Action, Depends(acting("face.detect", *ADVISERS))],
     upload: Annotated[Upload[NoFields], Depends(uploaded(NoFields, "photo"))],
 ) -> DetectionView:
     """All faces of a photo."""
@@ -303,7 +305,7 @@ async def detect_faces(
 )
 async def measure_quality(
     runtime: CurrentRuntime,
-    action: Annotated[Action, Depends(acting("face.quality", *CALLERS))],
+    action: Annotated[Action, Depends(acting("face.quality", *ADVISERS))],
     upload: Annotated[Upload[InGallery], Depends(uploaded(InGallery, "photo"))],
 ) -> MeasuredView:
     """One face's quality by the gallery's rules, with advice to the person in front of the camera."""

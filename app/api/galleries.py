@@ -27,7 +27,7 @@ router = APIRouter(
     responses=problems(Unauthenticated, Forbidden, Validation),
 )
 
-READERS = (Role.ADMIN, Role.OFFICER, Role.RELYING_APP)
+READERS = (Role.ADMIN, Role.OFFICER, Role.RELYING_APP, Role.ENROLLER)
 Reading = Annotated[Action, Depends(acting("gallery.read", *READERS, is_read=True))]
 GALLERY_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
@@ -168,7 +168,7 @@ async def list_galleries(
 ) -> Paged[GalleryView]:
     """The galleries that the caller may see, newest first."""
     allowed = None if action.caller is None else action.caller.galleries
-    filters = {} if allowed is None else {"name": {"$in": list(allowed)}}
+    filters = {} if allowed is None else {"_id": {"$in": list(allowed)}}
     items, cursor = await page_of(Gallery, filters, page, request, runtime.keys)
     return Paged(items=[await view(runtime, gallery) for gallery in items], next_cursor=cursor)
 
@@ -182,9 +182,9 @@ async def create_gallery(
     action: Annotated[Action, Depends(acting("gallery.create", Role.ADMIN))],
     key: IdempotencyKey = None,
 ) -> GalleryView:
-    """Make an empty gallery, bound to the model that is running; by an admin bound to galleries one of theirs only."""
-    if action.caller is not None and not action.caller.may_see(body.name):
-        raise Forbidden("You can make your own galleries only.")
+    """Make an empty gallery, bound to the model that is running. Only an admin who is not bound to galleries can."""
+    if action.caller is not None and action.caller.galleries is not None:
+        raise Forbidden("Only an admin who is not bound to galleries can make one.")
     first = await first_answer(runtime, request, action, key, body.model_dump())
     if first is not None:
         known = await Gallery.get(first[0].subject.id)

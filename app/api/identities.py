@@ -17,7 +17,7 @@ from app.audit import Action
 from app.documents.claims import IdempotencyClaim
 from app.documents.events import AuditEvent
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
-from app.documents.identities import Identity, Liveness
+from app.documents.identities import Identity, Liveness, Sample
 from app.documents.proposals import IdentityProposal
 from app.documents.sealed import data_key, gallery_key, name_tag, open_attributes
 from app.domain.attributes import Attributes, Json, Metadata, begins_like, canonical_name, canonical_ref
@@ -78,6 +78,8 @@ WAIT_MAXIMUM_SECONDS = 30
 VERSION_DIGITS = 18
 
 Reading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, is_read=True))]
+#: An enroller reads the verdicts of its own enrolments.
+VerdictReading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, Role.ENROLLER, is_read=True))]
 
 
 class Enrolment(Attributes):
@@ -118,13 +120,13 @@ class SampleView(BaseModel):
 
 
 class DedupView(BaseModel):
-    """The newest screening."""
+    """The newest screening. For an enroller that of its enrolment, with `case_id` and `candidate_count` null."""
 
     job_id: str
     state: Literal["queued", "running", "done", "failed"]
     verdict: Verdict | None
     case_id: str | None
-    candidate_count: int
+    candidate_count: int | None
 
 
 class IdentityView(BaseModel):
@@ -187,19 +189,7 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
         date_of_birth=attributes.date_of_birth,
         metadata=attributes.metadata,
         status=identity.status,
-        samples=[
-            SampleView(
-                id=s.id,
-                status=s.status,
-                quality=s.quality,
-                liveness=s.liveness,
-                faces_found=None if s.found is None else s.found.faces_found,
-                box=None if s.found is None else s.found.box,
-                stored_box=s.stored_box,
-                created_at=s.created_at,
-            )
-            for s in identity.samples
-        ],
+        samples=[_sample(s) for s in identity.samples],
         dedup=DedupView(
             job_id=newest.job_id,
             state=newest.state,
@@ -214,18 +204,73 @@ def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView
     )
 
 
+def _sample(sample: Sample) -> SampleView:
+    return SampleView(
+        id=sample.id,
+        status=sample.status,
+        quality=sample.quality,
+        liveness=sample.liveness,
+        faces_found=None if sample.found is None else sample.found.faces_found,
+        box=None if sample.found is None else sample.found.box,
+        stored_box=sample.stored_box,
+        created_at=sample.created_at,
+    )
+
+
+def verdict_view(gallery: Gallery, identity: Identity) -> IdentityView:
+    """The identity as its enroller sees it: status and verdict of the enrolment, and the quality of the photos that it sent.
+
+    What officers learn and change later is not part of it, nor who looks alike, nor how many do.
+    """
+    screening = identity.screenings[0]
+    sent = set(screening.sample_ids)
+    return IdentityView(
+        id=identity.id,
+        gallery=gallery.name,
+        external_ref=None,
+        full_name=None,
+        date_of_birth=None,
+        metadata={},
+        status=identity.status,
+        samples=[_sample(s) for s in identity.samples if s.id in sent],
+        dedup=DedupView(
+            job_id=screening.job_id,
+            state=screening.state,
+            verdict=screening.verdict,
+            case_id=None,
+            candidate_count=None,
+        ),
+        created_at=identity.created_at,
+        created_by=identity.created_by,
+        updated_at=identity.updated_at,
+        version=identity.version,
+    )
+
+
+def require_own_enrolment(action: Action, identity: Identity) -> None:
+    """Raises NotFound for an enroller who did not enrol this person."""
+    caller = action.caller
+    if caller is None or (caller.sees_own_enrolments_only and identity.created_by != caller.id):
+        raise NotFound
+
+
 async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
     action.about("identity", identity_id)
     identity = await Identity.living(identity_id)
     if identity is None:
         raise NotFound
+    require_own_enrolment(action, identity)
     return await gallery_of(action, identity.gallery_id), identity
 
 
-def answer_with(runtime: Runtime, response: Response, gallery: Gallery, identity: Identity) -> IdentityView:
-    """The answer about one identity; its `ETag` is its version."""
+def answer_with(
+    runtime: Runtime, action: Action, response: Response, gallery: Gallery, identity: Identity
+) -> IdentityView:
+    """The answer about one identity, as far as the caller may see it; its `ETag` is its version."""
     response.headers["ETag"] = f'"{identity.version}"'
+    if action.caller is None or action.caller.sees_own_enrolments_only:
+        return verdict_view(gallery, identity)
     return view(runtime, gallery, identity)
 
 
@@ -248,7 +293,7 @@ async def enrol_identity(
     runtime: CurrentRuntime,
     request: Request,
     response: Response,
-    action: Annotated[Action, Depends(acting("identity.enrol", Role.OFFICER))],
+    action: Annotated[Action, Depends(acting("identity.enrol", Role.OFFICER, Role.ENROLLER))],
     upload: Annotated[Upload[Enrolment], Depends(uploaded(Enrolment, "photo", most=MOST_PHOTOS))],
     wait: Annotated[float, Query(ge=0, le=WAIT_MAXIMUM_SECONDS)] = 0,
     key: IdempotencyKey = None,
@@ -268,7 +313,11 @@ async def enrol_identity(
     if wait and identity.status != "pending":
         response.status_code = 201
     response.headers["Location"] = f"/v1/identities/{identity.id}"
-    return answer_with(runtime, response, gallery, identity)
+    answer = answer_with(runtime, action, response, gallery, identity)
+    if action.caller is None or action.caller.sees_own_enrolments_only:
+        # What it has just sent itself.
+        return answer.model_copy(update=fields.model_dump(exclude={"gallery"}))
+    return answer
 
 
 @router.post("/import", status_code=501, responses=problems(NotImplementedYet))
@@ -342,14 +391,16 @@ async def visible_galleries(runtime: Runtime, action: Action, name: str | None) 
         gallery = await visible_gallery(runtime, action, name)
         return {gallery.id: gallery}
     allowed = None if action.caller is None else action.caller.galleries
-    found = Gallery.find({} if allowed is None else {"name": {"$in": list(allowed)}})
+    found = Gallery.find({} if allowed is None else {"_id": {"$in": list(allowed)}})
     return {gallery.id: gallery for gallery in await found.to_list()}
 
 
 @router.get("/{identity_id}", responses=problems(NotFound))
-async def get_identity(runtime: CurrentRuntime, response: Response, identity_id: str, action: Reading) -> IdentityView:
-    """One identity; its `ETag` is its version."""
-    return answer_with(runtime, response, *await found_identity(action, identity_id))
+async def get_identity(
+    runtime: CurrentRuntime, response: Response, identity_id: str, action: VerdictReading
+) -> IdentityView:
+    """One identity; its `ETag` is its version. An enroller sees the verdicts of its own enrolments."""
+    return answer_with(runtime, action, response, *await found_identity(action, identity_id))
 
 
 PROPOSED = {"model": ProposedView, "description": "Proposed: a second officer must agree"}
@@ -396,7 +447,7 @@ async def update_identity(
         identity = updated
     elif (proposal_id := first_proposed(first)) is not None:
         return proposed(response, proposal_id)
-    return answer_with(runtime, response, gallery, identity)
+    return answer_with(runtime, action, response, gallery, identity)
 
 
 def _version(if_match: str | None) -> int | None:
@@ -455,7 +506,7 @@ async def screen_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, {}) is None:
         identity = await screen.screen_again(runtime, action, gallery, identity_id)
-    return answer_with(runtime, response, gallery, identity)
+    return answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/revoke", responses=problems(NotFound, Conflict))
@@ -472,7 +523,7 @@ async def revoke_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.revoke(runtime, action, gallery, identity_id, body.reason)
-    return answer_with(runtime, response, gallery, identity)
+    return answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/reinstate", responses=problems(NotFound, Conflict, UndecidedCandidates))
@@ -489,7 +540,7 @@ async def reinstate_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.reinstate(runtime, action, gallery, identity_id, body.reason)
-    return answer_with(runtime, response, gallery, identity)
+    return answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/attempts:reset", responses=problems(NotFound))
@@ -505,7 +556,7 @@ async def reset_attempts(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, None) is None:
         identity = await standing.reset_attempts(runtime, action, gallery, identity_id)
-    return answer_with(runtime, response, gallery, identity)
+    return answer_with(runtime, action, response, gallery, identity)
 
 
 @router.get(

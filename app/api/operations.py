@@ -289,7 +289,7 @@ async def system(
         index=[
             dataclasses.asdict(state) | {"vectors_in_this_process": runtime.search.size(state.gallery_id)}
             for state in await examine.states(runtime)
-            if action.caller is not None and action.caller.may_see(state.gallery)
+            if action.caller is not None and action.caller.may_see(state.gallery_id)
         ],
         leases=[
             {"name": lease.id, "holder": lease.holder, "fence": lease.fence, "progress": lease.progress}

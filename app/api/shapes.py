@@ -3,11 +3,11 @@
 import re
 import unicodedata
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from app.domain.callers import Role
+from app.domain.callers import CLIENT_ROLES, USER_ROLES, Role
 
 #: RFC 6749, 5.1: nobody on the way may keep an answer that holds a secret.
 NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
@@ -46,9 +46,14 @@ def _plain(text: str) -> str:
 #: A name that people read.
 PlainText = Annotated[str, Field(max_length=1024), AfterValidator(_plain)]
 GalleryName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-#: The galleries that an account is bound to: null means all, [] none.
+#: The galleries that an account is bound to, by name: null means all, [] none.
 Galleries = Annotated[tuple[GalleryName, ...], Field(max_length=1000)] | None
-Roles = Annotated[tuple[Role, ...], Field(min_length=1, max_length=len(Role))]
+UserRoles = Annotated[
+    tuple[Literal[Role.ADMIN, Role.OFFICER, Role.AUDITOR], ...], Field(min_length=1, max_length=len(USER_ROLES))
+]
+ClientRoles = Annotated[
+    tuple[Literal[Role.RELYING_APP, Role.ENROLLER], ...], Field(min_length=1, max_length=len(CLIENT_ROLES))
+]
 
 #: A time as the contract writes it: 2026-11-21T09:30:00.123Z.
 Moment = Annotated[datetime, BeforeValidator(_dated), PlainSerializer(_rfc3339, return_type=str, when_used="json")]

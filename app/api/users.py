@@ -6,13 +6,15 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, with_config
 from typing_extensions import TypedDict
 
+from app.access.grants import named
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer
 from app.api.paging import Page, Paged, page_of
 from app.api.problems import CHANGES, problems
-from app.api.shapes import Body, Galleries, Moment, PlainText, Roles
+from app.api.shapes import Body, Galleries, Moment, PlainText, UserRoles
 from app.audit import Action
 from app.documents.accounts import User, kept_account, kept_by
+from app.documents.galleries import Gallery
 from app.domain.callers import USERNAME_MAXIMUM, Role
 from app.errors import (
     DependencyUnavailable,
@@ -39,7 +41,7 @@ class NewUser(Body):
 
     username: Username
     password: str
-    roles: Roles
+    roles: UserRoles
     galleries: Galleries = None
 
 
@@ -52,7 +54,7 @@ class UserPatch(TypedDict, total=False):
 
     username: Username
     password: str
-    roles: Roles
+    roles: UserRoles
     galleries: Galleries
     disabled: StrictBool
     second_factor: Literal[False]
@@ -83,7 +85,8 @@ async def list_users(
 ) -> Paged[UserAnswer]:
     """All users, newest first."""
     users, cursor = await page_of(User, kept_by(action.caller), page, request, runtime.keys)
-    return Paged[UserAnswer](items=[_user(user) for user in users], next_cursor=cursor)
+    names = await Gallery.names_by_id([id_ for user in users for id_ in user.galleries or ()])
+    return Paged[UserAnswer](items=[_user(user, names) for user in users], next_cursor=cursor)
 
 
 @router.post("", status_code=201, responses=CHANGES)
@@ -103,7 +106,7 @@ async def create_user(
     else:
         user = await kept_account(User, first[0].subject.id or "", action.caller)
     response.headers["Location"] = f"/v1/users/{user.id}"
-    return _user(user)
+    return await _shown(user)
 
 
 @router.get("/{user_id}", responses=_ONE)
@@ -111,7 +114,7 @@ async def show_user(
     user_id: str, action: Annotated[Action, Depends(acting("user.read", Role.ADMIN, is_read=True))]
 ) -> UserAnswer:
     """One user."""
-    return _user(await kept_account(User, user_id, action.caller))
+    return await _shown(await kept_account(User, user_id, action.caller))
 
 
 @router.patch("/{user_id}", responses=CHANGES | _ONE)
@@ -125,9 +128,9 @@ async def update_user(
 ) -> UserAnswer:
     """Change a user: other roles void the access tokens, another password or disabling ends the logins."""
     if await first_answer(runtime, request, action, key, patch) is not None:
-        return _user(await kept_account(User, user_id, action.caller))
+        return await _shown(await kept_account(User, user_id, action.caller))
     password = patch.get("password")
-    return _user(
+    return await _shown(
         await keep_users.update_user(runtime, action, user_id, lambda old: _patched_user(old, patch), password)
     )
 
@@ -155,12 +158,16 @@ def _patched_user(old: UserFields, patch: UserPatch) -> UserFields:
     )
 
 
-def _user(user: User) -> UserAnswer:
+async def _shown(user: User) -> UserAnswer:
+    return _user(user, await Gallery.names_by_id(user.galleries or ()))
+
+
+def _user(user: User, names: dict[str, str]) -> UserAnswer:
     return UserAnswer(
         id=user.id,
         username=user.username,
         roles=sorted(user.roles),
-        galleries=user.galleries,
+        galleries=None if user.galleries is None else list(named(user.galleries, names)),
         disabled=user.disabled,
         second_factor=user.totp_confirmed,
         created_at=user.created_at,

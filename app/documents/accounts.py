@@ -10,15 +10,15 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, now
-from app.domain.callers import Caller, Role, username_key
+from app.domain.callers import Caller, Role, may_see, username_key
 from app.errors import NotFound
 
 
 class User(Stored):
     """A person who logs in.
 
-    username_key: the name as it is compared (NFKC, case folded), unique. access_version: access tokens of another one
-    are refused, refreshing brings a new one; rises with the roles. session_version: whole logins of another one are
+    galleries: ids. username_key: the name as it is compared (NFKC, case folded), unique. access_version: access tokens of
+    another one are refused, refreshing brings a new one; rises with the roles. session_version: whole logins of another one are
     refused; rises when the password changes or the user is disabled. sealed_totp: the secret of the second factor (see
     `totp_bound`), asked for at a login once it was confirmed; totp_step: the newest time step whose code was used.
     """
@@ -50,17 +50,17 @@ class User(Stored):
             IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
         ]
 
-    def may(self, role: Role, gallery_name: str) -> bool:
+    def may(self, role: Role, gallery_id: str) -> bool:
         """Whether this user has the role in that gallery at present."""
-        is_bound_elsewhere = self.galleries is not None and gallery_name not in self.galleries
-        return role in self.roles and not self.disabled and not is_bound_elsewhere
+        return role in self.roles and not self.disabled and may_see(self.galleries, gallery_id)
 
 
 class Client(Stored):
     """An application that calls on its own behalf; its id is its OAuth `client_id`.
 
-    secret_hash: keyed hash of 256 random bits, which need no slow hashing. former_hash: the secret before it, good until
-    `former_until`. audiences: whom its assertions may address. access_version: as a user's; rises with the roles, and
+    galleries: ids. secret_hash: keyed hash of 256 random bits, which need no slow hashing. former_hash: the secret before it,
+    good until `former_until`. audiences: whom its assertions may address, as far as they are its own (see
+    `AudienceClaim`). access_version: as a user's; rises with the roles, and
     with a secret that takes effect at once.
     """
 
@@ -199,6 +199,11 @@ async def kept_account(
         message = f"There is no such {kind.__name__.lower()}."
         raise NotFound(message)
     return account
+
+
+async def bound_to(kind: type[Account], gallery_id: str, session: AsyncClientSession) -> list[Account]:
+    """The users or client applications that are bound to this gallery."""
+    return await kind.find({"galleries": gallery_id}, session=session).sort("_id").to_list()
 
 
 async def mark_for_development(usernames: Sequence[str]) -> None:

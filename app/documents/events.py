@@ -10,12 +10,11 @@ from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, Value, as_text
+from app.domain.changes import Changes
 from app.domain.log_export import SALT_BYTES, Json, Line, in_order, personal_hash, replaced, value_at
 
 Outcome = Literal["success", "denied", "failure"]
 Scalar = str | int | float | bool | None
-#: {field: {"old": ..., "new": ...}}
-Changes = dict[str, dict[str, Scalar]]
 Detail = dict[str, Scalar | dict[str, Scalar] | Changes]
 
 

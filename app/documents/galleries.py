@@ -1,6 +1,6 @@
 """A gallery: a population kept apart, and the head that orders every change of its vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -149,10 +149,26 @@ class Gallery(Stored):
         return gallery
 
     @classmethod
-    async def names_by_id(cls, ids: Sequence[str]) -> dict[str, str]:
-        """Names for answers, by id."""
-        rows = cls.get_pymongo_collection().find({"_id": {"$in": list(ids)}}, {"name": 1})
+    async def names_by_id(cls, ids: Collection[str], session: AsyncClientSession | None = None) -> dict[str, str]:
+        """Names for answers, by id. A gallery that is gone is left out."""
+        if not ids:
+            return {}
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": sorted(set(ids))}}, {"name": 1}, session=session)
         return {row["_id"]: row["name"] async for row in rows}
+
+    @classmethod
+    async def ids_by_name(cls, names: Collection[str], session: AsyncClientSession | None = None) -> dict[str, str]:
+        """Ids by name. A name that no gallery has is left out."""
+        if not names:
+            return {}
+        rows = cls.get_pymongo_collection().find({"name": {"$in": sorted(set(names))}}, {"name": 1}, session=session)
+        return {row["name"]: row["_id"] async for row in rows}
+
+    @classmethod
+    async def made(cls, ids: Collection[str]) -> dict[str, datetime]:
+        """When these galleries were made, by name."""
+        rows = cls.get_pymongo_collection().find({"_id": {"$in": sorted(ids)}}, {"name": 1, "created_at": 1})
+        return {row["name"]: row["created_at"] async for row in rows}
 
     @classmethod
     async def of_another_model(cls, contract: str, *, also: Sequence[str] = ()) -> list[Self]:

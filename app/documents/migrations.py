@@ -13,6 +13,8 @@ import structlog
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.write_concern import WriteConcern
 
+from app.documents import account_migrations
+
 log = structlog.get_logger(__name__)
 
 Database = AsyncDatabase[dict[str, Any]]
@@ -89,6 +91,9 @@ async def _reasons_about_erased_people(database: Database) -> int:
 STEPS: Final[tuple[tuple[str, Step], ...]] = (
     ("2026-11-30 second_face_prominence", _second_face_prominence),
     ("2026-12-01 reasons_about_erased_people", _reasons_about_erased_people),
+    ("2026-12-01 grants_by_id", account_migrations.grants_by_id),
+    ("2026-12-01 client_roles", account_migrations.client_roles),
+    ("2026-12-01 audience_claims", account_migrations.audience_claims),
 )
 
 

@@ -2,7 +2,7 @@
 
 import ipaddress
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
@@ -22,15 +22,21 @@ class Role(StrEnum):
     OFFICER = "officer"
     RELYING_APP = "relying_app"
     AUDITOR = "auditor"
+    ENROLLER = "enroller"
+
+
+#: Roles for people, and roles for client applications. No role is for both.
+USER_ROLES: Final = frozenset({Role.ADMIN, Role.OFFICER, Role.AUDITOR})
+CLIENT_ROLES: Final = frozenset({Role.RELYING_APP, Role.ENROLLER})
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """An authenticated caller, as the database knew them at most half a second ago.
 
-    galleries: names; None means all, () none. token_id: the access token's `jti`; session_id: the login that a
-    person's token belongs to, None for clients. audiences: what a client may ask an assertion to be made for, its
-    own id first; () for people.
+    galleries: ids, because a later gallery may have the same name; None means all, () none. token_id: the access token's
+    `jti`; session_id: the login that a person's token belongs to, None for clients. audiences: what a client may ask an
+    assertion to be made for, its own id first; () for people.
     """
 
     id: str
@@ -46,18 +52,28 @@ class Caller:
         """Whether the caller has one of these very roles; no role contains another."""
         return not self.roles.isdisjoint(roles)
 
-    def may_see(self, gallery_name: str) -> bool:
-        """Whether the gallery of this name is among theirs."""
-        return self.galleries is None or gallery_name in self.galleries
+    @property
+    def sees_own_enrolments_only(self) -> bool:
+        """Whether they may read the verdicts of their own enrolments and nothing else about people."""
+        return self.has(Role.ENROLLER) and not self.has(Role.OFFICER)
+
+    def may_see(self, gallery_id: str) -> bool:
+        """Whether the gallery of this id is among theirs."""
+        return may_see(self.galleries, gallery_id)
 
     def may_keep(self, galleries: Sequence[str] | None) -> bool:
-        """Whether they may make, change or see an account that is bound to these galleries (None: to none).
+        """Whether they may make, change or see an account that is bound to these galleries (ids; None: to none).
 
         Nobody gives more than they have, or takes over somebody who has more.
         """
         if self.galleries is None:
             return True
         return galleries is not None and set(galleries) <= set(self.galleries)
+
+
+def may_see(galleries: Collection[str] | None, gallery_id: str) -> bool:
+    """Whether a grant contains the gallery of this id. galleries: ids; None means all."""
+    return galleries is None or gallery_id in galleries
 
 
 def shown_score(caller: Caller | None, score: float) -> float:

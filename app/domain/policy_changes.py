@@ -23,9 +23,3 @@ def waiting_fields(before: GalleryPolicy, after: GalleryPolicy) -> list[PendingF
     if before.second_review and not after.second_review:
         fields.append("second_review")
     return fields
-
-
-def changes(before: GalleryPolicy, after: GalleryPolicy) -> dict[str, dict[str, str | float | bool | None]]:
-    """The fields that differ, each with its old and its new value."""
-    old, new = before.model_dump(), after.model_dump()
-    return {name: {"old": old[name], "new": new[name]} for name in sorted(new) if new[name] != old[name]}

@@ -19,6 +19,7 @@ import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.backups import Tell, history_kept, in_groups
+from app.documents.audiences import AudienceClaim
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
@@ -92,6 +93,7 @@ async def _check(runtime: Runtime, tell: Tell, *, repair: bool, photos: bool) ->
         galleries = [gallery async for gallery in Gallery.find_all(session=session)]
         for gallery in galleries:
             await one.gallery(gallery)
+        await one.audiences()
         await one.erasures()
         await one.look_alikes()
         await one.log(outside)
@@ -148,6 +150,13 @@ class _Looking:
         self.found.looked_at += Counter(identities=people, samples=samples)
         removed = await self._changes(gallery)
         await self._counts(gallery, {"identities": people, "samples": samples, "removed": removed})
+
+    async def audiences(self) -> None:
+        """Each audience belongs to the client that has it. An admin decides; nothing is taken from a client here."""
+        for audience, owner, clients in await AudienceClaim.contested(self.session):
+            whose = "nobody may use it" if owner is None else f"only {owner} may use it"
+            told = f"clients {', '.join(clients)} have it, and {whose}: leave it to one client"
+            self._find("audience-contested", None, audience, told)
 
     async def erasures(self) -> None:
         """Whoever is erased is gone, and stays so."""

@@ -1,6 +1,7 @@
 """Make, change and remove galleries. A policy change that acts on enrolled people waits for a second person."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 from app.audit import Action, Typed, by_system, record
-from app.documents.accounts import User
+from app.documents.accounts import Client, User, bound_to
 from app.documents.base import as_text, new_id, now
 from app.documents.events import Detail, Scalar
 from app.documents.galleries import DEFAULT_GALLERY, Gallery, GalleryChange, PendingChange
@@ -19,8 +20,9 @@ from app.documents.proposals import IdentityProposal
 from app.documents.renewals import Renewal
 from app.documents.scans import Scan
 from app.domain.callers import Role
+from app.domain.changes import changes
 from app.domain.policy import GalleryPolicy
-from app.domain.policy_changes import WAIT, PendingField, changes, waiting_fields
+from app.domain.policy_changes import WAIT, PendingField, waiting_fields
 from app.errors import Advice, Conflict, DependencyUnavailable, Forbidden, NotFound, NotReady, Validation
 from app.runtime import Runtime
 
@@ -107,7 +109,7 @@ async def _pending(
 
 def _told(gallery: Gallery, policy: GalleryPolicy) -> Detail:
     """Details for the event of a policy change: every field that takes effect, with its old and its new value."""
-    changed = changes(gallery.policy, policy)
+    changed = changes(gallery.policy.model_dump(), policy.model_dump())
     return {"fields": ",".join(changed), "changes": changed, "policy_version": gallery.policy_version + 1}
 
 
@@ -226,7 +228,7 @@ async def _take_effect(gallery_id: str, session: AsyncClientSession) -> bool:
     if gallery is None or pending is None or pending.agreed_by is None:
         return False
     officer = await User.get(pending.agreed_by, session=session)
-    if officer is None or not officer.may(Role.OFFICER, gallery.name):
+    if officer is None or not officer.may(Role.OFFICER, gallery.id):
         log.warning("policy_agreement_lapsed", gallery=gallery.name, field=pending.field, by=pending.agreed_by)
         open_again = pending.model_copy(update={"agreed_by": None, "agreed_at": None})
         await _settle(by_system("gallery.pending.lapse"), gallery, open_again, _announced(pending), session)
@@ -246,7 +248,7 @@ async def _take_effect(gallery_id: str, session: AsyncClientSession) -> bool:
 
 
 async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
-    """Remove a gallery in which nobody is left. Raises Conflict otherwise."""
+    """Remove a gallery in which nobody is left, with all rights to it. Raises Conflict otherwise."""
     if gallery.name == DEFAULT_GALLERY:
         raise Conflict("The default gallery stays.")
 
@@ -261,5 +263,25 @@ async def delete(runtime: Runtime, action: Action, gallery: Gallery) -> None:
         await Renewal.forget_gallery(gallery.id, session=session)
         await Scan.forget_all_of(gallery.id, session=session)
         await record(session, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name)
+        await _withdraw_grants(action, gallery, session)
 
     await runtime.transaction(commit)
+    runtime.access.forget()
+
+
+async def _withdraw_grants(action: Action, gallery: Gallery, session: AsyncClientSession) -> None:
+    """Take the gallery out of every account that is bound to it, each with an event."""
+    users = await bound_to(User, gallery.id, session)
+    clients = await bound_to(Client, gallery.id, session)
+    ids = {id_ for account in (*users, *clients) for id_ in account.galleries or ()}
+    names = await Gallery.names_by_id(ids, session) | {gallery.id: gallery.name}
+    for account in (*users, *clients):
+        kind = "user" if isinstance(account, User) else "client"
+        former = account.galleries or []
+        kept = [id_ for id_ in former if id_ != gallery.id]
+        old, new = (sorted(names[id_] for id_ in side if id_ in names) for side in (former, kept))
+        await account.update({"$set": {"galleries": kept}}, session=session)
+        await record(
+            session, replace(action, name=f"{kind}.update", claim=None), subject_kind=kind, subject_id=account.id,
+            gallery=gallery.name, detail={"changes": changes({"galleries": old}, {"galleries": new})},
+        )  # fmt: skip

@@ -11,14 +11,15 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from app import audit
-from app.access.callers import check_grant
+from app.access.grants import check_roles, granted, shown
 from app.access.passwords import check_password
 from app.audit import Action, by_system
 from app.documents.accounts import User, kept_account
 from app.documents.base import now
 from app.documents.events import Detail
-from app.domain.callers import Role, username_key
-from app.errors import Advice, Conflict, NotFound, Validation
+from app.domain.callers import USER_ROLES, Role, username_key
+from app.domain.changes import FieldValue, changes
+from app.errors import Advice, Conflict, NotFound
 from app.runtime import Runtime
 
 _WITHOUT_FACTOR: Final[dict[str, object]] = {"sealed_totp": None, "totp_confirmed": False, "totp_step": -1}
@@ -26,7 +27,7 @@ _WITHOUT_FACTOR: Final[dict[str, object]] = {"sealed_totp": None, "totp_confirme
 
 @dataclass(frozen=True, slots=True)
 class UserFields:
-    """What an admin may change of a user, besides the password. has_second_factor: only ever taken away."""
+    """What an admin may change of a user, besides the password. galleries: names. has_second_factor: only ever taken away."""
 
     username: str
     roles: tuple[Role, ...]
@@ -35,9 +36,8 @@ class UserFields:
     has_second_factor: bool = False
 
     @classmethod
-    def of(cls, user: User) -> "UserFields":
-        """A user's fields as they are."""
-        galleries = None if user.galleries is None else tuple(user.galleries)
+    def of(cls, user: User, galleries: tuple[str, ...] | None) -> "UserFields":
+        """A user's fields as they are, with the names of their galleries."""
         return cls(user.username, tuple(user.roles), galleries, user.disabled, user.totp_confirmed)
 
     @property
@@ -45,27 +45,36 @@ class UserFields:
         """Whether this is an admin who may log in."""
         return Role.ADMIN in self.roles and not self.disabled
 
+    @property
+    def told(self) -> dict[str, FieldValue]:
+        """What events record of the fields. The name is not among them: it is personal."""
+        return {
+            "roles": sorted(self.roles), "galleries": None if self.galleries is None else sorted(self.galleries),
+            "disabled": self.disabled, "second_factor": self.has_second_factor,
+        }  # fmt: skip
+
 
 async def create_user(runtime: Runtime, action: Action, fields: UserFields, password: str) -> User:
     """A new user.
 
-    Raises Validation (password, roles), Forbidden (galleries that the caller does not have) and Conflict (the username is
-    taken).
+    Raises Validation (password, roles, unknown galleries), Forbidden (galleries that the caller does not have) and Conflict (the
+    username is taken).
     """
-    _check_grant(action, fields)
+    check_roles(fields.roles, USER_ROLES)
     check_password(password, refuse_common=runtime.settings.is_production)
     user = User(
         username=fields.username,
         username_key=username_key(fields.username),
         password_hash=await runtime.passwords.hashed(password),
         roles=list(fields.roles),
-        galleries=None if fields.galleries is None else list(fields.galleries),
+        galleries=[],
         disabled=fields.disabled,
     )
 
     async def body(session: AsyncClientSession) -> None:
+        user.galleries = await granted(action.caller, fields.galleries, session)
         await user.insert(session=session)
-        detail: Detail = {"roles": " ".join(sorted(fields.roles))}
+        detail: Detail = {"changes": changes({}, fields.told)}
         await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail, status_code=201)
 
     try:
@@ -94,41 +103,40 @@ async def update_user(
 
     async def body(session: AsyncClientSession) -> User:
         user = await kept_account(User, user_id, action.caller, session)
-        before = UserFields.of(user)
+        before = UserFields.of(user, await shown(user.galleries, session))
         after = edit(before)
-        _check_grant(action, after)
+        if after.roles != before.roles:
+            check_roles(after.roles, USER_ROLES)
         if before.is_acting_admin and not after.is_acting_admin:
             await _require_another_admin(user.id, session)
         has_other_roles = set(after.roles) != set(before.roles)
         ends_logins = hashed is not None or (after.disabled and not before.disabled)
         loses_factor = before.has_second_factor and not after.has_second_factor
-        changes: dict[str, object] = {
+        fields: dict[str, object] = {
             "username": after.username,
             "username_key": username_key(after.username),
             "roles": list(after.roles),
-            "galleries": None if after.galleries is None else list(after.galleries),
             "disabled": after.disabled,
             "access_version": user.access_version + has_other_roles,
             "session_version": user.session_version + ends_logins,
             "updated_at": now(),
         }
+        if after.galleries != before.galleries:
+            fields["galleries"] = await granted(action.caller, after.galleries, session)
         if hashed is not None:
-            changes["password_hash"] = hashed
+            fields["password_hash"] = hashed
         if loses_factor:
-            changes |= _WITHOUT_FACTOR
-        await user.update({"$set": changes}, session=session)
+            fields |= _WITHOUT_FACTOR
+        await user.update({"$set": fields}, session=session)
         await audit.record(
             session,
             action,
             subject_kind="user",
             subject_id=user.id,
             detail={
-                "roles": " ".join(sorted(after.roles)),
-                "disabled": after.disabled,
+                "changes": changes(before.told, after.told),
                 "renamed": after.username != before.username,
-                "galleries_changed": after.galleries != before.galleries,
                 "password_changed": hashed is not None,
-                "second_factor_removed": loses_factor,
             },
         )
         return user
@@ -148,10 +156,12 @@ async def delete_user(runtime: Runtime, action: Action, user_id: str) -> None:
 
     async def body(session: AsyncClientSession) -> None:
         user = await kept_account(User, user_id, action.caller, session)
-        if UserFields.of(user).is_acting_admin:
+        fields = UserFields.of(user, await shown(user.galleries, session))
+        if fields.is_acting_admin:
             await _require_another_admin(user.id, session)
         await user.delete(session=session)
-        await audit.record(session, action, subject_kind="user", subject_id=user.id, status_code=204)
+        detail: Detail = {"changes": changes(fields.told, {})}
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail, status_code=204)
 
     await runtime.transaction(body)
     runtime.access.forget()
@@ -177,7 +187,7 @@ async def ensure_user(runtime: Runtime, fields: UserFields, password: str) -> Us
     if user is None:
         return await create_user(runtime, by_system("user.create"), fields, password)
     is_same_password = await runtime.passwords.matches(password, user.password_hash)
-    if is_same_password and UserFields.of(user) == fields:
+    if is_same_password and UserFields.of(user, await shown(user.galleries)) == fields:
         return user
     new_password = None if is_same_password else password
     return await update_user(runtime, by_system("user.update"), user.id, lambda _: fields, new_password)
@@ -191,9 +201,11 @@ async def unlock_user(runtime: Runtime, action: Action, username: str, *, takes_
         if user is None:
             message = f"There is no user {username}."
             raise NotFound(message)
+        before = user.totp_confirmed
         if takes_factor:
             await user.update({"$set": _WITHOUT_FACTOR}, session=session)
-        detail: Detail = {"second_factor_removed": takes_factor}
+        after = before and not takes_factor
+        detail: Detail = {"changes": changes({"second_factor": before}, {"second_factor": after})}
         await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail)
         return user
 
@@ -214,13 +226,6 @@ async def _require_another_admin(user_id: str, session: AsyncClientSession) -> N
     if other is None:
         message = "This is the last enabled admin; make another one first."
         raise Conflict(message)
-
-
-def _check_grant(action: Action, fields: UserFields) -> None:
-    check_grant(action.caller, fields.roles, fields.galleries)
-    if Role.RELYING_APP in fields.roles:
-        message = "`relying_app` is a role of client applications only."
-        raise Validation(message, errors=(Advice("roles", "clients-only", message),))
 
 
 def _username_taken() -> Conflict:

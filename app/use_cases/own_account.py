@@ -14,6 +14,8 @@ from app.access.second_factor import new_totp, sealed_totp, step_of, totp_uri
 from app.audit import Action
 from app.documents.accounts import Login, User
 from app.documents.base import now
+from app.documents.events import Detail
+from app.domain.changes import changes
 from app.errors import Advice, Conflict, Forbidden
 from app.runtime import Runtime
 
@@ -49,7 +51,8 @@ async def change_password(runtime: Runtime, action: Action, current: str, new: s
         await Login.get_pymongo_collection().update_one(
             {"_id": session_id}, {"$set": {"session_version": seen + 1}}, session=session
         )
-        await audit.record(session, action, subject_kind="user", subject_id=user.id)
+        detail: Detail = {"password_changed": True}
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail)
 
     await runtime.transaction(body)
     runtime.access.forget()
@@ -116,7 +119,8 @@ async def _change_factor(
         changed = await User.get_pymongo_collection().update_one(same, {"$set": fields}, session=session)
         if changed.matched_count == 0:
             raise _changed()
-        await audit.record(session, action, subject_kind="user", subject_id=user.id)
+        told = changes({"second_factor": user.totp_confirmed}, {"second_factor": bool(fields["totp_confirmed"])})
+        await audit.record(session, action, subject_kind="user", subject_id=user.id, detail={"changes": told})
 
     await runtime.transaction(body)
 

@@ -9,7 +9,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from app.audit import Action, UnderSalt, record
-from app.documents.events import Detail, Scalar
+from app.documents.events import Detail
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal
@@ -23,6 +23,7 @@ from app.documents.sealed import (
     seal_patch,
 )
 from app.domain.attributes import Attributes, Json, canonical_ref
+from app.domain.changes import FieldValue
 from app.errors import Advice, Conflict, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
 from app.keys import DataKey, GalleryKey
 from app.runtime import Runtime
@@ -58,7 +59,7 @@ class Change:
         if not self.is_of_reference:
             return fields
         values = {"old": self.hash_of(self.before.external_ref), "new": self.hash_of(self.after.external_ref)}
-        hashed: dict[str, Scalar] = {
+        hashed: dict[str, FieldValue] = {
             name: None if value is None else UnderSalt(value.hex()) for name, value in values.items()
         }
         return fields | {"changes": {"external_ref": hashed}}

@@ -199,6 +199,7 @@ async def test_revoking_what_is_no_token_is_no_error(service: AccountService) ->
 
 
 async def test_a_client_logs_in_by_basic_or_form_and_gets_no_refresh_token(service: AccountService) -> None:
+    await service.gallery("north")
     client, by_id = await service.client(galleries=("north",))
     secret, form = by_id["client_secret"], {"grant_type": "client_credentials"}
     by_basic = await service.http.post("/v1/auth/token", data=form, headers=basic(client.id, secret))
@@ -242,7 +243,7 @@ async def test_a_rotated_secret_and_the_former_one_hold_side_by_side_until_the_o
     service: AccountService,
 ) -> None:
     admin = bearer((await service.log_in()).access)
-    made = await service.http.post("/v1/clients", json={"name": "kiosk", "roles": ["relying_app"]}, headers=admin)
+    made = await service.http.post("/v1/clients", json={"name": "kiosk", "galleries": None}, headers=admin)
     assert made.status_code == 201
     client = made.json()
     assert made.headers["location"] == f"/v1/clients/{client['id']}"
@@ -349,9 +350,10 @@ async def test_h53_a_changed_user_is_refused_within_a_second_on_every_process(
 
 
 async def test_h53_other_galleries_hold_within_a_second_for_the_same_token(service: AccountService) -> None:
+    north = await service.gallery("north")
     user = await service.user("ann", galleries=("north",))
     admin, tokens = bearer((await service.log_in()).access), await service.log_in("ann")
-    assert (await service.runtime.access.authenticate(tokens.access)).galleries == ("north",)
+    assert (await service.runtime.access.authenticate(tokens.access)).galleries == (north.id,)
     await service.http.patch(f"/v1/users/{user.id}", json={"galleries": None}, headers=admin)
     assert (await service.runtime.access.authenticate(tokens.access)).galleries is None
     await service.http.patch(f"/v1/users/{user.id}", json={"galleries": []}, headers=admin)
@@ -396,6 +398,7 @@ async def test_two_admins_who_remove_each_other_at_once_leave_one(service: Accou
 
 async def test_a_user_is_made_read_listed_changed_and_removed(service: AccountService) -> None:
     admin = bearer((await service.log_in()).access)
+    await service.gallery("north")
     body = {"username": "Zoë Ågren", "password": PASSWORD, "roles": ["officer", "auditor"], "galleries": ["north"]}
     made = await service.http.post("/v1/users", json=body, headers=admin)
     assert made.status_code == 201
@@ -442,6 +445,7 @@ async def test_h35_h57_a_user_of_another_form_is_refused(service: AccountService
         {"username": "a\u202eb"}, {"username": " ann"}, {"username": "a\nb"}, {"username": None},
         {"username": "\ud800"}, {"password": "short"}, {"password": "x" * 257},
         {"password": "x" * 100_000}, {"password": None}, {"galleries": ["Not A Name"]},
+        {"galleries": ["nobodys"]}, {"roles": ["enroller"]},
         {"galleries": "north"}, {"surprise": 1}, {"id": "mine"},
     ]  # fmt: skip
     for change in changes:
@@ -471,7 +475,11 @@ async def test_h32_a_username_is_unique_whatever_its_case(service: AccountServic
 
 async def test_a_client_is_changed_and_removed(service: AccountService) -> None:
     admin = bearer((await service.log_in()).access)
-    made = (await service.http.post("/v1/clients", json={"name": "kiosk", "audiences": ["a"]}, headers=admin)).json()
+    made = (
+        await service.http.post(
+            "/v1/clients", json={"name": "kiosk", "galleries": None, "audiences": ["a"]}, headers=admin
+        )
+    ).json()
     assert (made["roles"], made["galleries"], made["audiences"]) == (["relying_app"], None, ["a"])
     patched = await service.http.patch(
         f"/v1/clients/{made['id']}", json={"audiences": [], "name": "gate"}, headers=admin
@@ -525,8 +533,10 @@ async def test_a_repeated_creation_with_one_idempotency_key_happens_once(service
     assert again.json() == first.json()
     assert again.headers["location"] == first.headers["location"]
     headers |= {"Idempotency-Key": "k2"}
-    assert (await service.http.post("/v1/clients", json={"name": "kiosk"}, headers=headers)).status_code == 201
-    repeated = await service.http.post("/v1/clients", json={"name": "kiosk"}, headers=headers)
+    assert (
+        await service.http.post("/v1/clients", json={"name": "kiosk", "galleries": None}, headers=headers)
+    ).status_code == 201
+    repeated = await service.http.post("/v1/clients", json={"name": "kiosk", "galleries": None}, headers=headers)
     assert (repeated.status_code, repeated.json()["type"].rsplit("/", 1)[-1]) == (409, "already-created")
     headers |= {"Idempotency-Key": "k3"}
     for _ in range(2):
@@ -575,20 +585,21 @@ async def test_development_credentials_are_brought_back_to_what_they_were(servic
 async def test_what_was_read_of_a_caller_before_a_change_here_does_not_outlive_it(
     service: AccountService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    north, south = await service.gallery("north"), await service.gallery("south")
     user, access = await service.user("ann", galleries=("north",)), service.runtime.access
     tokens = await service.log_in("ann")
     behind = callers._user_behind
 
     async def overtaken(claims: TokenClaims) -> Caller | None:
         read = await behind(claims)
-        await user.update({"$set": {"galleries": ["south"]}})
+        await user.update({"$set": {"galleries": [south.id]}})
         access.forget()
         return read
 
     monkeypatch.setattr(callers, "_user_behind", overtaken)
-    assert (await access.authenticate(tokens.access)).galleries == ("north",)
+    assert (await access.authenticate(tokens.access)).galleries == (north.id,)
     monkeypatch.setattr(callers, "_user_behind", behind)
-    assert (await access.authenticate(tokens.access)).galleries == ("south",)
+    assert (await access.authenticate(tokens.access)).galleries == (south.id,)
 
 
 async def test_what_is_known_of_callers_takes_a_bounded_place(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from tests.builders import another_process, by_officer, enrolled
 from tests.support import audit_load
 
 AUDITOR = Caller("auditor-1", "user", "Aud Itor", frozenset({Role.AUDITOR}), None, "token-3", "session-3")
-NORTHERN = Caller("auditor-2", "user", "Nora", frozenset({Role.AUDITOR}), ("north",), "token-4", "session-4")
+NORTHERN = Caller("auditor-2", "user", "Nora", frozenset({Role.AUDITOR}), (), "token-4", "session-4")
 
 
 async def _told(count: int, *, gallery: str | None = None, **fields: object) -> list[AuditEvent]:
@@ -82,11 +83,13 @@ async def _numbered() -> list[AuditEvent]:
 @pytest.fixture
 async def http(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
     """The audit routes, asked by whoever the bearer's token names: `auditor` or `northern`."""
+    north = await runtime.create_gallery("north", runtime.starting_policy())
+    northern = replace(NORTHERN, galleries=(north.id,))
 
     async def authenticated(_: Acting, request: object) -> Caller:
         del _
         header = getattr(request, "headers")["authorization"]  # noqa: B009 - a Request
-        return NORTHERN if header.endswith("northern") else AUDITOR
+        return northern if header.endswith("northern") else AUDITOR
 
     monkeypatch.setattr(Acting, "_authenticated", authenticated)
     app = FastAPI()

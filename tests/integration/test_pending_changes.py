@@ -17,7 +17,7 @@ from app.runtime import Runtime
 from app.use_cases import galleries
 from app.use_cases.erase import erase_expired
 from tests.builders import active, default_gallery, known
-from tests.support.callers import app_on, http_of, machine_token_of, token_of
+from tests.support.callers import app_on, former_officer_of, http_of, token_of
 from workers import jobs
 
 PATH = "/v1/galleries/default"
@@ -37,14 +37,15 @@ class Callers:
 
 @pytest.fixture
 async def callers(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Callers]:
-    """An admin, an officer, an officer of another gallery, a user with both roles, and an application with the officer's role."""
+    """An admin, officers of this and of another gallery, a user with both roles, and an application that was an officer."""
+    await runtime.create_gallery("elsewhere", runtime.starting_policy())
     app = app_on(runtime)
     tokens = [
         await token_of(runtime, app, "ada", "admin", None),
         await token_of(runtime, app, "olga", "officer", None),
         await token_of(runtime, app, "sven", "officer", ("elsewhere",)),
         await token_of(runtime, app, "bo", "admin", None),
-        await machine_token_of(runtime, app, "machine", "officer", None),
+        await former_officer_of(runtime, app, "machine"),
     ]
     await User.find_one(User.username == "bo").update({"$set": {"roles": ["admin", "officer"]}})
     opened = Callers(*(http_of(app, token) for token in tokens))

@@ -17,17 +17,18 @@ from app.domain.log_export import personal_hash
 from app.runtime import Runtime
 from app.use_cases.trace_reference import trace_reference
 from tests.builders import active, default_gallery, enrolled, known, portrait, screened, with_sample
-from tests.support.callers import app_on, http_of, machine_token_of, token_of
+from tests.support.callers import app_on, former_officer_of, http_of, token_of
 
 Page = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Two officers, an officer of another gallery, and an application with the officer's role."""
+    """Three officers, an officer of another gallery, and an application that had the officer's role."""
 
     one: httpx.AsyncClient
     two: httpx.AsyncClient
+    three: httpx.AsyncClient
     stranger: httpx.AsyncClient
     machine: httpx.AsyncClient
 
@@ -35,17 +36,19 @@ class Desk:
 @pytest.fixture
 async def desk(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Desk]:
     """The desk of a gallery that asks for two officers."""
+    await runtime.create_gallery("elsewhere", runtime.starting_policy())
     await _second_review(needed=True)
     app = app_on(runtime)
     tokens = [
         await token_of(runtime, app, "one", "officer", None),
         await token_of(runtime, app, "two", "officer", None),
+        await token_of(runtime, app, "three", "officer", None),
         await token_of(runtime, app, "stranger", "officer", ("elsewhere",)),
-        await machine_token_of(runtime, app, "machine", "officer", None),
+        await former_officer_of(runtime, app, "machine"),
     ]
     opened = Desk(*(http_of(app, token) for token in tokens))
     yield opened
-    for one in (opened.one, opened.two, opened.stranger, opened.machine):
+    for one in (opened.one, opened.two, opened.three, opened.stranger, opened.machine):
         await one.aclose()
 
 
@@ -124,10 +127,9 @@ async def test_who_may_agree_and_who_may_withdraw(runtime: Runtime, desk: Desk) 
     assert len(await _events("proposal.withdraw")) == 1
 
 
-async def test_an_application_s_proposal_needs_a_person(runtime: Runtime, desk: Desk) -> None:
+async def test_an_application_proposes_nothing(runtime: Runtime, desk: Desk) -> None:
     ann = await active(runtime, "ann")
-    proposal_id = await _proposed(await _erasure(desk.machine, ann))
-    assert (await _agreed(desk.one, proposal_id)).status_code == 200
+    assert (await _erasure(desk.machine, ann)).status_code == 403
 
 
 async def test_a_proposal_about_a_changed_identity_cannot_be_agreed_to(runtime: Runtime, desk: Desk) -> None:
@@ -154,7 +156,7 @@ async def test_proposing_the_same_again_gives_the_same_proposal(runtime: Runtime
 
 async def test_two_officers_who_ask_at_once_make_one_proposal(runtime: Runtime, desk: Desk) -> None:
     ann = await active(runtime, "ann")
-    answers = await asyncio.gather(*(_erasure(one, ann) for one in (desk.one, desk.two, desk.machine)))
+    answers = await asyncio.gather(*(_erasure(one, ann) for one in (desk.one, desk.two, desk.three)))
     assert len({await _proposed(answer) for answer in answers}) == 1
     assert await IdentityProposal.find_all().count() == 1
 
@@ -178,7 +180,7 @@ async def test_a_key_repeats_the_proposal_and_the_agreement(runtime: Runtime, de
 
 async def test_two_agreements_at_once_erase_once(runtime: Runtime, desk: Desk) -> None:
     ann = await active(runtime, "ann")
-    proposal_id = await _proposed(await _erasure(desk.machine, ann))
+    proposal_id = await _proposed(await _erasure(desk.three, ann))
     answers = await asyncio.gather(_agreed(desk.one, proposal_id), _agreed(desk.two, proposal_id))
     first, second = sorted(one.status_code for one in answers)
     assert first == 200

@@ -173,7 +173,7 @@ async def test_h105_guesses_are_counted_by_address_and_no_forged_header_dodges_i
 
 async def test_a_caller_over_the_rate_becomes_one_event_not_many(service: AccountService) -> None:
     token = (await service.log_in()).access
-    body = {"name": "kiosk", "roles": ["relying_app"]}
+    body = {"name": "kiosk", "galleries": None}
     answers = [await service.http.post("/v1/clients", json=body, headers=bearer(token)) for _ in range(9)]
     assert [one.status_code for one in answers] == [201] * 4 + [429] * 5
     events = await AuditEvent.find({"action": "client.create", "outcome": "failure"}).to_list()

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import httpx
 from fastapi import FastAPI
 
-from app.api import auth, clients, users
+from app.api import audit, auth, clients, galleries, users
 from app.api.envelope import Envelope
 from app.api.problems import install
 from app.audit import by_system
 from app.documents.accounts import Client, User
 from app.documents.events import AuditEvent
+from app.documents.galleries import Gallery
 from app.domain.callers import Role
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
@@ -69,6 +70,10 @@ class AccountService:
         assert answer.status_code in (200, 401)
         return answer.status_code == 200
 
+    async def gallery(self, name: str) -> Gallery:
+        """A new, empty gallery."""
+        return await self.runtime.create_gallery(name, self.runtime.starting_policy())
+
     async def user(self, username: str, *roles: Role, galleries: tuple[str, ...] | None = None) -> User:
         """A new user with the one password."""
         fields = UserFields(username, roles or (Role.OFFICER,), galleries)
@@ -91,7 +96,7 @@ async def open_accounts(runtime: Runtime) -> AsyncIterator[AccountService]:
     await runtime.access.load_keys()
     app = FastAPI()
     app.state.runtime = runtime
-    for door in (auth, users, clients):
+    for door in (audit, auth, users, clients, galleries):
         app.include_router(door.router)
     install(app)
     app.add_middleware(Envelope, body_limit=runtime.settings.max_json_bytes)

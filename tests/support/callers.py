@@ -6,7 +6,8 @@ import httpx
 from fastapi import FastAPI
 
 from app.audit import by_system
-from app.domain.callers import Role
+from app.documents.accounts import Client
+from app.domain.callers import CLIENT_ROLES, Role
 from app.main import create_app
 from app.runtime import Runtime
 from app.use_cases.keep_clients import ClientFields, create_client
@@ -36,7 +37,7 @@ def http_of(app: FastAPI, token: str | None) -> httpx.AsyncClient:
 
 async def token_of(runtime: Runtime, app: FastAPI, name: str, role: str, galleries: tuple[str, ...] | None) -> str:
     """The access token of a new caller with this role."""
-    if role == "relying_app":
+    if Role(role) in CLIENT_ROLES:
         return await machine_token_of(runtime, app, name, role, galleries)
     await create_user(runtime, by_system("user.create"), UserFields(name, (Role(role),), galleries), NEW_PASSWORD)
     return await _granted(app, {"grant_type": "password", "username": name, "password": NEW_PASSWORD})
@@ -49,6 +50,14 @@ async def machine_token_of(
     fields = ClientFields(name, (Role(role),), galleries)
     client, secret = await create_client(runtime, by_system("client.create"), fields)
     return await _granted(app, {"grant_type": "client_credentials", "client_id": client.id, "client_secret": secret})
+
+
+async def former_officer_of(runtime: Runtime, app: FastAPI, name: str) -> str:
+    """The access token of an application that an earlier version gave the officer's role."""
+    token = await machine_token_of(runtime, app, name, "relying_app", None)
+    await Client.get_pymongo_collection().update_one({"name": name}, {"$set": {"roles": ["officer"]}})
+    runtime.access.forget()
+    return token
 
 
 async def _granted(app: FastAPI, form: dict[str, str]) -> str:

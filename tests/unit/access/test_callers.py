@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.access.callers import check_grant
+from app.access.grants import check_roles
 from app.domain import callers
-from app.domain.callers import USERNAME_MAXIMUM, Caller, Role, subscriber, username_key
-from app.errors import Forbidden, Validation
+from app.domain.callers import CLIENT_ROLES, USER_ROLES, USERNAME_MAXIMUM, Caller, Role, subscriber, username_key
+from app.errors import Validation
 
 
 def caller(*roles: Role, galleries: tuple[str, ...] | None = None) -> Caller:
@@ -32,16 +32,18 @@ def test_null_means_all_galleries_and_an_empty_list_none() -> None:
     assert not caller(galleries=("north",)).may_see("nort")
 
 
-def test_nobody_gives_galleries_that_they_do_not_have_and_the_system_has_all() -> None:
-    roles = (Role.OFFICER,)
-    check_grant(None, roles, None)
-    check_grant(caller(galleries=("north",)), roles, ("north",))
-    for beyond in (None, ("north", "south")):
-        with pytest.raises(Forbidden):
-            check_grant(caller(galleries=("north",)), roles, beyond)
-    for none_or_twice in ((), (Role.OFFICER, Role.OFFICER)):
+def test_users_and_clients_have_roles_of_their_own() -> None:
+    assert not USER_ROLES & CLIENT_ROLES
+    assert set(Role) == USER_ROLES | CLIENT_ROLES
+    check_roles((Role.OFFICER, Role.AUDITOR), USER_ROLES)
+    check_roles((Role.RELYING_APP, Role.ENROLLER), CLIENT_ROLES)
+    for roles, possible in (
+        ((), USER_ROLES), ((Role.OFFICER, Role.OFFICER), USER_ROLES), ((Role.ENROLLER,), USER_ROLES),
+        ((Role.OFFICER, Role.RELYING_APP), USER_ROLES), ((Role.OFFICER,), CLIENT_ROLES), ((Role.ADMIN,), CLIENT_ROLES),
+        ((Role.RELYING_APP, Role.AUDITOR), CLIENT_ROLES),
+    ):  # fmt: skip
         with pytest.raises(Validation):
-            check_grant(None, none_or_twice, None)
+            check_roles(roles, possible)
 
 
 GALLERIES = st.none() | st.lists(st.sampled_from(["north", "south", "east"]), unique=True).map(tuple)
