@@ -21,7 +21,7 @@ clients. Any layer may raise these; only `app.api.problems` knows how they look 
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +193,11 @@ class Validation(Problem):
     """The request is not of the form that the contract gives."""
 
     status, title = 422, "The request does not fit"
+
+    @classmethod
+    def of(cls, field: str, code: str, message: str) -> Self:
+        """The refusal of one field."""
+        return cls(message, errors=(Advice(field, code, message),))
 
 
 class IdempotencyKeyReused(Validation):

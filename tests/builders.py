@@ -15,7 +15,7 @@ from app.documents.cases import Case
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity
 from app.documents.root_secret import open_root
-from app.domain.attributes import Attributes
+from app.domain.attributes import GivenAttributes
 from app.domain.callers import Caller, Role
 from app.domain.policy import Decision
 from app.keys import KeyRing
@@ -84,7 +84,7 @@ async def enrolled(
     gallery: Gallery | None = None,
 ) -> Identity:
     """Somebody who has just been enrolled, by default into the gallery `default`, and waits for the verdict."""
-    attributes = Attributes(external_ref=external_ref, full_name=full_name, date_of_birth=date_of_birth)
+    attributes = GivenAttributes(external_ref=external_ref, full_name=full_name, date_of_birth=date_of_birth)
     given = [portrait(*people, capture=capture + i) for i in range(photos)]
     gallery = gallery or await default_gallery()
     return await enrol.enrol(runtime, by_officer("identity.enrol"), gallery, given, attributes)

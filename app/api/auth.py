@@ -298,10 +298,10 @@ def _client_credentials(form: TokenForm, authorization: str | None) -> tuple[str
         raise GrantRefused("invalid_request", "Send the client's secret once: by HTTP Basic or in the form.")
     try:
         text = base64.b64decode(value.strip(), validate=True).decode()
+        client_id, _, secret = (unquote_plus(part, errors="strict") for part in text.partition(":"))
     except ValueError as error:
         raise GrantRefused("invalid_request", "The Authorization header cannot be read.") from error
-    client_id, _, secret = text.partition(":")
-    return _given(unquote_plus(client_id)), _given(unquote_plus(secret))
+    return _given(client_id), _given(secret)
 
 
 def _oauth_error(refusal: GrantRefused) -> JSONResponse:

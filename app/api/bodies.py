@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
 
 from app.api.dependencies import Admission
+from app.api.urlencoded import require_distinct, require_utf8
 from app.errors import Advice, UnsupportedMediaType, Validation
 
 #: Of objects and lists in each other; metadata, the deepest that is taken, ends at five.
@@ -25,21 +26,27 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 class StrictRoute(APIRoute):
     """A route that lets its callers in before it looks at what they bring, and takes JSON only as `parsed` does.
 
+    Forms are percent-encoded, in UTF-8, and name each field once.
+
     Routes with photos parse theirs themselves.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler behind these checks."""
         handle, admission = super().get_route_handler(), admission_of(self)
-        takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
+        takes_form = self.body_field is not None and isinstance(self.body_field.field_info, params.Form)
 
         async def handle_strictly(request: Request) -> Response:
             if admission is not None:
                 await admission.admit(request)
             if self.body_field is not None:
                 refuse_encodings(request)
-            data = await request.body() if takes_json else b""
-            if data:
+            data = b"" if self.body_field is None else await request.body()
+            if data and takes_form:
+                if _kind_of(request) != "application/x-www-form-urlencoded":
+                    raise UnsupportedMediaType("Send application/x-www-form-urlencoded.")
+                require_distinct(data, "body")
+            elif data:
                 if not _is_json(request):
                     raise UnsupportedMediaType("Send application/json.")
                 parsed("body", data)
@@ -69,12 +76,15 @@ def refuse_encodings(request: Request) -> None:
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMediaType("Send the body without a Content-Encoding.")
     _, parameters = parse_options_header(request.headers.get("content-type"))
-    if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-        raise UnsupportedMediaType("Send the body in UTF-8.")
+    require_utf8(parameters.get(b"charset", b"utf-8").decode("latin-1"))
+
+
+def _kind_of(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _kind_of(request)
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
@@ -87,7 +97,7 @@ def parsed(name: str, data: bytes) -> dict[str, Any]:
     if sum(map(data.count, _MARKS)) > MOST_MARKS:
         message = f"At most {MOST_MARKS} brackets, commas and quotes are taken."
         raise Validation(message, errors=(Advice(name, "too-many-values", message),))
-    message = "A JSON object is expected."
+    message = "A JSON object is expected, in UTF-8."
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode()
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_refused)

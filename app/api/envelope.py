@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import answer
 from app.api.room import NoRoom, Place, Room
+from app.api.urlencoded import require_distinct
 from app.audit import Action
 from app.documents.base import new_id
 from app.domain.callers import subscriber
@@ -314,3 +315,4 @@ def _check_header(scope: Scope) -> None:
     names = [name for name, _ in pairs]
     if b"content-length" in names and b"transfer-encoding" in names:
         raise Unreadable("The body's length is given in two ways.")
+    require_distinct(scope["query_string"], "query")

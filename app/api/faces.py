@@ -14,8 +14,8 @@ from app.api.uploads import NoFields, Upload, body_of, uploaded
 from app.audit import Action
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness
-from app.documents.sealed import gallery_key
-from app.domain.attributes import canonical_ref
+from app.documents.sealed import holders_of
+from app.domain.attributes import AskedRef
 from app.domain.callers import Role
 from app.domain.faces import Box
 from app.domain.quality import QualityReport
@@ -51,7 +51,7 @@ class VerificationFields(Body):
     """Whom the selfie is said to show: by id, or by reference in a gallery."""
 
     identity_id: Annotated[str, Field(max_length=64)] | None = None
-    external_ref: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    external_ref: AskedRef | None = None
     gallery: str = DEFAULT_GALLERY
     nonce: Nonce | None = None
     audience: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -194,10 +194,10 @@ async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields)
             raise NotFound
         return await gallery_of(action, identity.gallery_id), identity
     gallery = await visible_gallery(runtime, action, fields.gallery)
-    ref_hash = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(fields.external_ref or ""))
-    identity = await Identity.by_external_ref(gallery.id, ref_hash)
-    if identity is None:
+    holders = await holders_of(runtime.keys, [gallery], fields.external_ref or "")
+    if len(holders) != 1:  # several have it in other spellings: which of them is meant is open
         raise NotFound
+    (identity,) = holders
     action.about("identity", identity.id)
     return gallery, identity
 

@@ -1,6 +1,5 @@
 """What all bodies share: unknown fields are refused, numbers are finite; times are RFC 3339 in UTC."""
 
-import re
 import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -8,12 +7,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from app.domain.callers import CLIENT_ROLES, USER_ROLES, Role
+from app.domain.times import moment_of
 
 #: RFC 6749, 5.1: nobody on the way may keep an answer that holds a secret.
 NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
-
-
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 class Body(BaseModel):
@@ -26,12 +23,9 @@ def _rfc3339(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _dated(value: object) -> object:
-    # A bare number would be read as seconds since 1970; the contract knows no such times.
-    if isinstance(value, str | int | float) and not _DATE.match(str(value)):
-        message = "a time as RFC 3339 writes it, 2026-11-21T09:30:00Z"
-        raise ValueError(message)
-    return value
+def _read(value: object) -> object:
+    # Pydantic itself would take dates, times without a zone, and numbers as seconds since 1970.
+    return value if isinstance(value, datetime) else moment_of(str(value))
 
 
 def _plain(text: str) -> str:
@@ -55,5 +49,5 @@ ClientRoles = Annotated[
     tuple[Literal[Role.RELYING_APP, Role.ENROLLER], ...], Field(min_length=1, max_length=len(CLIENT_ROLES))
 ]
 
-#: A time as the contract writes it: 2026-11-21T09:30:00.123Z.
-Moment = Annotated[datetime, BeforeValidator(_dated), PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+#: A time as the contract writes it, always with its zone: 2026-11-21T09:30:00.123Z.
+Moment = Annotated[datetime, BeforeValidator(_read), PlainSerializer(_rfc3339, return_type=str, when_used="json")]

@@ -20,6 +20,7 @@ from app.api.base64_texts import NotBase64, decoded, spelt_bytes
 from app.api.bodies import MOST_MARKS, parsed, refuse_encodings
 from app.api.dependencies import CurrentRuntime
 from app.api.shapes import Body
+from app.api.urlencoded import CHARSET_FIELD, require_utf8
 from app.errors import Advice, TooLarge, UnsupportedMediaType, Validation
 
 #: Room for the fields, part headers and boundaries around the photos.
@@ -36,6 +37,9 @@ PARSER_SECONDS = 0.5
 #: The most bytes that may come before the first boundary of a form (RFC 2046, 5.1.1: a preamble).
 PREAMBLE_BYTES = 16 * 1024
 
+#: Codings of a part that leave its bytes as they are (RFC 7578, 4.7 asks for no others).
+_UNCODED = (b"7bit", b"8bit", b"binary")
+
 F = TypeVar("F", bound=BaseModel)
 
 
@@ -43,10 +47,36 @@ class NoFields(Body):
     """No fields besides the photo."""
 
 
-class _InMemoryParser(MultiPartParser):
-    """Keeps every part in memory: a face in clear must not touch a disk. Bounded by the body's limit."""
+class _StrictParser(MultiPartParser):
+    """Keeps every part in memory: a face in clear must not touch a disk. Bounded by the body's limit.
+
+    Takes text in UTF-8 only. Starlette reads everything else as Latin-1, and passes over what a part says about its encoding.
+    """
 
     spool_max_size = 2**31
+
+    def on_headers_finished(self) -> None:
+        """Look at what the part says about itself. Raises UnsupportedMediaType for a charset or coding that is not read here."""
+        super().on_headers_finished()
+        part = self._current_part
+        for name, value in part.item_headers:
+            if name == b"content-transfer-encoding" and value.strip().lower() not in _UNCODED:
+                raise UnsupportedMediaType("Send each part of the form without a Content-Transfer-Encoding.")
+            if name == b"content-type" and part.file is None:
+                charset = parse_options_header(value)[1].get(b"charset", b"utf-8").lower()
+                if charset != b"us-ascii":  # a part of UTF-8
+                    require_utf8(charset.decode("latin-1"))
+
+    def on_part_end(self) -> None:
+        """Take the part. Raises Validation for text that is not UTF-8."""
+        part = self._current_part
+        if part.file is None:
+            try:
+                part.data.decode()
+            except UnicodeDecodeError as error:
+                message = "Send the field's text in UTF-8."
+                raise Validation.of(part.field_name[:64], "not-utf-8", message) from error
+        super().on_part_end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +182,7 @@ async def _multipart(
 ) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
     request.state.body_limit = most_files * limit + FIELDS_BYTES
     # One file more than allowed is let in, so that the answer can say so.
-    parser = _InMemoryParser(
+    parser = _StrictParser(
         request.headers,
         _in_bounded_time(_from_first_boundary(request)),
         max_files=most_files + 1,
@@ -179,6 +209,8 @@ async def _multipart(
             elif name in names:
                 message = "A photo is sent as a file part, with a file name."
                 raise Validation(message, errors=(Advice(name, "photo-missing", message),))
+            elif name == CHARSET_FIELD:
+                require_utf8(value)
             elif name in fields:
                 message = "The field came twice."
                 raise Validation(message, errors=(Advice(name, "repeated", message),))

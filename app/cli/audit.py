@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, TypeVar, cast
 
@@ -16,6 +15,7 @@ from app.documents.galleries import DEFAULT_GALLERY
 from app.documents.tree import AuditKey, TreeHead
 from app.domain.log_check import Head, Report, check_export
 from app.domain.log_export import Form, Json
+from app.domain.times import moment_of
 from app.logs import configure_logging
 from app.runtime import Runtime
 from app.use_cases.trace_reference import Named, trace_reference
@@ -141,9 +141,9 @@ def _keys_in(path: Path) -> list[tuple[str, bytes]]:
 def _moment(text: str) -> str:
     """The time as heads have theirs."""
     try:
-        return as_text(datetime.fromisoformat(text))
-    except (ValueError, OverflowError) as error:
-        message = f"{text} is no time like 2026-11-21T09:30:00Z"
+        return as_text(moment_of(text))
+    except ValueError as error:
+        message = f"{text} is no time with a zone, like 2026-11-21T09:30:00Z"
         raise typer.BadParameter(message, param_hint="--at") from error
 
 

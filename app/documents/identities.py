@@ -1,12 +1,12 @@
 """An identity: someone known in a gallery, with the samples and screenings that belong to them."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, Field
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.clock import from_now
@@ -100,6 +100,24 @@ _WITH_SEVERAL_SAMPLES = {"samples.1.seq": {"$exists": True}}
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceHashes:
+    """By what a reference is looked up. equal: the same for all its spellings; exact: for this one, under the first rules."""
+
+    equal: bytes
+    exact: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SealedLookups:
+    """What the hashes that an identity is found by are made of, and how they are at present."""
+
+    identity_id: str
+    wrapped_key: bytes | None
+    attributes: bytes
+    external_ref_hash: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class SealedTemplates:
     """An identity's data key, wrapped, and the sealed template and model contract of each sample, by the sample's id."""
 
@@ -110,10 +128,12 @@ class SealedTemplates:
 class Identity(Stored):
     """Someone known in a gallery.
 
-    attributes: sealed JSON of external_ref, full_name, date_of_birth, metadata. name_tags: keyed hashes that a search by the
-    beginning of a name meets. wrapped_key: the data key; without it nothing of the person opens any more. key_generation: of
-    the gallery's key that wrapped it. touch: raised by transactions that rely on this identity's standing, so that they
-    conflict with those that change it. outbox_at: when a queued screening is overdue and must be queued again.
+    attributes: sealed JSON of external_ref, full_name, date_of_birth, metadata. external_ref_hash: of the reference, unique in
+    the gallery. external_ref_equal: set where somebody else has the same reference in another spelling; then external_ref_hash
+    is that of this very spelling (docs/adr/0051). name_tags: keyed hashes that a search by the beginning of a name meets, and
+    a mark of the rules that they were made by. wrapped_key: the data key; without it nothing of the person opens any more.
+    key_generation: of the gallery's key that wrapped it. touch: raised by transactions that rely on this identity's standing,
+    so that they conflict with those that change it. outbox_at: when a queued screening is overdue and must be queued again.
     """
 
     gallery_id: str
@@ -123,6 +143,7 @@ class Identity(Stored):
     screenings: list[Screening]
     attributes: bytes | None
     external_ref_hash: bytes | None
+    external_ref_equal: bytes | None = None
     name_tags: list[bytes] = Field(default_factory=list)
     wrapped_key: bytes | None
     key_generation: int | None = None
@@ -144,6 +165,10 @@ class Identity(Stored):
                 [("gallery_id", 1), ("external_ref_hash", 1)],
                 unique=True,
                 partialFilterExpression={"external_ref_hash": {"$type": "binData"}},
+            ),
+            IndexModel(
+                [("gallery_id", 1), ("external_ref_equal", 1)],
+                partialFilterExpression={"external_ref_equal": {"$type": "binData"}},
             ),
             IndexModel([("gallery_id", 1), ("created_at", -1), ("_id", -1)]),
             IndexModel([("gallery_id", 1), ("status", 1), ("created_at", -1), ("_id", -1)]),
@@ -187,15 +212,24 @@ class Identity(Stored):
         return await cls.find_one({"_id": identity_id, "status": {"$ne": "erased"}}, session=session)
 
     @classmethod
-    async def by_external_ref(cls, gallery_id: str, ref_hash: bytes) -> Self | None:
-        """The identity that holds a reference in its gallery."""
-        return await cls.find_one({"gallery_id": gallery_id, **cls.holding([ref_hash])})
+    async def with_reference(
+        cls, wanted: Mapping[str, ReferenceHashes], session: AsyncClientSession | None = None
+    ) -> list[Self]:
+        """Those who have a reference, in any spelling. wanted: its hashes by gallery."""
+        return await cls.find(cls.holding(wanted), session=session).to_list()
 
     @classmethod
-    def holding(cls, ref_hashes: Sequence[bytes]) -> dict[str, Any]:
-        """The filter for those who hold one of these references."""
-        # The type too: without the index's own condition MongoDB would not use it, and read the whole gallery.
-        return {"external_ref_hash": {"$in": list(ref_hashes), "$type": "binData"}}
+    def holding(cls, wanted: Mapping[str, ReferenceHashes]) -> dict[str, Any]:
+        """The filter for those who have a reference, in any spelling."""
+        galleries = {"$in": list(wanted)}
+        equal = [hashes.equal for hashes in wanted.values()]
+        either = list({*equal, *(hashes.exact for hashes in wanted.values())})
+        # The types too: without an index's own condition MongoDB would not use it, and read the whole gallery.
+        sides = [
+            {"gallery_id": galleries, "external_ref_hash": {"$in": either, "$type": "binData"}},
+            {"gallery_id": galleries, "external_ref_equal": {"$in": equal, "$type": "binData"}},
+        ]
+        return {"$or": sides}
 
     @classmethod
     async def by_job(cls, job_id: str) -> Self | None:
@@ -221,6 +255,48 @@ class Identity(Stored):
             )
             async for row in rows
         }
+
+    @classmethod
+    async def count_tagged(cls, gallery_id: str, tag: bytes) -> int:
+        """How many people have this tag."""
+        return await cls.get_pymongo_collection().count_documents({"gallery_id": gallery_id, "name_tags": tag})
+
+    @classmethod
+    async def untagged_after(cls, gallery_id: str, tag: bytes, identity_id: str, limit: int) -> list[SealedLookups]:
+        """Those without this tag who have attributes and greater ids than this one, by id; at most `limit`."""
+        rows = cls.get_pymongo_collection().find(
+            {
+                "gallery_id": gallery_id, "_id": {"$gt": identity_id}, "name_tags": {"$ne": tag},
+                "attributes": {"$type": "binData"},
+            },
+            {"wrapped_key": 1, "attributes": 1, "external_ref_hash": 1},
+        )  # fmt: skip
+        return [
+            SealedLookups(row["_id"], row["wrapped_key"], row["attributes"], row["external_ref_hash"])
+            async for row in rows.sort("_id").limit(limit)
+        ]
+
+    @classmethod
+    async def renew_lookups(cls, renewed: Sequence[tuple[SealedLookups, Mapping[str, object]]]) -> int:
+        """Set the fields of each, unless its attributes have changed; the number of those that were changed.
+
+        The version stays: what officers know of a person does not change. Raises BulkWriteError for a hash that is taken.
+        """
+        if not renewed:
+            return 0
+        updates = [
+            UpdateOne({"_id": known.identity_id, "attributes": known.attributes}, {"$set": dict(fields)})
+            for known, fields in renewed
+        ]
+        return int((await cls.get_pymongo_collection().bulk_write(updates, ordered=False)).modified_count)
+
+    @classmethod
+    async def forget_stray_references(cls, gallery_id: str) -> None:
+        """Delete what an older process left of an erased person's reference, because it knows one hash only."""
+        await cls.get_pymongo_collection().update_many(
+            {"gallery_id": gallery_id, "external_ref_equal": {"$type": "binData"}, "status": "erased"},
+            {"$set": {"external_ref_equal": None}},
+        )
 
     @classmethod
     async def seqs_of_several(cls, gallery_id: str, limit: int) -> AsyncIterator[list[int]]:

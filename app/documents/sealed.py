@@ -1,12 +1,17 @@
 """A person's sealed data: templates, photos and attributes, each bound to its place so that it opens nowhere else."""
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
 
 from app.documents.galleries import Change, Gallery
-from app.documents.identities import Identity, Sample, SealedTemplates
-from app.domain.attributes import PREFIX_CHARACTERS, Attributes, name_prefixes
+from app.documents.identities import Identity, ReferenceHashes, Sample, SealedTemplates
+from app.domain.attributes import Attributes
 from app.domain.faces import Embedding, Landmarks
+from app.domain.names import canonical_name, cut, former_prefix, name_prefixes
 from app.domain.near_copies import Likeness
+from app.domain.spelling import canonical, first_canonical
 from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
 
 
@@ -140,12 +145,49 @@ def open_patch(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str) -
     return key.open(sealed, _bound("proposed-patch", gallery_id, identity_id, ""))
 
 
-def name_tags(key: GalleryKey, attributes: Attributes) -> list[bytes]:
-    """What a search by the beginning of a name meets; see docs/adr/0031."""
-    return [] if attributes.full_name is None else key.lookup_tags("name", name_prefixes(attributes.full_name))
+#: Among a person's name tags: the rules of `domain.spelling` and `domain.names` that made them and the hash of the reference.
+#: Older processes, and older backups, write tags without it. Raise the number with each change of the rules. Tags of names are
+#: longer.
+LOOKUP_RULES: Final = bytes([2])
 
 
-def name_tag(key: GalleryKey, canonical_prefix: str) -> bytes:
-    """The tag of those whose name begins with these letters, of which the first PREFIX_CHARACTERS count."""
-    (tag,) = key.lookup_tags("name", [canonical_prefix[:PREFIX_CHARACTERS]])
-    return tag
+def name_tags(key: GalleryKey, attributes: Attributes, *, is_current: bool = True) -> list[bytes]:
+    """What a search by the beginning of a name meets; see docs/adr/0052. is_current: the reference's hash is of today's rules."""
+    name = attributes.full_name
+    tags = [] if name is None else key.lookup_tags("name", name_prefixes(name))
+    return [LOOKUP_RULES, *tags] if is_current else tags
+
+
+def asked_tags(key: GalleryKey, asked: str) -> list[bytes]:
+    """The tags of those whose name begins like this, by the present rules and by the former ones."""
+    return key.lookup_tags("name", {cut(canonical_name(asked)), former_prefix(asked)} - {""})
+
+
+def reference_hashes(key: GalleryKey, reference: str) -> ReferenceHashes:
+    """By what a reference is looked up in the gallery."""
+    return ReferenceHashes(
+        key.lookup_hash("external_ref", canonical(reference)),
+        key.lookup_hash("external_ref", first_canonical(reference)),
+    )
+
+
+async def holders_of(keys: KeyRing, galleries: Sequence[Gallery], reference: str) -> list[Identity]:
+    """Who has this reference: one person a gallery, or nobody.
+
+    More where people were stored apart under the first rules and none of them has this very spelling. Raises SealBroken.
+    """
+    wanted = {gallery.id: reference_hashes(gallery_key(keys, gallery), reference) for gallery in galleries}
+    people = await Identity.with_reference(wanted)
+    found: list[Identity] = []
+    for gallery in galleries:
+        here = [identity for identity in people if identity.gallery_id == gallery.id]
+        exact = [one for one in here if _is_spelt(keys, gallery, one, reference)] if len(here) > 1 else []
+        found += exact or here
+    return found
+
+
+def _is_spelt(keys: KeyRing, gallery: Gallery, identity: Identity, reference: str) -> bool:
+    if identity.attributes is None:
+        return False
+    kept = open_attributes(data_key(keys, gallery, identity), identity.attributes, gallery.id, identity.id).external_ref
+    return kept is not None and first_canonical(kept) == first_canonical(reference)

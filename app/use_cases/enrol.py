@@ -18,12 +18,13 @@ from app.audit import Action, UnderSalt, record
 from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.galleries import Gallery, GalleryChange
-from app.documents.identities import Identity, Liveness, Sample, Screening
+from app.documents.identities import Identity, Liveness, ReferenceHashes, Sample, Screening
 from app.documents.sealed import (
     data_key,
     gallery_key,
     name_tags,
     open_anchors,
+    reference_hashes,
     seal_attributes,
     seal_fingerprint,
     seal_landmarks,
@@ -31,13 +32,23 @@ from app.documents.sealed import (
     seal_template,
 )
 from app.documents.stores import EnrolmentBegun
-from app.domain.attributes import Attributes, canonical_ref
+from app.domain.attributes import GivenAttributes
 from app.domain.comparison import anchored, scores_with, show_one_person
 from app.domain.near_copies import fingerprint
 from app.domain.photo import encode
 from app.domain.policy import thresholds_for
+from app.domain.times import birth_date_fault
 from app.engine.reading import FaceReading, read_face
-from app.errors import Advice, Conflict, DifferentPeople, DifferentPerson, ExternalRefTaken, NotFound, NotReady
+from app.errors import (
+    Advice,
+    Conflict,
+    DifferentPeople,
+    DifferentPerson,
+    ExternalRefTaken,
+    NotFound,
+    NotReady,
+    Validation,
+)
 from app.keys import DataKey
 from app.runtime import Runtime
 
@@ -60,32 +71,38 @@ class _Prepared:
 
 
 async def enrol(
-    runtime: Runtime, action: Action, gallery: Gallery, photos: list[bytes], attributes: Attributes
+    runtime: Runtime, action: Action, gallery: Gallery, photos: list[bytes], attributes: GivenAttributes
 ) -> Identity:
     """Enrol someone: durable when it returns, pending until screened.
 
-    Raises the photos' Problems, DifferentPeople, ExternalRefTaken, ModelMismatch, NotFound when the gallery went away.
+    Raises the photos' Problems, DifferentPeople, ExternalRefTaken, ModelMismatch, NotFound when the gallery went away,
+    Validation for a date on which nobody alive was born.
     """
     runtime.require_contract(gallery)
+    fault = birth_date_fault(attributes.date_of_birth, now())
+    if fault is not None:
+        raise Validation.of("date_of_birth", "impossible-date", fault)
     key = gallery_key(runtime.keys, gallery)
-    ref_hash = None
-    if attributes.external_ref is not None:
-        ref_hash = key.lookup_hash("external_ref", canonical_ref(attributes.external_ref))
-        # For officers only: an enroller could otherwise find out with worthless photos which references are taken.
-        is_early = action.caller is None or not action.caller.sees_own_enrolments_only
-        if is_early and await Identity.by_external_ref(gallery.id, ref_hash) is not None:
-            raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.")
+    reference = attributes.external_ref
+    hashes = None if reference is None else reference_hashes(key, reference)
+    # For officers only: an enroller could otherwise find out with worthless photos which references are taken.
+    is_early = action.caller is None or not action.caller.sees_own_enrolments_only
+    if is_early:
+        await _require_free(gallery, hashes)
     readings = await _read(runtime, action, gallery, photos)
     thresholds = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
     if not show_one_person([reading.embedding for reading in readings], thresholds.verify):
         message = "Please give photos of one person only."
         raise DifferentPeople(message, errors=(Advice("photo", "different-people", message),))
+    if not is_early:
+        await _require_free(gallery, hashes)
 
     identity_id, job_id = new_id(), new_id()
     personal_key = DataKey.fresh()
     prepared = await _prepare(runtime, gallery, identity_id, personal_key, readings, photos)
     sealed_attributes = seal_attributes(personal_key, attributes, gallery.id, identity_id)
     tags = name_tags(key, attributes)
+    ref_hash = None if hashes is None else hashes.equal
 
     async def commit(session: AsyncClientSession) -> Identity:
         seq = await gallery.take_seq(session, len(prepared), identities=1, samples=len(prepared))
@@ -118,10 +135,23 @@ async def enrol(
         identity = await _store_and_commit(runtime, gallery, prepared, commit, begun)
     except DuplicateKeyError as error:
         if "external_ref_hash" in str(error.details):
-            raise ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.") from error
+            raise _taken(gallery) from error
         raise
     await runtime.queue.enqueue_screening(identity_id, job_id)
     return identity
+
+
+async def _require_free(gallery: Gallery, hashes: ReferenceHashes | None) -> None:
+    """Raises ExternalRefTaken where somebody has the reference, in whatever spelling.
+
+    The unique index keeps out those who enrol at the same moment, and does not know all spellings of older references.
+    """
+    if hashes is not None and await Identity.with_reference({gallery.id: hashes}):
+        raise _taken(gallery)
+
+
+def _taken(gallery: Gallery) -> ExternalRefTaken:
+    return ExternalRefTaken(f"In gallery {gallery.name} this reference belongs to somebody already.")
 
 
 async def add_sample(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, photo: bytes) -> Identity:

@@ -311,8 +311,9 @@ async def _take(
     await IdentityProposal.forget(identity.id, session)
     await Renewal.forget(identity.id, session)
     gone: dict[str, object] = {
-        "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None, "name_tags": [],
-        "wrapped_key": None, "key_generation": None, "attempts": Attempts(), "outbox_at": None, "erased_at": moment,
+        "status": "erased", "samples": [], "screenings": [], "attributes": None, "external_ref_hash": None,
+        "external_ref_equal": None, "name_tags": [], "wrapped_key": None, "key_generation": None, "attempts": Attempts(),
+        "outbox_at": None, "erased_at": moment,
     }  # fmt: skip
     if not await identity.change(session, gone):
         raise NotReady("The identity was changed at the same moment.")

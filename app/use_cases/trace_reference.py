@@ -5,8 +5,7 @@ from typing import Final, NamedTuple
 
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
-from app.documents.sealed import gallery_key
-from app.domain.attributes import canonical_ref
+from app.documents.sealed import gallery_key, reference_hashes
 from app.domain.log_export import personal_hash
 from app.runtime import Runtime
 
@@ -24,15 +23,18 @@ class Named(NamedTuple):
 async def trace_reference(runtime: Runtime, gallery_name: str, reference: str) -> AsyncIterator[Named]:
     """The events of the gallery that name the reference, oldest first. Raises NotFound for an unknown gallery.
 
+    Events from before December 2026 name it as it was spelt: they are found by that spelling.
     Events of erased people cannot be found: their salts are deleted.
     """
     gallery = await Gallery.require(gallery_name)
-    hashed = gallery_key(runtime.keys, gallery).lookup_hash("external_ref", canonical_ref(reference)).hex()
+    hashes = reference_hashes(gallery_key(runtime.keys, gallery), reference)
+    either = {hashes.equal.hex(), hashes.exact.hex()}
     events = AuditEvent.find({"gallery": gallery_name, "action": {"$in": ACTIONS}, "personal": {"$ne": None}})
     async for event in events.sort("+time", "+_id"):
-        wanted = None if event.personal is None else personal_hash(event.personal.salt, hashed)
+        salt = None if event.personal is None else event.personal.salt
+        wanted = set() if salt is None else {personal_hash(salt, hashed) for hashed in either}
         for place, value in _references(event).items():
-            if value == wanted:
+            if value in wanted:
                 yield Named(event, place)
 
 

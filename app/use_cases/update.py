@@ -9,21 +9,25 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from app.audit import Action, UnderSalt, record
+from app.documents.base import now
 from app.documents.events import Detail
 from app.documents.galleries import Gallery
-from app.documents.identities import Identity
+from app.documents.identities import Identity, ReferenceHashes
 from app.documents.proposals import IdentityProposal
 from app.documents.sealed import (
+    LOOKUP_RULES,
     data_key,
     gallery_key,
     name_tags,
     open_attributes,
     open_patch,
+    reference_hashes,
     seal_attributes,
     seal_patch,
 )
-from app.domain.attributes import Attributes, Json, canonical_ref
+from app.domain.attributes import Attributes, GivenAttributes, Json
 from app.domain.changes import FieldValue
+from app.domain.times import birth_date_fault
 from app.errors import Advice, Conflict, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
 from app.keys import DataKey, GalleryKey
 from app.runtime import Runtime
@@ -48,9 +52,9 @@ class Change:
         """Whether it sets, changes or removes the reference."""
         return self.before.external_ref != self.after.external_ref
 
-    def hash_of(self, reference: str | None) -> bytes | None:
-        """The keyed hash by which a reference is looked up in the gallery."""
-        return None if reference is None else self.lookup.lookup_hash("external_ref", canonical_ref(reference))
+    def hashes_of(self, reference: str | None) -> ReferenceHashes | None:
+        """By what a reference is looked up in the gallery."""
+        return None if reference is None else reference_hashes(self.lookup, reference)
 
     @property
     def told(self) -> Detail:
@@ -58,21 +62,28 @@ class Change:
         fields: Detail = {"fields": ",".join(sorted(self.patch))}
         if not self.is_of_reference:
             return fields
-        values = {"old": self.hash_of(self.before.external_ref), "new": self.hash_of(self.after.external_ref)}
+        values = {"old": self.hashes_of(self.before.external_ref), "new": self.hashes_of(self.after.external_ref)}
         hashed: dict[str, FieldValue] = {
-            name: None if value is None else UnderSalt(value.hex()) for name, value in values.items()
+            name: None if value is None else UnderSalt(value.equal.hex()) for name, value in values.items()
         }
         return fields | {"changes": {"external_ref": hashed}}
 
 
 def change_of(runtime: Runtime, gallery: Gallery, identity: Identity, patch: Patch) -> Change:
-    """Apply an RFC 7396 merge patch, in memory only. Raises NotFound, Validation when the result does not fit."""
+    """Apply an RFC 7396 merge patch, in memory only. Raises NotFound, Validation when what it changes does not fit.
+
+    What it leaves alone may have come in under other rules.
+    """
     if identity.attributes is None:
         raise NotFound
     key = data_key(runtime.keys, gallery, identity)
     before = open_attributes(key, identity.attributes, gallery.id, identity.id)
     merged = _merged(before.model_dump(mode="json"), patch)
-    after = _validated({name: value for name, value in merged.items() if value is not None})
+    given = _validated({name: merged[name] for name in patch if merged.get(name) is not None})
+    fault = birth_date_fault(given.date_of_birth, now())
+    if fault is not None:
+        raise Validation.of("date_of_birth", "impossible-date", fault)
+    after = before.model_copy(update={name: getattr(given, name) for name in patch})
     return Change(identity, key, gallery_key(runtime.keys, gallery), patch, before, after)
 
 
@@ -122,10 +133,8 @@ async def carry_out(runtime: Runtime, action: Action, gallery: Gallery, proposal
 async def _proposed(
     session: AsyncClientSession, runtime: Runtime, action: Action, gallery: Gallery, change: Change
 ) -> IdentityProposal:
-    identity, wanted = change.identity, change.hash_of(change.after.external_ref)
-    holder = None if wanted is None else await Identity.by_external_ref(gallery.id, wanted)
-    if holder is not None and holder.id != identity.id:
-        raise _taken(gallery)
+    identity = change.identity
+    await _require_free(session, gallery, change)
     sealed = seal_patch(change.key, json.dumps(dict(change.patch)).encode(), gallery.id, identity.id)
 
     def is_same(known: IdentityProposal) -> bool:
@@ -137,11 +146,16 @@ async def _proposed(
 
 async def _write(session: AsyncClientSession, action: Action, gallery: Gallery, change: Change, told: Detail) -> None:
     identity, after = change.identity, change.after
-    fields = {
+    # A reference that stays keeps its hash, of whatever rules that is: `renew_lookups` sees to it.
+    is_current = LOOKUP_RULES in identity.name_tags or change.is_of_reference or after.external_ref is None
+    fields: dict[str, object] = {
         "attributes": seal_attributes(change.key, after, gallery.id, identity.id),
-        "external_ref_hash": change.hash_of(after.external_ref),
-        "name_tags": name_tags(change.lookup, after),
+        "name_tags": name_tags(change.lookup, after, is_current=is_current),
     }
+    if change.is_of_reference:
+        await _require_free(session, gallery, change)
+        hashes = change.hashes_of(after.external_ref)
+        fields |= {"external_ref_hash": None if hashes is None else hashes.equal, "external_ref_equal": None}
     if not await identity.change(session, fields):
         raise NotReady("The identity was changed at the same moment.")
     await record(
@@ -152,6 +166,14 @@ async def _write(session: AsyncClientSession, action: Action, gallery: Gallery, 
         gallery=gallery.name,
         detail=change.told | told,
     )
+
+
+async def _require_free(session: AsyncClientSession, gallery: Gallery, change: Change) -> None:
+    """Raises ExternalRefTaken where somebody else has the new reference, in whatever spelling."""
+    hashes = change.hashes_of(change.after.external_ref)
+    holders = [] if hashes is None else await Identity.with_reference({gallery.id: hashes}, session)
+    if any(holder.id != change.identity.id for holder in holders):
+        raise _taken(gallery)
 
 
 async def _committed(
@@ -190,9 +212,9 @@ def _merged(target: Mapping[str, Json], patch: Mapping[str, Json]) -> dict[str, 
     return merged
 
 
-def _validated(merged: dict[str, Json]) -> Attributes:
+def _validated(merged: dict[str, Json]) -> GivenAttributes:
     try:
-        return Attributes.model_validate(merged)
+        return GivenAttributes.model_validate(merged)
     except ValidationError as error:
         advice = tuple(Advice(".".join(map(str, e["loc"])), e["type"], e["msg"]) for e in error.errors())
         raise Validation(errors=advice) from error

@@ -27,7 +27,7 @@ from app.documents.cases import Case
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
-from app.domain.attributes import Attributes
+from app.domain.attributes import GivenAttributes
 from app.domain.faces import Embedding
 from app.domain.policy import Decision, Status, Thresholds, margin_of, thresholds_for
 from app.errors import Conflict, DifferentPerson, NotFound, NotReady, Problem, UndecidedCandidates
@@ -365,7 +365,7 @@ class IdentityStates(RuleBasedStateMachine):
             return []
         photo, vector = taken
         action = by_officer("identity.enrol")
-        identity = self.did(None, enrol.enrol, self.runtime, action, self.fresh(), [photo], Attributes())
+        identity = self.did(None, enrol.enrol, self.runtime, action, self.fresh(), [photo], GivenAttributes())
         assert identity is not None
         self.model.seq += 1
         self.model.people[identity.id] = Person("pending", [Sample(self.model.seq, vector, identity.samples[0].id)])

@@ -4,7 +4,7 @@ import pytest
 
 from app.documents.cases import Case, Pair
 from app.documents.identities import Identity
-from app.domain.attributes import Attributes
+from app.domain.attributes import GivenAttributes
 from app.domain.policy import margin_of
 from app.errors import Conflict, DifferentPerson, NotFound, UndecidedCandidates
 from app.runtime import Runtime
@@ -91,7 +91,9 @@ async def test_every_photo_of_the_enrolment_counts(runtime: Runtime) -> None:
     """A person was enrolled by two photos. One of them also shows an accomplice."""
     photos = [portrait("ann"), portrait("ann", "bob", capture=1)]
     action = by_officer("identity.enrol")
-    ann = await screened(runtime, await enrol.enrol(runtime, action, await default_gallery(), photos, Attributes()))
+    ann = await screened(
+        runtime, await enrol.enrol(runtime, action, await default_gallery(), photos, GivenAttributes())
+    )
     assert ann.status == "active"
     with pytest.raises(DifferentPerson):
         await with_sample(runtime, ann, "bob")

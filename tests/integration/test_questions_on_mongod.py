@@ -3,7 +3,7 @@
 import pytest
 
 from app.documents.galleries import Gallery
-from app.documents.identities import Identity
+from app.documents.identities import Identity, ReferenceHashes
 from app.runtime import Runtime
 from tests.unit.documents.questions import *  # noqa: F403 - the tests are what is imported
 
@@ -27,6 +27,8 @@ async def test_a_reference_and_a_tag_are_found_by_their_indexes_and_not_by_looki
         for i in range(50)
     ]
     await people.insert_many(everybody)
-    for asked in (Identity.holding([bytes([7])]), {"name_tags": {"$in": [bytes([7])]}}):
-        plan = await people.find({"gallery_id": {"$in": ["g"]}, "status": {"$ne": "erased"}, **asked}).explain()
-        assert plan["executionStats"]["totalDocsExamined"] == 1, asked
+    holding = Identity.holding({"g": ReferenceHashes(equal=bytes([7]), exact=bytes([8]))})
+    tagged = {"gallery_id": {"$in": ["g"]}, "status": {"$ne": "erased"}, "name_tags": {"$in": [bytes([7])]}}
+    for asked, examined in ((holding, 2), (tagged, 1)):
+        plan = await people.find(asked).explain()
+        assert plan["executionStats"]["totalDocsExamined"] == examined, asked

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from app.documents.identities import Identity
-from app.domain.attributes import Attributes
+from app.domain.attributes import GivenAttributes
 from app.domain.faces import Embedding, Face, ModelCard, Pixels
 from app.engine.port import Search
 from app.runtime import Runtime
@@ -68,7 +68,7 @@ async def person(runtime: Runtime, *people: str, capture: int = 0, photos: int =
     """A person who is enrolled from such photos, and screened."""
     given = [photo_of(*people, capture=capture + number) for number in range(photos)]
     gallery = await default_gallery()
-    identity = await enrol.enrol(runtime, by_officer("identity.enrol"), gallery, given, Attributes())
+    identity = await enrol.enrol(runtime, by_officer("identity.enrol"), gallery, given, GivenAttributes())
     return await screened(runtime, identity)
 
 

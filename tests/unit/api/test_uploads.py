@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from app.api import bodies, problems, uploads
 from app.api.envelope import Envelope
 from app.api.uploads import FIELDS_BYTES, LONGEST_TEXT, MAXIMUM_FIELDS, PARSER_SECONDS, Upload, uploaded
-from app.domain.attributes import Attributes
+from app.domain.attributes import GivenAttributes
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ FORM = {"Content-Type": "multipart/form-data; boundary=b0undary"}
 LONG = base64.b64encode(b"\xfb\xff\xfe" * LONGEST_TEXT)
 
 
-class Fields(Attributes):
+class Fields(GivenAttributes):
     """What an enrolment has beside its photos."""
 
     gallery: str = "default"

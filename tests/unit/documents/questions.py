@@ -18,7 +18,7 @@ from app.documents.base import new_id, now
 from app.documents.cases import Case, CaseCandidate, Pair
 from app.documents.claims import Once
 from app.documents.galleries import Gallery, GalleryChange
-from app.documents.identities import Identity, Sample, Screening
+from app.documents.identities import Identity, ReferenceHashes, Sample, Screening
 from app.domain.policy import Decision, GalleryPolicy, Status
 from app.domain.quality import QualityReport
 from app.errors import Validation
@@ -30,7 +30,13 @@ HERE, ELSEWHERE = "gallery-1", "gallery-2"
 
 
 async def _identity(
-    *, gallery_id: str = HERE, status: Status = "active", seq: int = 1, ref: bytes | None = None, seconds: int = 0
+    *,
+    gallery_id: str = HERE,
+    status: Status = "active",
+    seq: int = 1,
+    ref: bytes | None = None,
+    equal: bytes | None = None,
+    seconds: int = 0,
 ) -> Identity:
     """Somebody with one sample and one screening; `seconds` later than now."""
     moment = now() + timedelta(seconds=seconds)
@@ -41,8 +47,8 @@ async def _identity(
     screening = Screening(job_id=new_id(), sample_ids=[sample.id], due_at=moment)
     identity = Identity(
         gallery_id=gallery_id, status=status, enrol_seq=seq, samples=[sample], screenings=[screening], attributes=b"a",
-        external_ref_hash=ref, wrapped_key=b"w", outbox_at=moment, created_at=moment, created_by="officer-1",
-        updated_at=moment,
+        external_ref_hash=ref, external_ref_equal=equal, wrapped_key=b"w", outbox_at=moment, created_at=moment,
+        created_by="officer-1", updated_at=moment,
     )  # fmt: skip
     await identity.insert()
     return identity
@@ -92,12 +98,23 @@ async def test_a_stored_identity_reads_back_as_it_was(store: None) -> None:
     )  # mongomock gives bytes as Binary, which is not equal to bytes
 
 
+async def _with_reference(gallery_id: str, equal: bytes, exact: bytes | None = None) -> list[str]:
+    wanted = {gallery_id: ReferenceHashes(equal, exact or equal)}
+    return sorted(identity.id for identity in await Identity.with_reference(wanted))
+
+
 async def test_a_reference_belongs_to_one_gallery(store: None) -> None:
     ann = await _identity(ref=b"r")
     other = await _identity(ref=b"r", gallery_id=ELSEWHERE)
-    assert _id(await Identity.by_external_ref(HERE, b"r")) == ann.id
-    assert _id(await Identity.by_external_ref(ELSEWHERE, b"r")) == other.id
-    assert await Identity.by_external_ref(HERE, b"s") is None
+    assert await _with_reference(HERE, b"r") == [ann.id]
+    assert await _with_reference(ELSEWHERE, b"r") == [other.id]
+    assert await _with_reference(HERE, b"s") == []
+
+
+async def test_a_reference_is_found_by_the_hash_of_either_rules(store: None) -> None:
+    ann, bob = await _identity(ref=b"r"), await _identity(ref=b"former", equal=b"r")
+    assert await _with_reference(HERE, b"new", exact=b"former") == [bob.id]
+    assert await _with_reference(HERE, b"r") == sorted([ann.id, bob.id])
 
 
 async def test_a_job_leads_to_its_identity_until_that_is_erased(store: None) -> None:
