@@ -37,6 +37,8 @@ UNTOUCHED: Final = frozenset(
         "probes",
         "face_budgets",
         "non_matches",
+        "unknown_names",
+        "finds",
         "erasures",
         "failed_logins",
     }

@@ -202,6 +202,8 @@ class Settings(BaseSettings):
     replay_window_hours: Annotated[int, Field(ge=1, le=168)] = 24
     challenge_seconds: Annotated[int, Field(ge=10, le=3600)] = 120
     probe_identities_per_hour: Annotated[int, Field(ge=1, le=10_000)] = 100
+    unknown_names_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    finds_per_identity_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     non_matches_alarm_per_hour: Annotated[int, Field(ge=1, le=100_000_000)] = 1000
     erasures_alarm_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24

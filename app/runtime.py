@@ -67,6 +67,7 @@ from app.fair_executor import FairExecutor, TooMuchWaits
 from app.keys import KeyRing, SealBroken
 from app.limits import RateLimits
 from app.ownership import OwnedEvidence, Places, guards_of, owner_of
+from app.probing import Probing
 from app.processors import processors
 from app.queue import Queue
 from app.restoring import admitted, application_name, leaving_for_a_restore
@@ -111,6 +112,8 @@ DOCUMENTS: list[type[Document]] = [
     budgets.FaceBudget,
     budgets.NonMatches,
     budgets.Erasures,
+    budgets.UnknownNames,
+    budgets.Finds,
     failed_logins.FailedLogins,
     leases.Lease,
     heartbeats.Heartbeat,
@@ -139,6 +142,7 @@ class Runtime:
     places: Places
     passwords: PasswordPool = field(init=False)
     backoff: Backoff = field(init=False)
+    probing: Probing = field(init=False)
     limits: RateLimits = field(init=False)
     share: Share = field(init=False)
     search: Search = field(init=False)
@@ -156,6 +160,7 @@ class Runtime:
         self._short = ThreadPoolExecutor(max(2, threads), thread_name_prefix="compute", initializer=_one_thread_each)
         self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
         self.backoff = Backoff(self.settings, self.keys)
+        self.probing = Probing(self.settings, self.keys)
         self.limits = RateLimits(self.settings, self.keys)
         self.share = Share(self.boundaries.share, self.settings.share_timeout_seconds)
         self.search = Search(

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
-from app.api.identities import PHOTO_PROBLEMS
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, visible_gallery
+from app.api.identities import PHOTO_PROBLEMS, found_identity
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.api.uploads import NoFields, Upload, body_of, uploaded
@@ -18,6 +18,7 @@ from app.documents.sealed import holders_of
 from app.domain.attributes import AskedRef
 from app.domain.callers import Role
 from app.domain.faces import Box
+from app.domain.policy import Band
 from app.domain.quality import QualityReport
 from app.domain.subject import FoundFace
 from app.domain.text import Nonce
@@ -64,9 +65,10 @@ class InGallery(Body):
 
 
 class IdentificationFields(InGallery):
-    """Where to look, and how many to name."""
+    """Where to look, and how many to name. nonce: where the gallery asks for one, of a challenge that names no identity."""
 
     limit: Annotated[int, Field(ge=1, le=50)] = 10
+    nonce: Nonce | None = None
 
 
 class VerificationView(BaseModel):
@@ -98,20 +100,25 @@ class ChallengeBody(InGallery):
 
 
 class ChallengeView(BaseModel):
-    """A nonce for one verification by the same caller."""
+    """A nonce for one verification or identification by the same caller."""
 
     nonce: str
     expires_at: Moment
 
 
 class MatchView(BaseModel):
-    """Somebody active at or above the threshold."""
+    """Somebody active at or above the threshold. score and fpir are for officers; null for relying applications.
+
+    band: `strong` where strangers reach the score a hundred times as rarely as the threshold, else `near`. rank: strong
+    candidates come first, the best one at rank 1. For relying applications the order of near candidates has no meaning.
+    """
 
     identity_id: str
     external_ref: str | None
-    score: float
+    band: Band
+    score: float | None
     rank: int
-    fpir: float
+    fpir: float | None
 
 
 class IdentificationView(BaseModel):
@@ -182,21 +189,27 @@ def _verification(answer: verify.Verification) -> VerificationView:
     )  # fmt: skip
 
 
-async def _claimed(runtime: Runtime, action: Action, fields: VerificationFields) -> tuple[Gallery, Identity]:
-    """The claimed identity. Raises NotFound for unknown, erased and foreign ones, Validation unless it is named once."""
+async def _claimed(
+    runtime: Runtime, action: Action, fields: VerificationFields
+) -> tuple[Gallery, Identity] | verify.UnknownClaim:
+    """The claimed identity, or the claim on nobody. Raises Validation unless it is named once, NotFound for the gallery."""
     if (fields.identity_id is None) == (fields.external_ref is None):
         message = "Name the identity by identity_id or by external_ref."
         raise Validation(message, errors=(Advice("identity_id", "one-of", message),))
     if fields.identity_id is not None:
-        action.about("identity", fields.identity_id)
-        identity = await Identity.living(fields.identity_id)
-        if identity is None:
-            raise NotFound
-        return await gallery_of(action, identity.gallery_id), identity
+        try:
+            return await found_identity(action, fields.identity_id)
+        except NotFound:
+            # Of somebody unknown nobody knows the gallery: the one that the request names stands for it.
+            gallery = await Gallery.named(fields.gallery)
+            if gallery is not None and not (action.caller and action.caller.may_see(gallery.id)):
+                gallery = None
+            return verify.UnknownClaim(gallery, f"id|{fields.identity_id}", fields.audience, fields.nonce)
     gallery = await visible_gallery(runtime, action, fields.gallery)
     holders = await holders_of(runtime.keys, [gallery], fields.external_ref or "")
     if len(holders) != 1:  # several have it in other spellings: which of them is meant is open
-        raise NotFound
+        name = f"reference|{gallery.id}|{fields.external_ref}"
+        return verify.UnknownClaim(gallery, name, fields.audience, fields.nonce)
     (identity,) = holders
     action.about("identity", identity.id)
     return gallery, identity
@@ -218,7 +231,10 @@ async def verify_identity(
 ) -> VerificationView:
     """Is this the person? A non-match is an answer, not an error."""
     fields = upload.fields
-    gallery, identity = await _claimed(runtime, action, fields)
+    claimed = await _claimed(runtime, action, fields)
+    if isinstance(claimed, verify.UnknownClaim):
+        await verify.refuse_unknown(runtime, action, claimed, upload.photos["photo"][0])
+    gallery, identity = claimed
     first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if first is not None:
         return _verification(verify.answer_of(runtime, gallery, fields.nonce, first[0], first[1].score))
@@ -229,19 +245,31 @@ async def verify_identity(
 @router.post(
     "/identifications",
     openapi_extra=body_of(IdentificationFields, "photo"),
-    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound),
+    responses=problems(*PHOTO_PROBLEMS, Validation, NotFound, ReplayedPhoto, NonceInvalid, RateLimited),
 )
 async def identify_face(
     runtime: CurrentRuntime,
     action: Annotated[Action, Depends(acting("face.identify", *CALLERS))],
     upload: Annotated[Upload[IdentificationFields], Depends(uploaded(IdentificationFields, "photo"))],
 ) -> IdentificationView:
-    """Who is this? Everybody active at or above the threshold, best first."""
-    gallery = await visible_gallery(runtime, action, upload.fields.gallery)
-    found = await identify.identify(runtime, action, gallery, upload.photos["photo"][0], upload.fields.limit)
+    """Who is this? Everybody active at or above the threshold, strong candidates first.
+
+    Relying applications get no score. Where the gallery asks for it, their nonces and copies of photos are looked at. They do not
+    find a person whose attempts are used up, or whom they have found too often within the hour.
+    """
+    fields = upload.fields
+    gallery = await visible_gallery(runtime, action, fields.gallery)
+    found = await identify.identify(runtime, action, gallery, upload.photos["photo"][0], fields.limit, fields.nonce)
     return IdentificationView(
         candidates=[
-            MatchView(identity_id=c.identity_id, external_ref=c.external_ref, score=c.score, rank=c.rank, fpir=c.fpir)
+            MatchView(
+                identity_id=c.identity_id,
+                external_ref=c.external_ref,
+                band=c.band,
+                score=c.score,
+                rank=c.rank,
+                fpir=c.fpir,
+            )
             for c in found.candidates
         ],
         threshold=found.threshold,
@@ -323,7 +351,9 @@ async def measure_quality(
     )
 
 
-@json_router.post("/challenges", status_code=201, responses=problems(NotFound, IdempotencyInProgress, AlreadyCreated))
+@json_router.post(
+    "/challenges", status_code=201, responses=problems(NotFound, RateLimited, IdempotencyInProgress, AlreadyCreated)
+)
 async def create_challenge(
     runtime: CurrentRuntime,
     request: Request,
@@ -331,13 +361,11 @@ async def create_challenge(
     action: Annotated[Action, Depends(acting("face.challenge", *CALLERS))],
     key: IdempotencyKey = None,
 ) -> ChallengeView:
-    """A nonce to bind a selfie to: it serves one verification, by this caller, soon."""
+    """A nonce to bind a selfie to: it serves one verification or, where it names nobody, identification, by this caller, soon."""
     gallery = await visible_gallery(runtime, action, body.gallery)
     if body.identity_id is not None:
         action.about("identity", body.identity_id)
-        identity = await Identity.living(body.identity_id)
-        if identity is None or identity.gallery_id != gallery.id:
-            raise NotFound
+        await challenge.require_known(runtime, action, gallery, body.identity_id)
     await first_answer(runtime, request, action, key, body.model_dump(), holds_secret=True)
     made = await challenge.challenge(runtime, action, gallery, body.identity_id)
     return ChallengeView(nonce=made.nonce, expires_at=made.expires_at)

@@ -266,9 +266,9 @@ SHOWN_SETTINGS = (
     "photo_timeout_seconds", "worker_max_jobs", "sweep_interval_seconds", "max_photo_bytes",
     "max_photo_pixels", "max_samples", "access_token_expire_minutes", "refresh_token_sliding_hours",
     "refresh_token_absolute_hours", "attempts_before_wait", "attempts_wait_seconds", "attempts_before_reset",
-    "replay_window_hours", "challenge_seconds", "probe_identities_per_hour", "non_matches_alarm_per_hour",
-    "idempotency_hours", "index_purge_hours", "index_tail_rows", "index_memory_mib",
-    "index_shadow_every", "shutdown_grace_seconds",
+    "replay_window_hours", "challenge_seconds", "probe_identities_per_hour", "unknown_names_per_hour",
+    "finds_per_identity_per_hour", "non_matches_alarm_per_hour", "idempotency_hours", "index_purge_hours",
+    "index_tail_rows", "index_memory_mib", "index_shadow_every", "shutdown_grace_seconds",
 )  # fmt: skip
 
 

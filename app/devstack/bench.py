@@ -8,7 +8,6 @@ most) plus one journaled transaction on the same MongoDB.
 import asyncio
 import io
 import math
-import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -38,6 +37,8 @@ PHOTO_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 JPEG_QUALITY: Final = 92
 #: The probe differs from the enrolled photo as a second coding does, and matches: this measures time, not accuracy.
 PROBE_LIGHT: Final = 0.95
+#: A mark is a row of so many squares, of as many pixels a side as a block of JPEG has.
+MARK_BITS, MARK_SIDE = 14, 8
 TRANSACTIONS: Final = 60
 WARM_UP: Final = 4
 VERDICT_POLL_SECONDS: Final = 0.02
@@ -153,30 +154,33 @@ class Bench:
 
     async def measure(self, people: Sequence[Subject], concurrency: int, *, max_pixels: int) -> Figures:
         """Enrol these people, verify as many times, then the bare model on the same photos."""
-        began = time.perf_counter()
         enrolled: list[tuple[Subject, str]] = []
 
-        async def enrol(subject: Subject) -> None:
+        async def enrol(subject: Subject, photo: bytes) -> None:
             identity = await self._officer.enrol(
-                self._varied(subject.photo),
+                photo,
                 gallery="default",
                 external_ref=f"BENCH-{self._next()}",
                 full_name=subject.name,
             )
             enrolled.append((subject, identity.id))
 
-        enrolling = await timed([partial(enrol, subject) for subject in people], concurrency)
+        photos = await self._marked([subject.photo for subject in people])
+        began = time.perf_counter()
+        enrolling = await timed([partial(enrol, *one) for one in zip(people, photos, strict=True)], concurrency)
         self._known += await self._active(enrolled)
         screened = len(enrolled) / (time.perf_counter() - began)
         if not self._known:
             message = "nobody became active"
             raise BenchFailed(message)
 
-        async def verify(subject: Subject, identity_id: str) -> None:
-            await self._app.verify(self._varied(subject.probe), identity_id)
+        async def verify(photo: bytes, identity_id: str) -> None:
+            await self._app.verify(photo, identity_id)
 
         asked = list(islice(cycle(self._known), len(people)))
-        verifying = await timed([partial(verify, *pair) for pair in asked], concurrency)
+        probes = await self._marked([subject.probe for subject, _ in asked])
+        claims = zip(probes, (identity_id for _, identity_id in asked), strict=True)
+        verifying = await timed([partial(verify, *one) for one in claims], concurrency)
         threads = min(concurrency, processors())
         bare = await asyncio.to_thread(
             bare_model, self._engine, [subject.probe for subject, _ in asked], threads=threads, max_pixels=max_pixels
@@ -201,7 +205,7 @@ class Bench:
     async def warm_up(self, people: Sequence[Subject]) -> None:
         """The first calls load what is loaded lazily; they count for nothing."""
         for subject in islice(cycle(people), WARM_UP):
-            await self._officer.detect(self._varied(subject.photo))
+            await self._officer.detect(subject.photo)
 
     async def _active(self, enrolled: Sequence[tuple[Subject, str]]) -> list[tuple[Subject, str]]:
         """Those of the newly enrolled who became active, once all have their verdict."""
@@ -221,9 +225,10 @@ class Bench:
         self._serial += 1
         return self._serial
 
-    def _varied(self, jpeg: bytes) -> bytes:
-        """The same pixels in other bytes: no call is a replay of another."""
-        return with_comment(jpeg, f"{os.getpid()}-{self._next()}".encode())
+    async def _marked(self, photos: Sequence[bytes]) -> list[bytes]:
+        """The photos as pictures that were never sent before: no call is a replay of another."""
+        numbers = [self._next() for _ in photos]
+        return await asyncio.to_thread(lambda: [marked(*one) for one in zip(photos, numbers, strict=True)])
 
 
 async def timed(calls: Sequence[Callable[[], Awaitable[None]]], concurrency: int) -> Timing:
@@ -280,15 +285,20 @@ def journaled_transaction_ms(uri: str) -> float:
     return statistics.median(each) * 1000
 
 
-def with_comment(jpeg: bytes, comment: bytes) -> bytes:
-    """A JPEG with a comment segment after its first marker: other bytes, the same picture.
+def marked(jpeg: bytes, number: int) -> bytes:
+    """The JPEG with the number along its upper edge, in black and white: for each number another picture.
 
-    Raises ValueError for what is no JPEG, or a comment over 65,533 bytes.
+    Raises ValueError for a picture that is too narrow.
     """
-    if jpeg[:2] != b"\xff\xd8":
-        message = "not a JPEG"
+    with Image.open(io.BytesIO(jpeg)) as opened:
+        photo = opened.convert("RGB")
+    if photo.width < MARK_BITS * MARK_SIDE:
+        message = f"a photo of {photo.width} pixels is too narrow for a mark"
         raise ValueError(message)
-    return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
+    for bit in range(MARK_BITS):
+        colour = (255, 255, 255) if number >> bit & 1 else (0, 0, 0)
+        photo.paste(colour, (bit * MARK_SIDE, 0, (bit + 1) * MARK_SIDE, MARK_SIDE))
+    return _jpeg(photo)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

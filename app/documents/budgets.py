@@ -1,19 +1,23 @@
-"""Slow probing in figures: whom one caller asked about with one face, and how often in vain, in each hour.
+"""Slow probing in figures: whom one caller asked about with one face, found, or failed to name, in each hour.
 
 An hour is one of the clock, so around its turn twice as much may pass within sixty minutes.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import ClassVar, Final
 
-from pymongo import IndexModel, ReturnDocument
+from pymongo import IndexModel, ReturnDocument, WriteConcern
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
+from app.concurrency import all_of
 from app.documents.base import Stored, now
 from app.keys import KeyRing
 
 HOUR: Final = timedelta(hours=1)
+#: For counts outside of a transaction. A count that is lost with a server only leaves a little more room.
+_AT_ONCE: Final = WriteConcern(w=1, j=False)
 
 
 class FaceBudget(Stored):
@@ -33,14 +37,19 @@ class FaceBudget(Stored):
 
     @classmethod
     async def admits(
-        cls, keys: KeyRing, caller_id: str, bucket: int, identity_id: str, limit: int, session: AsyncClientSession
+        cls,
+        keys: KeyRing,
+        caller_id: str,
+        bucket: int,
+        identity_id: str,
+        limit: int,
+        session: AsyncClientSession | None,
     ) -> bool:
         """Whether the identity is among the first `limit` that the caller asks about with the face; from now on it is.
 
         bucket: the part of the space that the face lies in. False also means that the transaction is over: the caller raises.
         """
-        began, over = this_hour()
-        id_ = keys.keyed_hash("face-budget", f"{caller_id}|{bucket}|{began.isoformat()}".encode()).hex()
+        id_, over = cls._of_this_hour(keys, caller_id, bucket)
         identity = keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode())
         room = {"_id": id_, "$or": [{"identities": identity}, {f"identities.{limit - 1}": {"$exists": False}}]}
         change = {"$addToSet": {"identities": identity}, "$setOnInsert": {"expires_at": over}}
@@ -49,6 +58,32 @@ class FaceBudget(Stored):
         except DuplicateKeyError:
             return False
         return True
+
+    @classmethod
+    async def admits_finds(
+        cls, keys: KeyRing, caller_id: str, bucket: int, identity_ids: Sequence[str], limit: int
+    ) -> bool:
+        """Whether the face has room left; then the identities that a search found with it are among those asked about.
+
+        False does not depend on the identities. The search that reaches the limit is still admitted.
+        """
+        id_, over = cls._of_this_hour(keys, caller_id, bucket)
+        found = [keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode()) for identity_id in identity_ids]
+        room = {"_id": id_, f"identities.{limit - 1}": {"$exists": False}}
+        change = {"$addToSet": {"identities": {"$each": found}}, "$setOnInsert": {"expires_at": over}}
+        try:
+            await cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE).update_one(
+                room, change, upsert=True
+            )  # fmt: skip
+        except DuplicateKeyError:
+            return False
+        return True
+
+    @staticmethod
+    def _of_this_hour(keys: KeyRing, caller_id: str, bucket: int) -> tuple[str, datetime]:
+        """The id of the caller's budget for the face in this hour, and when the hour is over."""
+        began, over = this_hour()
+        return keys.keyed_hash("face-budget", f"{caller_id}|{bucket}|{began.isoformat()}".encode()).hex(), over
 
 
 class _CallerHour(Stored):
@@ -70,15 +105,27 @@ class _CallerHour(Stored):
 
         Outside the action's transaction: there all actions of one caller would conflict.
         """
-        began, over = this_hour()
-        id_ = keys.keyed_hash(cls.LABEL, f"{caller_id}|{began.isoformat()}".encode()).hex()
-        after = await cls.get_pymongo_collection().find_one_and_update(
+        id_, over = cls._of_this_hour(keys, caller_id)
+        after = await cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE).find_one_and_update(
             {"_id": id_},
             {"$inc": {"total": 1}, "$setOnInsert": {"expires_at": over}},
             upsert=True,
             return_document=ReturnDocument.AFTER,
-        )
+        )  # fmt: skip
         return 1 if after is None else int(after["total"])
+
+    @classmethod
+    async def so_far(cls, keys: KeyRing, caller_id: str) -> int:
+        """How many there are in this hour."""
+        id_, _ = cls._of_this_hour(keys, caller_id)
+        row = await cls.get_pymongo_collection().find_one({"_id": id_}, {"total": 1})
+        return 0 if row is None else int(row["total"])
+
+    @classmethod
+    def _of_this_hour(cls, keys: KeyRing, caller_id: str) -> tuple[str, datetime]:
+        """The id of the caller's count in this hour, and when the hour is over."""
+        began, over = this_hour()
+        return keys.keyed_hash(cls.LABEL, f"{caller_id}|{began.isoformat()}".encode()).hex(), over
 
 
 class NonMatches(_CallerHour):
@@ -101,6 +148,37 @@ class Erasures(_CallerHour):
         """Collection and indexes."""
 
         name = "erasures"
+
+
+class UnknownNames(_CallerHour):
+    """How many names that belong to nobody one caller asked about in one hour."""
+
+    LABEL = "unknown-names"
+
+    class Settings(_CallerHour.Settings):
+        """Collection and indexes."""
+
+        name = "unknown_names"
+
+
+class Finds(_CallerHour):
+    """How many searches of one caller found one identity in one hour."""
+
+    LABEL = "finds"
+
+    class Settings(_CallerHour.Settings):
+        """Collection and indexes."""
+
+        name = "finds"
+
+    @classmethod
+    async def add_all(cls, keys: KeyRing, caller_id: str, identity_ids: Sequence[str]) -> dict[str, int]:
+        """One more for each of the identities; how many there are now, by identity.
+
+        Counted before it is read: of searches at the same moment no more are admitted than of searches one after the other.
+        """
+        totals = await all_of(*(cls.add(keys, f"{caller_id}|{identity_id}") for identity_id in identity_ids))
+        return dict(zip(identity_ids, totals, strict=True))
 
 
 def this_hour() -> tuple[datetime, datetime]:

@@ -52,7 +52,7 @@ class Challenge(Stored):
         return nonce, challenge
 
     @classmethod
-    async def waits(cls, id_: str, caller_id: str, gallery_id: str, identity_id: str) -> bool:
+    async def waits(cls, id_: str, caller_id: str, gallery_id: str, identity_id: str | None) -> bool:
         """Whether the nonce still holds for this."""
         found = await cls.get_pymongo_collection().find_one(
             _fitting(id_, caller_id, gallery_id, identity_id), {"_id": 1}
@@ -61,7 +61,7 @@ class Challenge(Stored):
 
     @classmethod
     async def use(
-        cls, id_: str, caller_id: str, gallery_id: str, identity_id: str, session: AsyncClientSession
+        cls, id_: str, caller_id: str, gallery_id: str, identity_id: str | None, session: AsyncClientSession
     ) -> bool:
         """Use the nonce up; False when it does not hold for this, or not any more."""
         mine = _fitting(id_, caller_id, gallery_id, identity_id)
@@ -74,7 +74,8 @@ def challenge_id(keys: KeyRing, nonce: str) -> str:
     return keys.keyed_hash("challenge", nonce.encode()).hex()
 
 
-def _fitting(id_: str, caller_id: str, gallery_id: str, identity_id: str) -> dict[str, Any]:
+def _fitting(id_: str, caller_id: str, gallery_id: str, identity_id: str | None) -> dict[str, Any]:
+    """identity_id: None for a search: only a challenge that names nobody fits."""
     # MongoDB's expiry runs once a minute, so what has expired may still be there.
     return {
         "_id": id_, "caller_id": caller_id, "gallery_id": gallery_id, "identity_id": {"$in": [None, identity_id]},

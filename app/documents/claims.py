@@ -1,18 +1,21 @@
 """What may happen once only: requests with an idempotency key, and selfies presented for an identity."""
 
 import math
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from app.documents.base import Stored, new_id, now
 
 #: A claim whose process died is free after this time. A running process renews its claim.
 CLAIM_LEASE = timedelta(seconds=5)
 RENEW_SECONDS = 1.5
+#: MongoDB's code for a second document with the same key.
+_DUPLICATE_KEY = 11000
 
 
 class IdempotencyClaim(Stored):
@@ -110,12 +113,29 @@ class Once(Stored):
 
         In a transaction, False also means that the transaction is over: the caller raises.
         """
-        moment = now()
-        # MongoDB's expiry runs once a minute, so what has expired may still be there, and counts as unseen.
-        expired = {"_id": id_, "expires_at": {"$lte": moment}}
-        fresh = {"$set": {"expires_at": moment + keep}}
+        expired, fresh = _unseen(id_, keep)
         try:
             await cls.get_pymongo_collection().update_one(expired, fresh, upsert=True, session=session)
         except DuplicateKeyError:
             return False
         return True
+
+    @classmethod
+    async def are_first(cls, ids: Sequence[str], keep: timedelta, session: AsyncClientSession) -> bool:
+        """Whether none of them had been seen within the time; from now on all have. As `is_first`, in one call to MongoDB."""
+        try:
+            await cls.get_pymongo_collection().bulk_write(
+                [UpdateOne(*_unseen(id_, keep), upsert=True) for id_ in ids], session=session
+            )
+        except BulkWriteError as error:
+            if all(one["code"] == _DUPLICATE_KEY for one in error.details["writeErrors"]):
+                return False
+            raise
+        return True
+
+
+def _unseen(id_: str, keep: timedelta) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The update that succeeds where the id had not been seen within the time."""
+    moment = now()
+    # MongoDB's expiry runs once a minute, so what has expired may still be there, and counts as unseen.
+    return {"_id": id_, "expires_at": {"$lte": moment}}, {"$set": {"expires_at": moment + keep}}

@@ -76,6 +76,14 @@ def may_see(galleries: Collection[str] | None, gallery_id: str) -> bool:
     return galleries is None or gallery_id in galleries
 
 
+def found_score(caller: Caller | None, score: float) -> float | None:
+    """What the caller may see of a search's score: officers all of it, relying apps nothing.
+
+    A search has no claimed identity whose attempts it could use up, so it shows no score that could be climbed.
+    """
+    return score if caller is not None and caller.has(Role.OFFICER) else None
+
+
 def shown_score(caller: Caller | None, score: float) -> float:
     """What the caller may see of a score: officers all of it, relying apps two decimals.
 

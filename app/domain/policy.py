@@ -1,7 +1,7 @@
 """A gallery's rules: what it asks for in error rates, and what follows from scores and statuses."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Literal
@@ -15,11 +15,15 @@ from app.domain.subject import Faces
 Status = Literal["pending", "active", "suspected_duplicate", "duplicate", "revoked", "failed", "erased"]
 Decision = Literal["distinct", "duplicate"]
 Verdict = Literal["unique", "suspected_duplicate"]
+#: How far above the threshold of a search somebody was found.
+Band = Literal["strong", "near"]
 
 #: A later photo must match the enrolment at a tenth of the gallery's false match rate. A photo that matches any sample must also
 #: reach the anchor score with each photo of the enrolment. Strangers reach it ten times as often as a match. docs/adr/0038.
 JOIN_FACTOR = 0.1
 ANCHOR_FACTOR = 10.0
+#: Strangers reach a strong candidate's score a hundred times as rarely as the threshold of the search. docs/adr/0050.
+STRONG_FACTOR = 0.01
 #: A decision on a pair covers scores up to the distance in which strangers become a hundred times as rare. docs/adr/0038.
 MARGIN_RATES = (1e-4, 1e-6)
 #: The highest rate of strangers to compute with: a threshold set by hand may let in nearly all of them.
@@ -60,10 +64,12 @@ class Thresholds:
     """Cosine similarities from which on two faces count as the same, for each purpose.
 
     join: between a later photo and the enrolment. anchor: at most `verify`; a match reaches it with each enrolment photo.
+    strong: at least `identify`; from there on a candidate of a search is `strong`.
     """
 
     verify: float
     identify: float
+    strong: float
     dedup: float
     join: float
     anchor: float
@@ -88,15 +94,40 @@ def thresholds_for(policy: GalleryPolicy, card: ModelCard, samples: int) -> Thre
     if verify is None:
         verify = thresholds.threshold_at_fmr(card, policy.verify_fmr)
     rate = policy.verify_fmr if policy.verify_threshold is None else thresholds.fmr_at(card, verify)
+    identify = for_fpir(policy.identify_threshold, policy.identify_fpir)
     by_hand = (policy.verify_threshold, policy.identify_threshold, policy.dedup_threshold)
     return Thresholds(
         verify=verify,
-        identify=for_fpir(policy.identify_threshold, policy.identify_fpir),
+        identify=identify,
+        strong=max(
+            identify,
+            thresholds.threshold_at_fmr(card, min(thresholds.fmr_at(card, identify), LARGEST_RATE) * STRONG_FACTOR),
+        ),
         dedup=for_fpir(policy.dedup_threshold, policy.dedup_fpir),
         join=max(verify, thresholds.threshold_at_fmr(card, min(rate, LARGEST_RATE) * JOIN_FACTOR)),
         anchor=min(verify, thresholds.threshold_at_fmr(card, min(rate * ANCHOR_FACTOR, LARGEST_RATE))),
         source="model_card" if None in by_hand else "manual",
     )
+
+
+def band_of(score: float, limits: Thresholds) -> Band:
+    """How clearly a candidate of a search is above the threshold."""
+    return "strong" if score >= limits.strong else "near"
+
+
+def ranked(scores: Mapping[str, float], limits: Thresholds, *, shows_scores: bool) -> list[str]:
+    """The candidates of a search, best first.
+
+    Without scores the order must not tell them either: near candidates, whose scores somebody might climb, follow the strong
+    ones in the order of their ids. Strong ones stay in the order of their scores, so that the first one is the best.
+    """
+
+    def place(identity_id: str) -> tuple[bool, float, str]:
+        is_near = band_of(scores[identity_id], limits) == "near"
+        shown = 0.0 if is_near and not shows_scores else -scores[identity_id]
+        return (is_near, shown, identity_id)
+
+    return sorted(scores, key=place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Challenge: a nonce for one verification, so that its answer belongs to this moment and this caller.
+"""Challenge: a nonce for one verification or identification, so that its answer belongs to this moment and this caller.
 
 Nothing of it is in the pixels: that a selfie was taken since is the caller's word.
 """
@@ -11,6 +11,8 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from app.audit import Action, record
 from app.documents.challenges import Challenge
 from app.documents.galleries import Gallery
+from app.documents.identities import Identity
+from app.errors import NotFound
 from app.runtime import Runtime
 
 
@@ -22,8 +24,20 @@ class Nonce:
     expires_at: datetime
 
 
+async def require_known(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str) -> None:
+    """Raises NotFound where the gallery does not know the identity, and counts it; RateLimited for everybody beyond the budget.
+
+    A caller beyond its budget of unknown names still gets nonces that name nobody.
+    """
+    await runtime.probing.require_names_left(action)
+    identity = await Identity.living(identity_id)
+    if identity is None or identity.gallery_id != gallery.id:
+        await runtime.probing.count_unknown(action)
+        raise NotFound
+
+
 async def challenge(runtime: Runtime, action: Action, gallery: Gallery, identity_id: str | None) -> Nonce:
-    """A nonce for the caller's next verification in the gallery; of this identity, where one is named."""
+    """A nonce for the caller's next photo in the gallery; for a verification of this identity, where one is named."""
     keep = timedelta(seconds=runtime.settings.challenge_seconds)
 
     async def commit(session: AsyncClientSession) -> Nonce:

@@ -3,19 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import numpy as np
-import structlog
 from prometheus_client import Counter
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError
 
-from app.audit import Action, Typed, UnderSalt, by_system, record
+from app.audit import Action, Typed, UnderSalt, record
 from app.documents.base import now
-from app.documents.budgets import FaceBudget, NonMatches, this_hour
-from app.documents.challenges import NONCE_PREFIX, Challenge, challenge_id
-from app.documents.claims import Once
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.documents.identities import Attempts, Identity, Liveness
@@ -23,27 +18,17 @@ from app.documents.probes import Place, Probe
 from app.documents.sealed import data_key, open_likenesses
 from app.domain.callers import shown_score
 from app.domain.comparison import anchored, scores_with
-from app.domain.near_copies import Likeness, bucket, is_near_copy, likeness
-from app.domain.policy import AttemptLimits, GalleryPolicy, thresholds_for, wait_before_attempt
+from app.domain.near_copies import Likeness, is_near_copy, likeness, picture_digest
+from app.domain.policy import GalleryPolicy, thresholds_for
 from app.domain.quality import QualityReport
 from app.domain.subject import FoundFace
 from app.domain.thresholds import fmr_at
 from app.engine.port import FaceEngine
 from app.engine.reading import FaceReading, read_face
-from app.errors import (
-    Advice,
-    AttemptsExhausted,
-    NonceInvalid,
-    NotFound,
-    Problem,
-    RateLimited,
-    ReplayedPhoto,
-    Validation,
-)
+from app.errors import Advice, NotFound, Problem, ReplayedPhoto, Validation
 from app.keys import DataKey
+from app.probing import Marks
 from app.runtime import Runtime
-
-log = structlog.get_logger(__name__)
 
 #: near-copy: of an earlier selfie for the identity; probe-equals-reference: of a photo that it was enrolled by; other-faces: the
 #: photo shows more faces than the one that was compared.
@@ -51,12 +36,11 @@ Flag = Literal["near-copy", "probe-equals-reference", "other-faces"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)
 
 FLAGGED = Counter("idem_verifications_flagged_total", "Verifications with an unusual photo, by flag", ["flag"])
-PROBING = Counter("idem_probing_total", "Signs of slow probing: faces over budget, callers over the alarm", ["sign"])
 
 #: How long a relying party may rely on an assertion.
 ASSERTION_SECONDS = 60
-#: Retry-After where only an officer's reset helps.
-A_DAY_SECONDS = 24 * 3600
+#: Photos are refused with a status below this one; from here on the service itself is at fault.
+_SERVER_ERRORS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +83,28 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
+class UnknownClaim:
+    """A claim on a name that belongs to nobody whom the caller may see.
+
+    gallery: where it was looked for; None where the caller may not see that either. name: what stands for the name.
+    """
+
+    gallery: Gallery | None
+    name: str
+    audience: str | None
+    nonce: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Presented:
     """A selfie for somebody, read and not answered yet.
 
-    challenge: the id of the one that its nonce came in. digest: keyed, of its bytes for this identity. part: of the space that
-    its face lies in.
+    challenge: the id of the one that its nonce came in. marks: what it is recognised by when it comes again. part: of the space
+    that its face lies in.
     """
 
     challenge: str | None
-    digest: str
+    marks: Marks
     part: int
 
 
@@ -129,20 +126,16 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
     runtime.require_contract(gallery)
     audience = _audience(action, claim.audience)
     identity = claim.identity
-    challenge = await _challenge(runtime, action, gallery, claim)
-    if identity.status == "active":
-        _require_attempts_left(runtime, identity)
-    reading, look = await runtime.compute_long(
-        action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
+    challenge = await runtime.probing.challenge_of(
+        action, gallery.id, identity.id, claim.nonce, is_required=gallery.policy.require_nonce
     )
+    if identity.status == "active":
+        runtime.probing.require_attempts_left(identity)
+    reading, look, marks = await _read_claimed(runtime, action, gallery, photo)
     limits = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
     threshold = limits.verify
     compared = _compare(runtime, gallery, identity, look, limits.anchor) if identity.status == "active" else None
-    presented = _Presented(
-        challenge,
-        runtime.keys.keyed_hash("presented", identity.id.encode() + hashlib.sha256(photo).digest()).hex(),
-        bucket(reading.embedding, runtime.keys.keyed_hash("face-parts", gallery.contract.encode())),
-    )
+    presented = _Presented(challenge, marks, runtime.probing.part_of(reading.embedding, gallery.contract))
 
     async def commit(session: AsyncClientSession) -> tuple[AuditEvent, float | None]:
         # As the identity stands now: it may have been revoked or erased while the photo was read, and of many
@@ -154,7 +147,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
         score, matched = None, False
         flags: tuple[Flag, ...] = ()
         if compared is not None and standing.status == "active":
-            _require_attempts_left(runtime, standing)
+            runtime.probing.require_attempts_left(standing)
             # Decided on the exact score, whatever the caller may see of it.
             matched = compared.score >= threshold
             score = shown_score(action.caller, compared.score)
@@ -183,8 +176,30 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
     for flag in answer.flags:
         FLAGGED.labels(flag).inc()
     if answer.score is not None and not answer.match:
-        await _count_non_match(runtime, action)
+        await runtime.probing.count_non_match(action)
     return answer
+
+
+async def refuse_unknown(runtime: Runtime, action: Action, claim: UnknownClaim, photo: bytes) -> NoReturn:
+    """Refuse a claim on nobody, and count it. Raises NotFound while the caller's budget of unknown names has room.
+
+    Beyond it, the answer depends on the photo as for somebody who is there: RateLimited without a usable face; NotFound within
+    the budget of the face. So nobody learns whom the gallery knows by asking on.
+    """
+    if await runtime.probing.count_unknown(action):
+        raise NotFound
+    gallery = claim.gallery
+    if gallery is None:
+        raise runtime.probing.too_many_names(action)
+    runtime.require_contract(gallery)
+    _audience(action, claim.audience)
+    await runtime.probing.challenge_of(
+        action, gallery.id, claim.name, claim.nonce, is_required=gallery.policy.require_nonce
+    )
+    reading, _, _ = await _read_claimed(runtime, action, gallery, photo)
+    part = runtime.probing.part_of(reading.embedding, gallery.contract)
+    await runtime.probing.admit_claim(action, part, claim.name, None)
+    raise NotFound
 
 
 def answer_of(
@@ -212,10 +227,31 @@ def answer_of(
     )
 
 
-def _read(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> tuple[FaceReading, Likeness]:
-    """What the photo shows, and what would tell a copy of it. Blocking."""
+async def _read_claimed(
+    runtime: Runtime, action: Action, gallery: Gallery, photo: bytes
+) -> tuple[FaceReading, Likeness, Marks]:
+    """What the photo shows, and what would tell a copy of it.
+
+    Raises the photo's Problems; RateLimited in their place for a caller who has asked about too many unknown names. Such a photo
+    would tell whether the name is known, and cost no attempt.
+    """
+    try:
+        return await runtime.compute_long(
+            action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
+        )
+    except Problem as problem:
+        if problem.status < _SERVER_ERRORS:
+            await runtime.probing.require_names_left(action)
+        raise
+
+
+def _read(
+    engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int
+) -> tuple[FaceReading, Likeness, Marks]:
+    """As `_read_claimed`. Blocking."""
     reading = read_face(engine, photo, policy, max_pixels)
-    return reading, likeness(reading.pixels, reading.face.landmarks, reading.embedding)
+    marks = Marks(picture_digest(reading.pixels), hashlib.sha256(photo).digest())
+    return reading, likeness(reading.pixels, reading.face.landmarks, reading.embedding), marks
 
 
 def _compare(runtime: Runtime, gallery: Gallery, identity: Identity, look: Likeness, floor: float) -> _Compared:
@@ -235,16 +271,9 @@ async def _admit(
 
     Raises ReplayedPhoto, NonceInvalid, RateLimited; then nothing of it counts.
     """
-    settings = runtime.settings
-    if not await Once.is_first(presented.digest, timedelta(hours=settings.replay_window_hours), session):
-        raise ReplayedPhoto("Please take a new photo.")
-    if presented.challenge is not None and not await Challenge.use(
-        presented.challenge, action.actor_id, identity.gallery_id, identity.id, session
-    ):
-        raise _bad_nonce()
-    limit = settings.probe_identities_per_hour
-    if not await FaceBudget.admits(runtime.keys, action.actor_id, presented.part, identity.id, limit, session):
-        raise _probing(action)
+    await runtime.probing.require_new(identity.id, presented.marks, session)
+    await runtime.probing.use(action, identity.gallery_id, identity.id, presented.challenge, session)
+    await runtime.probing.admit_claim(action, presented.part, identity.id, session)
 
 
 async def _flags(
@@ -272,55 +301,6 @@ async def _flags(
     return tuple(flags)
 
 
-async def _challenge(runtime: Runtime, action: Action, gallery: Gallery, claim: Claim) -> str | None:
-    """The challenge that the claim's nonce was given in; None for a nonce of the caller's own.
-
-    Raises NonceInvalid where it does not hold, before any work on the photo; only the transaction uses it up.
-    """
-    nonce = claim.nonce or ""
-    if not nonce.startswith(NONCE_PREFIX):
-        if gallery.policy.require_nonce:
-            raise _bad_nonce()
-        return None
-    id_ = challenge_id(runtime.keys, nonce)
-    if not await Challenge.waits(id_, action.actor_id, gallery.id, claim.identity.id):
-        raise _bad_nonce()
-    return id_
-
-
-def _bad_nonce() -> NonceInvalid:
-    """The same whatever is wrong with it: a nonce of somebody else's is nobody's business."""
-    message = "Ask for a new nonce (POST /v1/challenges) and send it with a selfie taken since."
-    return NonceInvalid(message, errors=(Advice("nonce", "nonce-invalid", message),))
-
-
-def _probing(action: Action) -> Problem:
-    """Too many people were asked about with one face."""
-    PROBING.labels("face").inc()
-    log.warning("probing_refused", caller=action.actor_id)
-    _, over = this_hour()
-    return RateLimited(
-        "You have asked about too many people with this face.",
-        retry_after_seconds=int((over - now()).total_seconds()) + 1,
-    )
-
-
-async def _count_non_match(runtime: Runtime, action: Action) -> None:
-    """Count it for the caller; the one that reaches the alarm becomes an event of its own. The answer stands in any case."""
-    alarm = runtime.settings.non_matches_alarm_per_hour
-    try:
-        if await NonMatches.add(runtime.keys, action.actor_id) != alarm:
-            return
-        PROBING.labels("caller").inc()
-        log.warning("non_matches_alarm", caller=action.actor_id, non_matches=alarm)
-        kind = "system" if action.caller is None else action.caller.kind
-        await record(
-            None, by_system("face.alarm"), subject_kind=kind, subject_id=action.actor_id, detail={"non_matches": alarm}
-        )
-    except PyMongoError as failure:
-        log.warning("non_match_not_counted", caller=action.actor_id, error=type(failure).__name__)
-
-
 def _assertion(runtime: Runtime, gallery: Gallery, nonce: str | None, event: AuditEvent) -> str:
     """The signed answer for relying parties; the same event gives the same text."""
     issued_at = int(event.time.astimezone(UTC).timestamp())
@@ -342,21 +322,6 @@ def _audience(action: Action, asked: str | None) -> str:
         message = "The audience is none of yours."
         raise Validation(message, errors=(Advice("audience", "foreign-audience", message),))
     return asked or own[0]
-
-
-def _require_attempts_left(runtime: Runtime, identity: Identity) -> None:
-    settings, attempts = runtime.settings, identity.attempts
-    limits = AttemptLimits(
-        settings.attempts_before_wait, timedelta(seconds=settings.attempts_wait_seconds), settings.attempts_before_reset
-    )
-    wait = wait_before_attempt(attempts.consecutive, attempts.last_failure, now(), limits)
-    if wait is None:
-        raise AttemptsExhausted(
-            "An officer must reset the attempts on this identity.", retry_after_seconds=A_DAY_SECONDS
-        )
-    if wait > timedelta(0):
-        seconds = int(wait.total_seconds()) + 1
-        raise AttemptsExhausted(f"Please wait {seconds} seconds.", retry_after_seconds=seconds)
 
 
 async def _count_attempt(identity: Identity, session: AsyncClientSession, *, matched: bool) -> None:

@@ -15,6 +15,7 @@ from app.documents.identities import Identity
 from app.domain.faces import RatePoint
 from app.domain.thresholds import threshold_at_fmr
 from app.errors import AttemptsExhausted, NotFound, ReplayedPhoto
+from app.probing import A_DAY_SECONDS
 from app.runtime import Runtime
 from app.use_cases import standing, verify
 from tests.builders import (
@@ -169,7 +170,7 @@ async def test_h65_after_fifty_non_matches_an_officer_must_reset(runtime: Runtim
     await _let_time_pass(ann, 24 * 3600)
     with pytest.raises(AttemptsExhausted) as refused:
         await verified(runtime, ann, "ann")
-    assert refused.value.retry_after_seconds == verify.A_DAY_SECONDS
+    assert refused.value.retry_after_seconds == A_DAY_SECONDS
     reset = await standing.reset_attempts(
         runtime, by_officer("identity.attempts.reset"), await default_gallery(), ann.id
     )

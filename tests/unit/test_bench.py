@@ -9,27 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.devstack.bench import quantile, timed, with_comment
+from app.devstack.bench import MARK_BITS, MARK_SIDE, marked, quantile, timed
 
 
 def jpeg() -> bytes:
     """A small photo."""
     encoded = io.BytesIO()
-    Image.effect_noise((32, 32), 50).convert("RGB").save(encoded, "JPEG")
+    Image.effect_noise((MARK_BITS * MARK_SIDE, 32), 50).convert("RGB").save(encoded, "JPEG")
     return encoded.getvalue()
 
 
-def test_a_comment_changes_the_bytes_and_not_the_picture() -> None:
-    original = jpeg()
-    changed = with_comment(original, b"serial 7")
-    assert changed != original
-    with Image.open(io.BytesIO(original)) as one, Image.open(io.BytesIO(changed)) as other:
-        assert np.array_equal(np.asarray(one), np.asarray(other))
+def test_each_mark_is_another_picture_and_only_the_edge_changes() -> None:
+    original, numbers = jpeg(), (0, 1, 2, 3, 2**MARK_BITS - 1)
+    shown = []
+    for number in numbers:
+        with Image.open(io.BytesIO(marked(original, number))) as picture:
+            shown.append(np.asarray(picture.convert("L")).astype(int))
+    edges = {(picture[:MARK_SIDE] > 128).tobytes() for picture in shown}
+    assert len(edges) == len(numbers)
+    for picture in shown:
+        assert np.abs(picture[2 * MARK_SIDE :] - shown[0][2 * MARK_SIDE :]).max() <= 2
 
 
-def test_only_a_jpeg_takes_a_comment() -> None:
-    with pytest.raises(ValueError, match="JPEG"):
-        with_comment(b"\x89PNG", b"")
+def test_a_narrow_photo_takes_no_mark() -> None:
+    narrow = io.BytesIO()
+    Image.new("RGB", (MARK_BITS * MARK_SIDE - 1, 32)).save(narrow, "JPEG")
+    with pytest.raises(ValueError, match="narrow"):
+        marked(narrow.getvalue(), 1)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1), st.floats(0, 1))

@@ -1,0 +1,211 @@
+"""What every door that compares faces asks of a caller before it answers: nonces, replays, attempts and budgets.
+
+Verification and identification use the same rules, so that neither is the way around the other (docs/adr/0050).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+import structlog
+from prometheus_client import Counter
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
+
+from app.audit import Action, by_system, record
+from app.config import Settings
+from app.documents.base import now
+from app.documents.budgets import FaceBudget, Finds, NonMatches, UnknownNames, this_hour
+from app.documents.challenges import NONCE_PREFIX, Challenge, challenge_id
+from app.documents.claims import Once
+from app.documents.events import Detail
+from app.documents.identities import Identity
+from app.domain.callers import Role
+from app.domain.faces import Embedding
+from app.domain.near_copies import bucket
+from app.domain.policy import AttemptLimits, wait_before_attempt
+from app.errors import Advice, AttemptsExhausted, AuditRefused, NonceInvalid, RateLimited, ReplayedPhoto
+from app.keys import KeyRing
+
+log = structlog.get_logger(__name__)
+
+PROBING = Counter(
+    "idem_probing_total", "Signs of slow probing: faces, names and finds over budget, callers over the alarm", ["sign"]
+)
+#: Retry-After where only an officer's reset helps.
+A_DAY_SECONDS: Final = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What a photo is recognised by when it is presented again.
+
+    picture: digest of its decoded pixels. file: SHA-256 of its bytes. Versions before 2026-12 knew the second one only.
+    """
+
+    picture: bytes
+    file: bytes
+
+
+def binds(action: Action) -> bool:
+    """Whether the rules of relying applications bind the caller: everybody but officers, whatever other roles they have."""
+    return action.caller is not None and not action.caller.has(Role.OFFICER)
+
+
+class Probing:
+    """The rules, with the settings and keys that they need; one per process."""
+
+    def __init__(self, settings: Settings, keys: KeyRing) -> None:
+        self._settings = settings
+        self._keys = keys
+
+    def part_of(self, embedding: Embedding, contract: str) -> int:
+        """The part of the space that a face lies in. Copies of a photo mostly share one."""
+        return bucket(embedding, self._keys.keyed_hash("face-parts", contract.encode()))
+
+    async def challenge_of(
+        self, action: Action, gallery_id: str, identity_id: str | None, nonce: str | None, *, is_required: bool
+    ) -> str | None:
+        """The challenge that a nonce was given in; None for a nonce of the caller's own, or none.
+
+        identity_id: whom the photo is said to show; None in a search, for which only a nonce without an identity holds. Raises
+        NonceInvalid where it does not hold, before any work on the photo. Only `use` uses it up.
+        """
+        text = nonce or ""
+        if not text.startswith(NONCE_PREFIX):
+            if is_required:
+                raise _bad_nonce()
+            return None
+        id_ = challenge_id(self._keys, text)
+        if not await Challenge.waits(id_, action.actor_id, gallery_id, identity_id):
+            raise _bad_nonce()
+        return id_
+
+    async def use(
+        self,
+        action: Action,
+        gallery_id: str,
+        identity_id: str | None,
+        challenge: str | None,
+        session: AsyncClientSession,
+    ) -> None:
+        """Use a challenge up, if there is one. Raises NonceInvalid where another request was faster."""
+        if challenge is not None and not await Challenge.use(
+            challenge, action.actor_id, gallery_id, identity_id, session
+        ):
+            raise _bad_nonce()
+
+    async def require_new(self, presented_to: str, marks: Marks, session: AsyncClientSession) -> None:
+        """Raises ReplayedPhoto where the photo was presented to this identity or gallery already; from now on it was."""
+        ids = [
+            self._keys.keyed_hash("presented-picture", presented_to.encode() + marks.picture).hex(),
+            self._keys.keyed_hash("presented", presented_to.encode() + marks.file).hex(),
+        ]
+        if not await Once.are_first(ids, timedelta(hours=self._settings.replay_window_hours), session):
+            raise ReplayedPhoto("Please take a new photo.")
+
+    def wait_for(self, identity: Identity) -> timedelta | None:
+        """How long nobody may be compared with the identity: zero for not at all, None for until an officer resets it."""
+        settings, attempts = self._settings, identity.attempts
+        limits = AttemptLimits(
+            settings.attempts_before_wait,
+            timedelta(seconds=settings.attempts_wait_seconds),
+            settings.attempts_before_reset,
+        )
+        return wait_before_attempt(attempts.consecutive, attempts.last_failure, now(), limits)
+
+    def require_attempts_left(self, identity: Identity) -> None:
+        """Raises AttemptsExhausted while nobody may be compared with the identity."""
+        wait = self.wait_for(identity)
+        if wait is None:
+            raise AttemptsExhausted(
+                "An officer must reset the attempts on this identity.", retry_after_seconds=A_DAY_SECONDS
+            )
+        if wait > timedelta(0):
+            seconds = int(wait.total_seconds()) + 1
+            raise AttemptsExhausted(f"Please wait {seconds} seconds.", retry_after_seconds=seconds)
+
+    async def admit_claim(self, action: Action, part: int, name: str, session: AsyncClientSession | None) -> None:
+        """Count a claim on a name against the budget of its face. Raises RateLimited beyond the budget.
+
+        name: the identity's id; or what stands for a name that belongs to nobody.
+        """
+        limit = self._settings.probe_identities_per_hour
+        if not await FaceBudget.admits(self._keys, action.actor_id, part, name, limit, session):
+            raise self._probing(action, "face", "You have asked about too many people with this face.")
+
+    async def admit_finds(self, action: Action, part: int, identity_ids: Sequence[str]) -> set[str]:
+        """Count the identities that a search found. Returns those that the caller may see.
+
+        An identity that this caller found too often within the hour is not among them. The answer must not differ from one that
+        does not find it. Raises RateLimited where the budget of the face is spent, no matter whether anybody was found.
+        """
+        settings = self._settings
+        if not await FaceBudget.admits_finds(
+            self._keys, action.actor_id, part, identity_ids, settings.probe_identities_per_hour
+        ):
+            raise self._probing(action, "face", "You have asked about too many people with this face.")
+        limit = settings.finds_per_identity_per_hour
+        totals = await Finds.add_all(self._keys, action.actor_id, identity_ids)
+        for identity_id, total in totals.items():
+            if total == limit + 1:
+                await self._alarm(action, "find", {"identity_id": identity_id, "finds": limit})
+        return {identity_id for identity_id, total in totals.items() if total <= limit}
+
+    async def count_unknown(self, action: Action) -> bool:
+        """Count a claim on a name that belongs to nobody whom the caller may see; whether the budget still has room.
+
+        Officers have no such budget: they may list everybody. Reaching the limit raises an alarm.
+        """
+        if not binds(action):
+            return True
+        limit = self._settings.unknown_names_per_hour
+        total = await UnknownNames.add(self._keys, action.actor_id)
+        if total == limit:
+            await self._alarm(action, "name", {"unknown_names": limit})
+        return total <= limit
+
+    async def require_names_left(self, action: Action) -> None:
+        """Raises RateLimited where the caller has asked about too many unknown names within the hour."""
+        if not binds(action):
+            return
+        if await UnknownNames.so_far(self._keys, action.actor_id) > self._settings.unknown_names_per_hour:
+            raise self.too_many_names(action)
+
+    def too_many_names(self, action: Action) -> RateLimited:
+        """The refusal of a caller that has asked about too many unknown names."""
+        return self._probing(action, "name", "You have asked about too many names that nobody has.")
+
+    async def count_non_match(self, action: Action) -> None:
+        """Count it for the caller; the one that reaches the alarm becomes an event of its own. The answer is not changed."""
+        alarm = self._settings.non_matches_alarm_per_hour
+        try:
+            if await NonMatches.add(self._keys, action.actor_id) == alarm:
+                await self._alarm(action, "caller", {"non_matches": alarm})
+        except PyMongoError as failure:
+            log.warning("non_match_not_counted", caller=action.actor_id, error=type(failure).__name__)
+
+    async def _alarm(self, action: Action, sign: str, detail: Detail) -> None:
+        """Raise an alarm about the caller: an event of its own, a log line, the metric."""
+        PROBING.labels(sign).inc()
+        log.warning("probing_alarm", sign=sign, caller=action.actor_id, **detail)
+        kind = "system" if action.caller is None else action.caller.kind
+        try:
+            await record(
+                None, by_system("face.alarm"), subject_kind=kind, subject_id=action.actor_id, detail=detail
+            )  # fmt: skip
+        except (PyMongoError, AuditRefused) as failure:
+            log.warning("alarm_not_recorded", caller=action.actor_id, error=type(failure).__name__)
+
+    def _probing(self, action: Action, sign: str, message: str) -> RateLimited:
+        PROBING.labels(sign).inc()
+        log.warning("probing_refused", sign=sign, caller=action.actor_id)
+        _, over = this_hour()
+        return RateLimited(message, retry_after_seconds=int((over - now()).total_seconds()) + 1)
+
+
+def _bad_nonce() -> NonceInvalid:
+    """The same whatever is wrong with it: a nonce of somebody else's is nobody's business."""
+    message = "Ask for a new nonce (POST /v1/challenges) and send it with a selfie taken since."
+    return NonceInvalid(message, errors=(Advice("nonce", "nonce-invalid", message),))
