@@ -170,7 +170,7 @@ class Probing:
         """Raises RateLimited where the caller has asked about too many unknown names within the hour."""
         if not binds(action):
             return
-        if await UnknownNames.so_far(self._keys, action.actor_id) > self._settings.unknown_names_per_hour:
+        if await UnknownNames.so_far(self._keys, action.actor_id) >= self._settings.unknown_names_per_hour:
             raise self.too_many_names(action)
 
     def too_many_names(self, action: Action) -> RateLimited:

@@ -3,6 +3,7 @@
 import asyncio
 from datetime import timedelta
 
+import jwt
 import pytest
 
 from app.documents.base import now
@@ -12,6 +13,7 @@ from app.documents.identities import Identity
 from app.documents.probes import KEPT, Probe
 from app.errors import ReplayedPhoto
 from app.runtime import Runtime
+from app.use_cases.challenge import challenge
 from app.use_cases.verify import Claim, Verification, verify
 from tests.builders import (
     active,
@@ -24,6 +26,7 @@ from tests.builders import (
     revoked,
     verified,
 )
+from tests.fakes import FakeEngine
 
 
 async def _presented(runtime: Runtime, identity: Identity, photo: bytes) -> Verification:
@@ -132,3 +135,29 @@ async def test_probes_of_an_identity_are_forgotten_together_and_alone(runtime: R
     await verified(runtime, bob, "bob")
     assert await runtime.transaction(lambda session: Probe.forget(ann.id, session)) == 3
     assert [probe.identity_id for probe in await Probe.find_all().to_list()] == [bob.id]
+
+
+async def test_a18_the_assertion_tells_what_is_doubtful_about_the_photo(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who presents the photo is the suspect, and the relying party sees the assertion only."""
+    ann = await active(runtime, "ann")
+
+    async def told(photo: bytes, nonce: str | None = None) -> dict[str, object]:
+        claim = Claim(await known(ann), audience=None, nonce=nonce)
+        answer = await verify(runtime, by_app("face.verify"), await default_gallery(), claim, photo)
+        assert answer.assertion is not None
+        claims = jwt.decode(answer.assertion, options={"verify_signature": False})
+        return {name: claims[name] for name in ("flags", "live", "challenged")}
+
+    given = await challenge(runtime, by_app("face.challenge"), await default_gallery(), None)
+    plain = {"flags": [], "live": None, "challenged": False}
+    assert await told(portrait("ann", capture=3)) == plain
+    assert await told(portrait("ann", capture=4), "a nonce of its own") == plain
+    assert await told(portrait("ann", capture=5), given.nonce) == plain | {"challenged": True}
+    assert await told(portrait("ann")) == plain | {"flags": ["probe-equals-reference"]}
+    assert await told(coded_anew(portrait("ann", capture=3))) == plain | {"flags": ["near-copy"]}
+    await _set(liveness="observe")
+    for score, live in ((0.01, False), (0.99, True)):
+        monkeypatch.setattr(FakeEngine, "liveness", lambda *_, score=score: score)
+        assert await told(portrait("ann", capture=10 + live)) == plain | {"live": live}
