@@ -18,6 +18,7 @@ from app.documents.identities import Identity
 from app.documents.probes import Place, Probe
 from app.documents.sealed import data_key, open_anchors, open_attributes, open_likenesses
 from app.domain.callers import found_score
+from app.domain.changes import Changes
 from app.domain.comparison import anchored, scores_with
 from app.domain.faces import Embedding
 from app.domain.near_copies import Likeness, is_near_copy, likeness, picture_digest
@@ -106,7 +107,7 @@ async def identify(
         score = found_score(action.caller, exact)
         fpir = None if score is None else fpir_at(card, score, max(head.samples, 1))
         candidates.append(Match(identity_id, reference, band_of(exact, limits), score, rank, fpir))
-    told: dict[str, dict[str, Scalar]] = {
+    told: Changes = {
         one.identity_id: {"rank": one.rank, "band": one.band, "score": round(found.scores[one.identity_id], 2)}
         for one in candidates
     }
@@ -114,7 +115,7 @@ async def identify(
     faces = probe.reading.main.faces_found
     detail: Detail = {
         "candidates": len(candidates), "found": told, "withheld": withheld, "best_identity_id": best,
-        "best_score": None if best is None else told[best]["score"], "threshold": round(limits.identify, 4),
+        "best_score": None if best is None else round(found.scores[best], 2), "threshold": round(limits.identify, 4),
         "as_of_seq": found.as_of_seq, "faces": faces, "nonce": Typed.of(nonce), "challenged": challenge is not None,
         "flags": "other-faces" if faces > 1 else "",
     }  # fmt: skip
