@@ -39,8 +39,8 @@ class Action:
     """Who does what, from where, under which idempotency key.
 
     name: dotted, "identity.enrol". has_own_request_id: the caller gave the request id, so it is theirs, not ours. subject and
-    gallery: filled in as they become known, so that a refusal's event names them. is_read: it is no action of its own; only
-    refusals of access to it become events.
+    gallery: filled in as they become known, so that a refusal's event names them. is_read: of its refusals, only those of access
+    become events. is_recorded: whether its own event is written.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Action:
     claim: IdempotencyClaim | None = None
     subject: Subject = field(default_factory=lambda: Subject(kind="none", id=None))
     gallery: str | None = None
+    is_recorded: bool = False
 
     @property
     def actor_id(self) -> str:
@@ -163,6 +164,7 @@ async def record(  # noqa: PLR0913 - an event is that wide
         if error.timeout or error.has_error_label("TransientTransactionError"):
             raise
         raise AuditRefused from error
+    action.is_recorded = True
     if action.claim is not None:
         settled = session is not None and await action.claim.settle(session, event.id, status_code or 200, score)
         if not settled:

@@ -40,6 +40,7 @@ UNTOUCHED: Final = frozenset(
         "unknown_names",
         "finds",
         "erasures",
+        "people_read",
         "failed_logins",
     }
 )

@@ -206,6 +206,7 @@ class Settings(BaseSettings):
     finds_per_identity_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     non_matches_alarm_per_hour: Annotated[int, Field(ge=1, le=100_000_000)] = 1000
     erasures_alarm_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    people_read_alarm_per_hour: Annotated[int, Field(ge=1, le=10_000)] = 500
     idempotency_hours: Annotated[int, Field(ge=1, le=168)] = 24
 
     @property

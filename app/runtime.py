@@ -114,6 +114,7 @@ DOCUMENTS: list[type[Document]] = [
     budgets.Erasures,
     budgets.UnknownNames,
     budgets.Finds,
+    budgets.PeopleRead,
     failed_logins.FailedLogins,
     leases.Lease,
     heartbeats.Heartbeat,

@@ -19,6 +19,7 @@ from app.documents.base import now
 from app.documents.events import AuditEvent, Detail, Outcome
 from app.documents.galleries import Gallery
 from app.documents.tree import AuditKey, AuditTree, TreeHead, node_hashes, proof
+from app.domain.actions import ACTIONS
 from app.domain.callers import Role
 from app.domain.log_export import Form, Json, Line, encoded, heading, without_events
 from app.domain.merkle import consistency_path, inclusion_path, subtrees
@@ -162,6 +163,9 @@ async def list_events(
     gallery: str | None = None,
 ) -> Paged[EventView]:
     """Events, the newest first. `actor` and `subject` are ids."""
+    if event_action is not None and event_action not in ACTIONS:
+        message = "No event has this action."
+        raise Validation(message, errors=(Advice("action", "unknown", message),))
     filters = await _within(action, after, before, gallery)
     named = {"actor.id": actor, "action": event_action, "subject.id": subject, "outcome": outcome}
     filters |= {name: value for name, value in named.items() if value is not None}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -10,12 +11,13 @@ from pydantic import BaseModel, Field
 from app.api import identities, scans
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
-from app.api.identities import IdentityView, visible_galleries
+from app.api.identities import IdentityView, asked, visible_galleries
 from app.api.paging import Page, Paged, cursor_behind, page_of_parts, position_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.audit import Action
 from app.documents.cases import Case, CasePage
+from app.documents.events import Detail
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.scans import Scan
@@ -32,6 +34,7 @@ from app.errors import (
 )
 from app.runtime import Runtime
 from app.use_cases import adjudicate
+from app.use_cases.note_reading import note_reading
 
 router = APIRouter(
     route_class=StrictRoute,
@@ -43,6 +46,8 @@ router = APIRouter(
 Reading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, is_read=True))]
 #: An enroller reads the verdicts of its own enrolments.
 VerdictReading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, Role.ENROLLER, is_read=True))]
+CaseReading = Annotated[Action, Depends(acting("case.read", Role.OFFICER, is_read=True))]
+CaseListing = Annotated[Action, Depends(acting("case.list", Role.OFFICER, is_read=True))]
 
 
 class Progress(BaseModel):
@@ -169,8 +174,13 @@ async def _people_of(cases: Sequence[CasePage]) -> dict[str, Identity]:
     return await Identity.living_among(sorted(ids))
 
 
-async def _one(runtime: Runtime, request: Request, gallery: Gallery, case_id: str, page: Page) -> CaseView:
-    """A case with one page of its candidates. Raises NotFound, Validation for a bad cursor."""
+async def _one(
+    runtime: Runtime, request: Request, action: Action, gallery: Gallery, case_id: str, page: Page
+) -> CaseView:
+    """A case with one page of its candidates. It is noted as a reading if the action has no event.
+
+    Raises NotFound, Validation for a bad cursor.
+    """
     place = position_of(runtime.keys, request, page, int)
     skip = 0 if place is None else place[0]
     case = await CasePage.get(case_id, skip, page.limit)
@@ -178,6 +188,9 @@ async def _one(runtime: Runtime, request: Request, gallery: Gallery, case_id: st
         raise NotFound
     people = await _people_of([case])
     (shown,) = await runtime.compute(list, _opened(runtime, {gallery.id: gallery}, [case], people))
+    if not action.is_recorded:
+        detail: Detail = {} if action.is_read else {"answer_to": action.name}
+        await note_reading(runtime, replace(action, name="case.read"), dict.fromkeys(people, gallery.name), detail)
     behind = skip + len(case.candidates)
     cursor = cursor_behind(runtime.keys, request, behind, case.id) if behind < case.candidate_count else None
     return shown.model_copy(update={"candidates_next_cursor": cursor})
@@ -243,7 +256,7 @@ async def _scan_job(action: Action, job_id: str) -> JobView:
 async def list_cases(
     runtime: CurrentRuntime,
     request: Request,
-    action: Reading,
+    action: CaseListing,
     page: Annotated[Page, Depends()],
     state: Literal["open", "decided"] | None = None,
     gallery: str | None = None,
@@ -261,7 +274,11 @@ async def list_cases(
         cases = [case.model_dump_json() for case in _opened(runtime, galleries, items, people)]
         return f'{{"items":[{",".join(cases)}],"next_cursor":{json.dumps(cursor)}}}'.encode()
 
-    return Response(await runtime.compute(written), media_type="application/json")
+    answer = Response(await runtime.compute(written), media_type="application/json")
+    if people:
+        shown = {id_: galleries[identity.gallery_id].name for id_, identity in people.items()}
+        await note_reading(runtime, action, shown, {**asked(request, {"state": "state"}), "cases": len(items)})
+    return answer
 
 
 @router.get("/cases/{case_id}", responses=problems(NotFound))
@@ -270,12 +287,12 @@ async def get_case(
     request: Request,
     response: Response,
     case_id: str,
-    action: Reading,
+    action: CaseReading,
     page: Annotated[Page, Depends()],
 ) -> CaseView:
     """One case, with a page of its candidates, the best score first."""
     gallery = await _gallery_of(action, case_id)
-    case = await _one(runtime, request, gallery, case_id, page)
+    case = await _one(runtime, request, action, gallery, case_id, page)
     response.headers["ETag"] = f'"{case.version}"'
     return case
 
@@ -297,7 +314,7 @@ async def decide_case(
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         judgement = adjudicate.Judgement(body.decision, body.identity_id, body.keep, body.reason)
         await adjudicate.adjudicate(runtime, action, gallery, case_id, judgement)
-    return await _one(runtime, request, gallery, case_id, Page())
+    return await _one(runtime, request, action, gallery, case_id, Page())
 
 
 router.include_router(scans.router)

@@ -1,5 +1,6 @@
 """Identities: enrol people, see and change what is known of them, erase them."""
 
+from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from app.api.shapes import Body, Moment
 from app.api.uploads import Upload, body_of, uploaded
 from app.audit import Action
 from app.documents.claims import IdempotencyClaim
-from app.documents.events import AuditEvent
+from app.documents.events import AuditEvent, Detail
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness, Sample
 from app.documents.proposals import IdentityProposal
@@ -60,6 +61,7 @@ from app.errors import (
 from app.keys import SealBroken, UnknownKey
 from app.runtime import Runtime
 from app.use_cases import enrol, erase, export_subject, screen, standing, update
+from app.use_cases.note_reading import note_answer, note_reading
 
 PHOTO_PROBLEMS = (
     NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,
@@ -85,6 +87,11 @@ VERSION_DIGITS = 18
 Reading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, is_read=True))]
 #: An enroller reads the verdicts of its own enrolments.
 VerdictReading = Annotated[Action, Depends(acting("identity.read", Role.OFFICER, Role.ENROLLER, is_read=True))]
+Listing = Annotated[Action, Depends(acting("identity.list", Role.OFFICER, is_read=True))]
+#: What the event of a list says of each filter: never the text that was looked for.
+QUERIES = {
+    "external_ref": "reference", "q": "name", "status": "status", "created_after": "time", "created_before": "time",
+}  # fmt: skip
 
 
 class Enrolment(GivenAttributes):
@@ -280,13 +287,17 @@ async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Ide
     return await gallery_of(action, identity.gallery_id), identity
 
 
-def answer_with(
+async def answer_with(
     runtime: Runtime, action: Action, response: Response, gallery: Gallery, identity: Identity
 ) -> IdentityView:
-    """The answer about one identity, as far as the caller may see it; its `ETag` is its version."""
+    """The answer about one identity, as far as the caller may see it; its `ETag` is its version.
+
+    If it shows attributes and the action has no event, it is noted as a reading.
+    """
     response.headers["ETag"] = f'"{identity.version}"'
     if action.caller is None or action.caller.sees_own_enrolments_only:
         return verdict_view(gallery, identity)
+    await note_answer(runtime, action, gallery.name, identity)
     return view(runtime, gallery, identity)
 
 
@@ -329,7 +340,7 @@ async def enrol_identity(
     if wait and identity.status != "pending":
         response.status_code = 201
     response.headers["Location"] = f"/v1/identities/{identity.id}"
-    answer = answer_with(runtime, action, response, gallery, identity)
+    answer = await answer_with(runtime, action, response, gallery, identity)
     if action.caller is None or action.caller.sees_own_enrolments_only:
         # What it has just sent itself.
         return answer.model_copy(update=fields.model_dump(exclude={"gallery"}))
@@ -346,7 +357,7 @@ async def import_identities(action: Annotated[Action, Depends(acting("identity.i
 async def list_identities(
     runtime: CurrentRuntime,
     request: Request,
-    action: Reading,
+    action: Listing,
     page: Annotated[Page, Depends()],
     gallery: str | None = None,
     external_ref: AskedRef | None = None,
@@ -366,9 +377,19 @@ async def list_identities(
     if times:
         filters["created_at"] = times
     if q is not None:
-        return await _named(runtime, request, galleries, filters, page, q)
-    items, cursor = await page_of(Identity, filters, page, request, runtime.keys)
-    return Paged(items=[view(runtime, galleries[i.gallery_id], i) for i in items], next_cursor=cursor)
+        found = await _named(runtime, request, galleries, filters, page, q)
+    else:
+        items, cursor = await page_of(Identity, filters, page, request, runtime.keys)
+        found = Paged(items=[view(runtime, galleries[i.gallery_id], i) for i in items], next_cursor=cursor)
+    if found.items or q is not None or external_ref is not None:
+        # Whether somebody of a name is there is an answer too.
+        await note_reading(runtime, action, {one.id: one.gallery for one in found.items}, asked(request, QUERIES))
+    return found
+
+
+def asked(request: Request, kinds: Mapping[str, str]) -> Detail:
+    """What the event of a list says of its query: which kinds of filters it had."""
+    return {"query": ",".join(sorted({kinds[name] for name in request.query_params if name in kinds})) or "all"}
 
 
 async def _named(
@@ -414,7 +435,7 @@ async def get_identity(
     runtime: CurrentRuntime, response: Response, identity_id: str, action: VerdictReading
 ) -> IdentityView:
     """One identity; its `ETag` is its version. An enroller sees the verdicts of its own enrolments."""
-    return answer_with(runtime, action, response, *await found_identity(action, identity_id))
+    return await answer_with(runtime, action, response, *await found_identity(action, identity_id))
 
 
 PROPOSED = {"model": ProposedView, "description": "Proposed: a second officer must agree"}
@@ -461,7 +482,7 @@ async def update_identity(
         identity = updated
     elif (proposal_id := first_proposed(first)) is not None:
         return proposed(response, proposal_id)
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 def _version(if_match: str | None) -> int | None:
@@ -520,7 +541,7 @@ async def screen_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, {}) is None:
         identity = await screen.screen_again(runtime, action, gallery, identity_id)
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/revoke", responses=problems(NotFound, Conflict))
@@ -537,7 +558,7 @@ async def revoke_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.revoke(runtime, action, gallery, identity_id, body.reason)
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/reinstate", responses=problems(NotFound, Conflict, UndecidedCandidates))
@@ -554,7 +575,7 @@ async def reinstate_identity(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, body.model_dump()) is None:
         identity = await standing.reinstate(runtime, action, gallery, identity_id, body.reason)
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 @router.post("/{identity_id}/attempts:reset", responses=problems(NotFound))
@@ -570,7 +591,7 @@ async def reset_attempts(
     gallery, identity = await found_identity(action, identity_id)
     if await first_answer(runtime, request, action, key, None) is None:
         identity = await standing.reset_attempts(runtime, action, gallery, identity_id)
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 @router.get(

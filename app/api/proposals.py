@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
-from app.api.identities import ReceiptView, receipt_view, visible_galleries
+from app.api.identities import ReceiptView, asked, receipt_view, visible_galleries
 from app.api.paging import Page, Paged, page_of
 from app.api.problems import problems
 from app.api.shapes import Moment
@@ -21,6 +21,7 @@ from app.domain.callers import Role
 from app.errors import Conflict, ExternalRefTaken, Forbidden, NotFound, Unauthenticated, Validation
 from app.runtime import Runtime
 from app.use_cases import erase, proposals, update
+from app.use_cases.note_reading import note_reading
 
 router = APIRouter(
     route_class=StrictRoute,
@@ -30,6 +31,7 @@ router = APIRouter(
 )
 
 Reading = Annotated[Action, Depends(acting("proposal.read", Role.OFFICER, is_read=True))]
+Listing = Annotated[Action, Depends(acting("proposal.list", Role.OFFICER, is_read=True))]
 
 
 class ChangeView(BaseModel):
@@ -123,7 +125,7 @@ async def _found(action: Action, proposal_id: str) -> tuple[Gallery, IdentityPro
 async def list_proposals(
     runtime: CurrentRuntime,
     request: Request,
-    action: Reading,
+    action: Listing,
     page: Annotated[Page, Depends()],
     state: ProposalState | None = None,
     gallery: str | None = None,
@@ -136,13 +138,19 @@ async def list_proposals(
     items, cursor = await page_of(IdentityProposal, filters, page, request, runtime.keys)
     people = await Identity.living_among([item.identity_id for item in items])
     views = [_view(runtime, galleries[item.gallery_id], item, people.get(item.identity_id)) for item in items]
+    if shown := {one.identity_id: one.gallery for one in views if one.identity_id in people}:
+        await note_reading(runtime, action, shown, asked(request, {"state": "state"}))
     return Paged(items=views, next_cursor=cursor)
 
 
 @router.get("/{proposal_id}", responses=problems(NotFound))
 async def get_proposal(runtime: CurrentRuntime, proposal_id: str, action: Reading) -> ProposalView:
     """One proposal, with what it would do."""
-    return await _whole(runtime, *await _found(action, proposal_id))
+    gallery, proposal = await _found(action, proposal_id)
+    found = await _whole(runtime, gallery, proposal)
+    if found.changes is not None or found.reason is not None:
+        await note_reading(runtime, action, {found.identity_id: found.gallery})
+    return found
 
 
 @router.post("/{proposal_id}/agree", responses=problems(NotFound, Conflict, ExternalRefTaken))

@@ -79,7 +79,7 @@ async def add_sample(
     if await first_answer(runtime, request, action, key, {}, digests=upload.digests) is None:
         identity = await enrol.add_sample(runtime, action, gallery, identity, upload.photos["photo"][0])
     response.headers["Location"] = f"/v1/identities/{identity.id}"
-    return answer_with(runtime, action, response, gallery, identity)
+    return await answer_with(runtime, action, response, gallery, identity)
 
 
 def _sample_receipt(removal: SampleRemoval) -> SampleReceiptView:

@@ -29,6 +29,7 @@ from app.errors import (
 )
 from app.runtime import Runtime
 from app.use_cases import open_cases, scan
+from app.use_cases.note_reading import note_reading
 
 #: A part of app.api.dedup's router, which gives it the path before, its tags and the problems that all calls share.
 router = APIRouter(route_class=StrictRoute, prefix="/scans")
@@ -37,6 +38,7 @@ router = APIRouter(route_class=StrictRoute, prefix="/scans")
 MOST_COUNTED = scan.MOST_PAIRS + 1
 
 Reading = Annotated[Action, Depends(acting("dedup.read", Role.OFFICER, is_read=True))]
+PeopleReading = Annotated[Action, Depends(acting("scan.read", Role.OFFICER, is_read=True))]
 Scanning = Annotated[Action, Depends(acting("dedup.scan", Role.OFFICER))]
 
 
@@ -189,7 +191,7 @@ async def get_scan(scan_id: str, action: Reading) -> ScanView:
 
 @router.get("/{scan_id}/pairs", responses=problems(NotFound))
 async def list_pairs(
-    runtime: CurrentRuntime, request: Request, scan_id: str, action: Reading, page: Annotated[Page, Depends()]
+    runtime: CurrentRuntime, request: Request, scan_id: str, action: PeopleReading, page: Annotated[Page, Depends()]
 ) -> Paged[ScanPairView]:
     """The pairs found so far, the best score first."""
     gallery, known = await _found(action, scan_id)
@@ -211,12 +213,13 @@ async def list_pairs(
         views.append(ScanPairView(identities=both, score=pair.score, decision=decision))
     is_more = len(found) > page.limit
     cursor = cursor_behind(runtime.keys, request, items[-1].score, items[-1].id) if is_more else None
+    await _note(runtime, action, gallery, people, "pairs")
     return Paged(items=views, next_cursor=cursor)
 
 
 @router.get("/{scan_id}/clusters", responses=problems(NotFound, Conflict, NotReady))
 async def list_clusters(
-    runtime: CurrentRuntime, request: Request, scan_id: str, action: Reading, page: Annotated[Page, Depends()]
+    runtime: CurrentRuntime, request: Request, scan_id: str, action: PeopleReading, page: Annotated[Page, Depends()]
 ) -> ClustersView:
     """Who hangs together, the largest cluster first, with the links to doubt.
 
@@ -229,6 +232,7 @@ async def list_clusters(
     people = {id_: person for id_, (_, person) in (await _people(runtime, gallery, ids)).items()}
     views = [_cluster(cluster, people) for cluster in found.items]
     cursor = cursor_behind(runtime.keys, request, *found.items[-1].place) if found.is_more else None
+    await _note(runtime, action, gallery, people, "clusters")
     # Whoever was erased since they were made is not shown, nor whom that leaves alone.
     return ClustersView(items=[one for one in views if one.size > 1], next_cursor=cursor, as_of=found.as_of)
 
@@ -291,6 +295,12 @@ async def cancel_scan(
     if await first_answer(runtime, request, action, key, None) is None:
         known = await scan.cancel(runtime, action, gallery, scan_id)
     return await view(gallery, known)
+
+
+async def _note(runtime: Runtime, action: Action, gallery: Gallery, people: Iterable[str], what: str) -> None:
+    """Note that the caller is shown these people."""
+    if shown := dict.fromkeys(people, gallery.name):
+        await note_reading(runtime, action, shown, {"shown": what})
 
 
 async def _people(runtime: Runtime, gallery: Gallery, ids: Iterable[str]) -> dict[str, tuple[int, PersonView]]:

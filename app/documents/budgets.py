@@ -1,9 +1,9 @@
-"""Slow probing in figures: whom one caller asked about with one face, found, or failed to name, in each hour.
+"""What one caller does in an hour, in figures: whom it asks about with one face, finds, fails to name, erases and reads.
 
 An hour is one of the clock, so around its turn twice as much may pass within sixty minutes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import ClassVar, Final
 
@@ -18,6 +18,8 @@ from app.keys import KeyRing
 HOUR: Final = timedelta(hours=1)
 #: For counts outside of a transaction. A count that is lost with a server only leaves a little more room.
 _AT_ONCE: Final = WriteConcern(w=1, j=False)
+#: Enough to tell the people of one hour apart.
+PERSON_BYTES: Final = 8
 
 
 class FaceBudget(Stored):
@@ -179,6 +181,47 @@ class Finds(_CallerHour):
         """
         totals = await all_of(*(cls.add(keys, f"{caller_id}|{identity_id}") for identity_id in identity_ids))
         return dict(zip(identity_ids, totals, strict=True))
+
+
+class PeopleRead(Stored):
+    """Whose attributes one caller was shown in one hour; the id is a keyed hash of the two.
+
+    people: keyed hashes, so that nobody reads here who looked at whom. Not more than an alarm needs. before: how many there were
+    before the last ones.
+    """
+
+    people: list[bytes]
+    before: int
+    expires_at: datetime
+
+    class Settings(Stored.Settings):
+        """Collection and indexes."""
+
+        name = "people_read"
+        indexes: ClassVar[list[IndexModel]] = [IndexModel("expires_at", expireAfterSeconds=0)]
+
+    @classmethod
+    async def reaches(cls, keys: KeyRing, caller_id: str, identity_ids: Collection[str], limit: int) -> bool:
+        """Count these people. True for the one call in the hour by which `limit` different people are reached.
+
+        One update of one document decides, so that of calls at the same moment one is told.
+        """
+        began, over = this_hour()
+        id_ = keys.keyed_hash("people-read", f"{caller_id}|{began.isoformat()}".encode()).hex()
+        # More of one page cannot matter.
+        some = sorted(identity_ids)[:limit]
+        shown = [keys.keyed_hash("people-read", f"{id_}|{one}".encode())[:PERSON_BYTES] for one in some]
+        known: dict[str, object] = {"$ifNull": ["$people", []]}
+        is_full = {"$gte": [{"$size": known}, limit]}
+        fields = {
+            "people": {"$cond": [is_full, known, {"$setUnion": [known, {"$literal": shown}]}]},
+            "before": {"$size": known}, "expires_at": over,
+        }  # fmt: skip
+        after = await cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE).find_one_and_update(
+            {"_id": id_}, [{"$set": fields}], {"before": 1, "total": {"$size": "$people"}}, upsert=True,
+            return_document=ReturnDocument.AFTER,
+        )  # fmt: skip
+        return after is not None and after["before"] < limit <= after["total"]
 
 
 def this_hour() -> tuple[datetime, datetime]:

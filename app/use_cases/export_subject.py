@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
-from app.audit import Action, record
+from app.audit import Action
 from app.documents.base import now
 from app.documents.cases import Case, Pair
 from app.documents.events import AuditEvent
@@ -24,6 +24,7 @@ from app.domain.attributes import Attributes
 from app.errors import NotFound
 from app.keys import DataKey, SealBroken
 from app.runtime import Runtime
+from app.use_cases.note_reading import note_reading
 from storage.photos import PhotoNotFound, PhotoStoreUnavailable
 
 #: Scores in the log and in answers have two decimals; this one is as coarse.
@@ -47,9 +48,8 @@ async def export_subject(runtime: Runtime, action: Action, gallery: Gallery, ide
         "removed_samples": [{"removed_at": moment} for moment in await SampleRemoval.of(identity.id)],
         "deletion": _deletion(runtime, gallery, identity),
     }
-    await record(
-        None, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name,
-        detail={"samples": len(identity.samples)},
+    await note_reading(
+        runtime, action, {identity.id: gallery.name}, {"samples": len(identity.samples)}, identity_id=identity.id
     )  # fmt: skip
     return _written(runtime, identity, key, pages)
 

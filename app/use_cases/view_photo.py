@@ -1,7 +1,6 @@
 """View a stored photo, or the crop of it that is compared. Each view is an event, which is recorded before the answer."""
 
-from app.audit import Action, record
-from app.documents.events import Detail
+from app.audit import Action
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity, Sample
 from app.documents.sealed import data_key, open_landmarks
@@ -12,12 +11,15 @@ from app.engine.port import FaceEngine
 from app.engine.reading import stored_face
 from app.errors import NotFound
 from app.runtime import Runtime
+from app.use_cases.note_reading import note_reading
 
 
 async def view_photo(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, sample_id: str) -> bytes:
     """The photo's JPEG bytes. Raises NotFound, PhotoMissing (also when the store gives another's or changed bytes)."""
     photo = await runtime.stored_photo(gallery, identity, _sample(identity, sample_id))
-    await _record(action, gallery, identity, {"sample_id": sample_id})
+    await note_reading(
+        runtime, action, {identity.id: gallery.name}, {"sample_id": sample_id}, identity_id=identity.id
+    )  # fmt: skip
     return photo
 
 
@@ -30,7 +32,9 @@ async def view_crop(runtime: Runtime, action: Action, gallery: Gallery, identity
         key = data_key(runtime.keys, gallery, identity)
         landmarks = open_landmarks(key, sample.landmarks, gallery.id, identity.id, sample_id)
     crop = await runtime.compute_long(action.actor_id, _crop, runtime.engine, photo, landmarks)
-    await _record(action, gallery, identity, {"sample_id": sample_id, "crop": True})
+    await note_reading(
+        runtime, action, {identity.id: gallery.name}, {"sample_id": sample_id, "crop": True}, identity_id=identity.id
+    )  # fmt: skip
     return crop
 
 
@@ -46,9 +50,3 @@ def _crop(engine: FaceEngine, photo: bytes, landmarks: Landmarks | None) -> byte
     if landmarks is None:
         landmarks = stored_face(engine, pixels).landmarks
     return encode_lossless(aligned_crop(pixels, landmarks))
-
-
-async def _record(action: Action, gallery: Gallery, identity: Identity, detail: Detail) -> None:
-    await record(
-        None, action, subject_kind="identity", subject_id=identity.id, gallery=gallery.name, detail=detail
-    )  # fmt: skip

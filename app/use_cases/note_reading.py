@@ -1,0 +1,81 @@
+"""Note a reading: an answer that shows people's attributes is an event before it is given, and many people are an alarm.
+
+docs/adr/0049-reads-are-events.md
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import structlog
+from prometheus_client import Counter as Metric
+from pymongo.errors import PyMongoError
+
+from app.audit import Action, by_system, record
+from app.concurrency import all_of
+from app.documents.budgets import PeopleRead
+from app.documents.events import Detail, Scalar, Subject
+from app.documents.identities import Identity
+from app.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+ALARMS = Metric(
+    "idem_bulk_reading_alarms", "Times that one caller read PEOPLE_READ_ALARM_PER_HOUR people within an hour"
+)
+
+
+async def note_reading(
+    runtime: Runtime,
+    action: Action,
+    people: Mapping[str, str],
+    detail: Detail | None = None,
+    *,
+    identity_id: str | None = None,
+) -> None:
+    """Record that the caller is shown these people. The answer waits for it: raises AuditRefused where it cannot be recorded.
+
+    people: the name of each one's gallery, by the id of the identity. detail: further details for the event. identity_id: the one
+    that it is all about; None: the subject of the action.
+    """
+    galleries = Counter(people.values())
+    told: Detail = {"people": len(people), **(detail or {})}
+    if len(galleries) > 1:
+        counted: dict[str, Scalar] = {**galleries}
+        told["galleries"] = counted
+    (gallery,) = galleries if len(galleries) == 1 else (action.gallery,)
+    about = action.subject if identity_id is None else Subject(kind="identity", id=identity_id)
+    reading = record(None, action, subject_kind=about.kind, subject_id=about.id, gallery=gallery, detail=told)
+    await all_of(reading, _count(runtime, action, people))
+
+
+async def note_answer(runtime: Runtime, action: Action, gallery_name: str, identity: Identity) -> None:
+    """Note that one identity is shown, unless the caller's own action is recorded already.
+
+    Whoever has just enrolled the person asks for the verdict, and is shown what they sent. That is no event.
+    """
+    is_own_news = action.is_read and identity.status == "pending" and identity.created_by == action.actor_id
+    if action.is_recorded or is_own_news:
+        return
+    # A repetition with an idempotency key does nothing, and shows the person all the same.
+    detail: Detail = {} if action.is_read else {"answer_to": action.name}
+    reading = replace(action, name="identity.read")
+    await note_reading(runtime, reading, {identity.id: gallery_name}, detail, identity_id=identity.id)
+
+
+async def _count(runtime: Runtime, action: Action, identity_ids: Collection[str]) -> None:
+    """Count whom the caller is shown. PEOPLE_READ_ALARM_PER_HOUR different people within an hour raise an alarm, once an hour."""
+    caller, alarm = action.caller, runtime.settings.people_read_alarm_per_hour
+    if caller is None or not identity_ids:
+        return
+    try:
+        if not await PeopleRead.reaches(runtime.keys, caller.id, identity_ids, alarm):
+            return
+        ALARMS.inc()
+        log.warning("bulk_reading_alarm", caller=caller.id, people=alarm)
+        await record(
+            None, by_system("identity.bulk_read"), subject_kind=caller.kind, subject_id=caller.id,
+            detail={"people": alarm},
+        )  # fmt: skip
+    except PyMongoError as failure:  # the reading is recorded: only its count is lost
+        log.warning("reading_not_counted", caller=caller.id, error=type(failure).__name__)
