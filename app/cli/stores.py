@@ -14,7 +14,7 @@ from app.cli.settings import UNUSABLE_CONFIGURATION, read_settings
 from app.config import Settings
 from app.devstack.client import ReadyStack
 from app.devstack.processes import dying_with, write_privately
-from app.devstack.servers import free_port, initiate_replica_set, mongo_uri, mongod_command, redis_url
+from app.devstack.servers import ServerSecret, free_port, initiate_replica_set, mongo_uri, mongod_command, redis_url
 from app.devstack.stack import READY_NAME, StackFailed, data_folder, embedded_settings
 
 DataDirOption = Annotated[
@@ -63,16 +63,16 @@ def stores_of(data_dir: Path | None) -> Iterator[Settings]:
 @contextmanager
 def _mongo_alone(folder: Path) -> Iterator[None]:
     """The MongoDB of a stack that does not run, announced where the stack would be, without an address to call."""
-    port = free_port()
+    port, secret = free_port(), ServerSecret.kept_in(folder)
     process = subprocess.Popen(  # noqa: S603 - our own command line
-        mongod_command(folder / "mongo", port), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        mongod_command(folder / "mongo", port, secret), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=dying_with(os.getpid()),  # noqa: PLW1509 - as the stack's own
     )  # fmt: skip
     try:
-        initiate_replica_set(port, is_running=lambda: process.poll() is None)
+        initiate_replica_set(port, secret, is_running=lambda: process.poll() is None)
         announced = ReadyStack(
-            url="", pid=os.getpid(), admin=None, users=None, client=None, mongo_uri=mongo_uri(port),
-            redis_url=redis_url(free_port()), data_dir=str(folder),
+            url="", pid=os.getpid(), admin=None, users=None, client=None, mongo_uri=mongo_uri(port, secret),
+            redis_url=redis_url(free_port(), secret), data_dir=str(folder),
         )  # fmt: skip
         write_privately(folder / READY_NAME, announced.model_dump_json())
         yield

@@ -12,6 +12,7 @@ import typer
 from app.access.callers import new_secret
 from app.audit import by_system
 from app.cli.settings import read_settings
+from app.cli.stores import DataDirOption, settings_of
 from app.cli.waiting import WaitOption, wait_for_mongo
 from app.config import Settings
 from app.devstack.client import Account, ClientAccount, Credentials, DemoUsers
@@ -35,13 +36,14 @@ def create(
     username: str,
     role: Annotated[list[Role], typer.Option(help="Repeat for several: admin, officer, auditor.")],
     gallery: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all galleries.")] = None,
+    data_dir: DataDirOption = None,
     *,
     password_stdin: Annotated[
         bool, typer.Option("--password-stdin", help="Read the password from standard input, not from the terminal.")
     ] = False,
 ) -> None:
     """Make one person; the password is asked for, and never part of the command line."""
-    settings = read_settings()
+    settings = settings_of(data_dir)
     if password_stdin:
         password = sys.stdin.readline().rstrip("\n")
     else:
@@ -58,13 +60,14 @@ def create(
 @app.command()
 def unlock(
     username: str,
+    data_dir: DataDirOption = None,
     *,
     second_factor: Annotated[
         bool, typer.Option("--remove-second-factor", help="For somebody who lost it; the password is enough then.")
     ] = False,
 ) -> None:
     """Forgive somebody's failed logins, so that they need not wait."""
-    settings = read_settings()
+    settings = settings_of(data_dir)
     try:
         asyncio.run(_unlock(settings, username, takes_factor=second_factor))
     except Problem as problem:

@@ -37,6 +37,7 @@ from app.devstack.processes import (
     write_privately,
 )
 from app.devstack.servers import (
+    ServerSecret,
     free_port,
     initiate_replica_set,
     mongo_uri,
@@ -115,6 +116,8 @@ class Stack:
         self._is_ready = asyncio.Event()
         self._mongo_port = None if settings.mongodb_uri else free_port()
         self._redis_port = None if settings.redis_url else free_port()
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._secret = ServerSecret.kept_in(self._data_dir)
         self._ready_file = wishes.ready_file
         self._model = wishes.model or settings.face_model
         kept = self._data_dir / MODEL_NAME
@@ -122,8 +125,8 @@ class Stack:
             # A better pack may have come since; the people in the store were enrolled with this one.
             self._model = kept.read_text(encoding="utf-8")
         self.api_workers = wishes.api_workers or settings.workers
-        self.mongo_uri = mongo_uri(self._mongo_port) if self._mongo_port else settings.mongodb_uri
-        self.redis_url = redis_url(self._redis_port) if self._redis_port else settings.redis_url
+        self.mongo_uri = mongo_uri(self._mongo_port, self._secret) if self._mongo_port else settings.mongodb_uri
+        self.redis_url = redis_url(self._redis_port, self._secret) if self._redis_port else settings.redis_url
         self.url = f"http://{_reachable(settings.api_host)}:{listener.getsockname()[1]}"
         self.messages: asyncio.Queue[str] = asyncio.Queue()
         #: Names of the accounts that this start has made.
@@ -146,7 +149,11 @@ class Stack:
 
     def parts(self) -> list[Part]:
         """What runs, in the order of its start."""
-        addresses = {"mongod": self.mongo_uri.partition("?")[0], "redis": self.redis_url}
+        # Without the secret: terminals are seen, and kept.
+        addresses = {
+            "mongod": f"mongodb://127.0.0.1:{self._mongo_port}",
+            "redis": f"redis://127.0.0.1:{self._redis_port}",
+        }
         given = [
             Part(name, "as configured", None) for name in addresses if name not in {c.name for c in self._children}
         ]
@@ -165,9 +172,11 @@ class Stack:
             (self._data_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         environment = self.environment()
         if self._mongo_port is not None:
-            await self._watch("mongod", mongod_command(self._data_dir / "mongo", self._mongo_port), environment)
+            command = mongod_command(self._data_dir / "mongo", self._mongo_port, self._secret)
+            await self._watch("mongod", command, environment)
         if self._redis_port is not None:
-            await self._watch("redis", redis_command(self._data_dir / "redis", self._redis_port), environment)
+            command = redis_command(self._data_dir / "redis", self._redis_port, self._secret)
+            await self._watch("redis", command, environment)
         patience = ["--wait", str(STORE_WAIT_SECONDS)]
         await self._watch("worker", idem("worker", *patience), environment)
         for number in range(1, self.api_workers + 1):
@@ -271,6 +280,7 @@ class Stack:
                 asyncio.to_thread(
                     initiate_replica_set,
                     port,
+                    self._secret,
                     timeout_seconds=STORE_WAIT_SECONDS,
                     is_running=partial(self._may_come, "mongod"),
                 )
@@ -280,6 +290,7 @@ class Stack:
                 asyncio.to_thread(
                     wait_for_redis,
                     port,
+                    self._secret,
                     timeout_seconds=STORE_WAIT_SECONDS,
                     is_running=partial(self._may_come, "redis"),
                 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pymongo
 import pytest
+import redis
+from pymongo.errors import OperationFailure
 
 from app.devstack.client import Account, CallFailed, ClientAccount, ReadyStack, Service
 from app.devstack.stack import idem
@@ -216,3 +220,35 @@ def test_the_command_line_explains_itself(stack_environment: dict[str, str]) -> 
     page = subprocess.run(idem("--help"), env=stack_environment, capture_output=True, text=True, check=True).stdout
     for command in ("up", "serve", "worker", "demo", "bench", "users", "models"):
         assert command in page
+
+
+def test_a22_only_the_stack_itself_uses_its_servers(stack: RunningStack, stack_environment: dict[str, str]) -> None:
+    """Every user of the machine can connect to the ports. The commands beside the stack find the secret in its folder."""
+    mongo_port, redis_port = (
+        re.findall(r"127\.0\.0\.1:(\d+)", url)[0] for url in (stack.ready.mongo_uri, stack.ready.redis_url)
+    )
+    with (
+        pymongo.MongoClient[dict[str, object]](f"mongodb://127.0.0.1:{mongo_port}/?directConnection=true") as client,
+        pytest.raises(OperationFailure, match="requires authentication"),
+    ):
+        client["idem"]["users"].update_many({}, {"$set": {"roles": ["admin"]}})
+    with redis.Redis(port=int(redis_port)) as client, pytest.raises(redis.RedisError):
+        client.config_set("dir", str(stack.data_dir))
+    secret = (stack.data_dir / "server_secret").read_text()
+    assert secret not in stack.said
+    assert not [process for process in stack.descendants() if secret in " ".join(process.cmdline())]
+    files = [path for path in stack.data_dir.iterdir() if path.is_file() and secret.encode() in path.read_bytes()]
+    assert {path.name for path in files} == {"server_secret", "redis.conf", "ready.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    logs = [path for path in (stack.data_dir / "logs").iterdir() if secret.encode() in path.read_bytes()]
+    assert logs == []
+    checked = subprocess.run(
+        idem("check", "--data-dir", str(stack.data_dir), "--json"), env=stack_environment, capture_output=True, check=False
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stderr
+    words = ("create", "zoe", "--role", "auditor", "--password-stdin", "--data-dir", str(stack.data_dir))
+    made = subprocess.run(
+        idem("users", *words), env=stack_environment, input=b"correct horse battery\n", capture_output=True, check=False
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert b"zoe may log in." in made.stdout

@@ -13,8 +13,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from app.devstack import servers
 
@@ -108,26 +109,38 @@ class Server:
     process: Proc
 
 
+@cache
+def _secret_folder() -> TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return TemporaryDirectory(prefix="idem-servers-")
+
+
+def secret() -> servers.ServerSecret:
+    """The secret of all servers that this process starts."""
+    return servers.ServerSecret.kept_in(Path(_secret_folder().name))
+
+
 def mongo_server(data_dir: Path) -> Server:
     """A one-node replica set that takes writes; `url` makes every write durable before it is acknowledged."""
     port = servers.free_port()
-    command = servers.mongod_command(data_dir, port, program=servers.find_mongod(_named("MONGOD")))
+    command = servers.mongod_command(data_dir, port, secret(), program=servers.find_mongod(_named("MONGOD")))
 
     def wait_until_ready(is_running: Callable[[], bool]) -> None:
-        servers.initiate_replica_set(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
+        servers.initiate_replica_set(port, secret(), timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
 
-    return _started(port, servers.mongo_uri(port), Proc(command, wait_until_ready))
+    return _started(port, servers.mongo_uri(port, secret()), Proc(command, wait_until_ready))
 
 
 def redis_server(data_dir: Path) -> Server:
     """A redis-server that keeps its queue over a kill."""
     port = servers.free_port()
-    command = servers.redis_command(data_dir, port, program=servers.find_redis_server(_named("REDIS_SERVER")))
+    program = servers.find_redis_server(_named("REDIS_SERVER"))
+    command = servers.redis_command(data_dir, port, secret(), program=program)
 
     def wait_until_ready(is_running: Callable[[], bool]) -> None:
-        servers.wait_for_redis(port, timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
+        servers.wait_for_redis(port, secret(), timeout_seconds=READY_WITHIN_SECONDS, is_running=is_running)
 
-    return _started(port, servers.redis_url(port), Proc(command, wait_until_ready))
+    return _started(port, servers.redis_url(port, secret()), Proc(command, wait_until_ready))
 
 
 def s3_server() -> Server:

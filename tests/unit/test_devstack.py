@@ -33,8 +33,10 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_no_setting_names_is_embedded(tmp_path: Path, listener: socket.socket) -> None:
     stack = Stack(Settings(), Wishes(data_dir=tmp_path), listener)
     environment = stack.environment()
-    assert stack.mongo_uri.startswith("mongodb://127.0.0.1:")
-    assert stack.redis_url.startswith("redis://127.0.0.1:")
+    secret = (tmp_path / "server_secret").read_text()
+    assert stack.mongo_uri.startswith(f"mongodb://__system:{secret}@127.0.0.1:")
+    assert stack.redis_url.startswith(f"redis://:{secret}@127.0.0.1:")
+    assert not [part for part in stack.parts() if secret in part.address], "a terminal shows no secret"
     assert environment["STORAGE_PATH"] == str(tmp_path / "photos")
     assert environment["VECTOR_DB_PATH"] == str(tmp_path / "index")
 
