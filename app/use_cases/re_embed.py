@@ -26,6 +26,7 @@ from app.audit import Action, record
 from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
+from app.documents.events import Changes
 from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
 from app.documents.leases import Lease, re_embedding, rekeying
@@ -389,12 +390,15 @@ class _Move:
             await gallery.purge_files(session, [], purge_by)
             if not await gallery.end_to_move(self.card, session):
                 raise NotReady(f"Gallery {gallery.name} was changed at the same moment; start the move again.")
+            reset: Changes = {name: {"old": value, "new": None} for name, value in moved.thresholds.items()}
+            models: Changes = {
+                "pack": {"old": gallery.pack, "new": self.card.pack},
+                "contract": {"old": moved.former, "new": self.card.contract},
+            }
             await record(
                 session, self.action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
                 detail={
-                    "from_pack": gallery.pack, "from": moved.former, "pack": self.card.pack, "to": self.card.contract,
-                    "samples": moved.samples, "lost": len(moved.lost), "pairs": moved.pairs,
-                    **{f"former_{name}": value for name, value in moved.thresholds.items()},
+                    "changes": models | reset, "samples": moved.samples, "lost": len(moved.lost), "pairs": moved.pairs,
                 },
             )  # fmt: skip
 

@@ -427,7 +427,7 @@ async def _mend(runtime: Runtime, erase_again: EraseAgain, backup: OpenSet, stan
             session, action, subject_kind="backup", subject_id=manifest.id,
             detail={
                 "made_at": manifest.made_at.isoformat(timespec="seconds"), "log_size": tree.size, "erased_again": erased,
-                "unreadable": len(unreadable), "log": "; ".join(misfits) or None,
+                "unreadable": len(unreadable), "log": "; ".join(misfits) or None, "policies_held_days": WAIT.days,
             },
         )  # fmt: skip
 

@@ -299,6 +299,35 @@ async def test_a19_the_log_shows_who_had_a_reference_until_the_person_is_erased(
     assert [(await AuditEvent.get(event.id)).personal for event in (given, claimed)] == [None, None]  # type: ignore[union-attr]
 
 
+async def test_a19_a_reference_lent_for_one_verification_is_told_by_the_log(runtime: Runtime, desk: Desk) -> None:
+    """A's reference goes to B, somebody is verified by it, and it comes back. Nothing else shows it afterwards."""
+    await _second_review(needed=False)
+    ann, bob = await _with_reference(runtime, "ann", "NID-7"), await _with_reference(runtime, "bob", "NID-8")
+
+    async def give(identity: Identity, reference: str | None) -> None:
+        answer = await desk.one.patch(f"/v1/identities/{identity.id}", json={"external_ref": reference})
+        assert answer.status_code == 200, answer.text
+
+    await give(ann, None)
+    await give(bob, "NID-7")
+    photo = {"photo": ("photo.png", portrait("bob", capture=3))}
+    answer = await desk.one.post("/v1/verifications", data={"external_ref": "NID-7", "gallery": "default"}, files=photo)
+    assert (answer.json()["match"], answer.json()["identity_id"]) == (True, bob.id)
+    await give(bob, "NID-8")
+    await give(ann, "NID-7")
+    told = [
+        (named.event.action, named.place, named.event.subject.id, named.event.actor.id)
+        async for named in trace_reference(runtime, "default", "NID-7")
+    ]
+    officer = await _id_of(desk.one)
+    assert told[1:] == [
+        ("identity.update", "old", ann.id, officer), ("identity.update", "new", bob.id, officer),
+        ("face.verify", "given", bob.id, officer), ("identity.update", "old", bob.id, officer),
+        ("identity.update", "new", ann.id, officer),
+    ]  # fmt: skip
+    assert told[0][:3] == ("identity.enrol", "given", ann.id)
+
+
 async def test_a14_many_erasures_of_one_officer_raise_an_alarm(
     runtime: Runtime, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,9 @@ async def test_a_moved_gallery_serves_the_new_model_at_once_and_in_every_process
     assert newcomer.status == "suspected_duplicate"
     event = await AuditEvent.find_one({"action": "gallery.re_embed"})
     assert event is not None
-    assert (event.detail["from"], event.detail["to"], event.detail["samples"]) == (OLD.contract, NEW.contract, 3)
+    changed = event.detail["changes"]
+    assert isinstance(changed, dict)
+    assert (changed["contract"], event.detail["samples"]) == ({"old": OLD.contract, "new": NEW.contract}, 3)
     assert await Renewal.find_all().count() == 0
     assert await move(new) is None
 
