@@ -32,9 +32,9 @@ from app.errors import (
     UndecidedCandidates,
     Validation,
 )
+from app.readings import note_reading
 from app.runtime import Runtime
 from app.use_cases import adjudicate
-from app.use_cases.note_reading import note_reading
 
 router = APIRouter(
     route_class=StrictRoute,

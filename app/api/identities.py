@@ -59,9 +59,9 @@ from app.errors import (
     Validation,
 )
 from app.keys import SealBroken, UnknownKey
+from app.readings import note_answer, note_reading
 from app.runtime import Runtime
 from app.use_cases import enrol, erase, export_subject, screen, standing, update
-from app.use_cases.note_reading import note_answer, note_reading
 
 PHOTO_PROBLEMS = (
     NoFace, MultipleFaces, FaceTooSmall, FaceCropped, LowQuality, NotLive, UndecodableImage, AnimatedImage, TooManyPixels,

@@ -19,9 +19,9 @@ from app.documents.proposals import IdentityProposal, ProposalKind, ProposalStat
 from app.domain.attributes import Json
 from app.domain.callers import Role
 from app.errors import Conflict, ExternalRefTaken, Forbidden, NotFound, Unauthenticated, Validation
+from app.readings import note_reading
 from app.runtime import Runtime
 from app.use_cases import erase, proposals, update
-from app.use_cases.note_reading import note_reading
 
 router = APIRouter(
     route_class=StrictRoute,

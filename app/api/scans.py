@@ -27,9 +27,9 @@ from app.errors import (
     NotFound,
     NotReady,
 )
+from app.readings import note_reading
 from app.runtime import Runtime
 from app.use_cases import open_cases, scan
-from app.use_cases.note_reading import note_reading
 
 #: A part of app.api.dedup's router, which gives it the path before, its tags and the problems that all calls share.
 router = APIRouter(route_class=StrictRoute, prefix="/scans")

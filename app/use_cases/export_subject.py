@@ -23,8 +23,8 @@ from app.documents.sealed import data_key, open_attributes, open_photo
 from app.domain.attributes import Attributes
 from app.errors import NotFound
 from app.keys import DataKey, SealBroken
+from app.readings import note_reading
 from app.runtime import Runtime
-from app.use_cases.note_reading import note_reading
 from storage.photos import PhotoNotFound, PhotoStoreUnavailable
 
 #: Scores in the log and in answers have two decimals; this one is as coarse.

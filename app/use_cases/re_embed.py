@@ -26,13 +26,13 @@ from app.audit import Action, record
 from app.concurrency import all_of
 from app.documents.base import new_id, now
 from app.documents.cases import Case, Pair
-from app.documents.events import Changes
 from app.documents.galleries import THRESHOLDS_BY_HAND, Gallery, GalleryChange
 from app.documents.identities import Identity, Sample
 from app.documents.leases import Lease, re_embedding, rekeying
 from app.documents.probes import Probe
 from app.documents.renewals import Renewal
 from app.documents.sealed import data_key, open_landmarks, open_template, seal_landmarks, seal_template
+from app.domain.changes import Changes
 from app.domain.faces import Embedding, Landmarks, ModelCard
 from app.domain.photo import decode_stored
 from app.domain.policy import thresholds_for

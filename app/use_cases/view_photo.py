@@ -10,8 +10,8 @@ from app.domain.photo import decode_stored, encode_lossless
 from app.engine.port import FaceEngine
 from app.engine.reading import stored_face
 from app.errors import NotFound
+from app.readings import note_reading
 from app.runtime import Runtime
-from app.use_cases.note_reading import note_reading
 
 
 async def view_photo(runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, sample_id: str) -> bytes:

@@ -28,4 +28,6 @@ def _named(tree: ast.Module) -> Iterator[str]:
 def test_every_action_of_the_source_is_listed_and_no_other() -> None:
     files = [path for folder in ("app", "workers") for path in (ROOT / folder).rglob("*.py")]
     named = {name for path in files for name in _named(ast.parse(path.read_text())) if "." in name}
+    # The end of a name that begins with the kind of an account.
+    named.discard(".update")
     assert named == ACTIONS

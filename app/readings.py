@@ -1,4 +1,4 @@
-"""Note a reading: an answer that shows people's attributes is an event before it is given, and many people are an alarm.
+"""Readings: an answer that shows people's attributes is an event before it is given, and many people are an alarm.
 
 docs/adr/0049-reads-are-events.md
 """
