@@ -1,7 +1,8 @@
 """Passwords: their length, their spelling, and Argon2id in a bounded pool of its own.
 
 A hash takes 64 MiB. Few at once and a short line keep a flood of logins from eating the memory, and from standing in
-the way of faces and searches, which have an executor of their own.
+the way of faces and searches, which have an executor of their own. The line is in order of who was given least, so that a
+stranger's flood does not stand in the way of people either.
 """
 
 import asyncio
@@ -9,11 +10,14 @@ import importlib
 import os
 import secrets
 import threading
+import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Final, TypeVar, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Final, TypeVar, cast
 
 from passlib.hash import argon2
 
@@ -29,42 +33,140 @@ _ARGON2: Final = argon2.using(type="ID", memory_cost=64 * 1024, rounds=3, parall
 _NICENESS: Final = 5
 #: When a place in the line should be free again.
 _RETRY_AFTER_SECONDS: Final = 2
+#: How long it counts what somebody was given, and for how many places and networks.
+_COUNTED_SECONDS: Final = 60.0
+_MOST_COUNTED: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """Where somebody unknown comes from: the address (IPv6: the network of 64 bits), and the network around it."""
+
+    place: str
+    network: str
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    """One password that waits for a thread. stranger: None goes first."""
+
+    stranger: Stranger | None
+    work: Callable[[], Any]
+    answer: "asyncio.Future[Any]"
+
+
+class _Given:
+    """How many passwords were looked at for a place or network within the last minute or two."""
+
+    def __init__(self) -> None:
+        self._present: Counter[str] = Counter()
+        self._former: Counter[str] = Counter()
+        self._began = time.monotonic()
+
+    def add(self, *names: str) -> None:
+        """Count one more for each."""
+        moment = time.monotonic()
+        if moment - self._began > _COUNTED_SECONDS or len(self._present) > _MOST_COUNTED:
+            is_old = moment - self._began > 2 * _COUNTED_SECONDS
+            self._former = Counter() if is_old else self._present
+            self._present, self._began = Counter(), moment
+        self._present.update(names)
+
+    def __getitem__(self, name: str) -> int:
+        return self._present[name] + self._former[name]
 
 
 class PasswordPool:
-    """Hashes and checks passwords, a few at a time; one per process."""
+    """Hashes and checks passwords, a few at a time; one per process. Used from one event loop.
+
+    Whoever is known goes first. Of strangers, the one goes first whose address, and then whose network, was given least. So a
+    stranger's flood keeps others waiting for the hashes that run already, and for as many addresses as are new.
+    """
 
     def __init__(self, threads: int, line: int) -> None:
         """threads: hashes at once, 64 MiB each. line: how many more may wait for one."""
-        self._places = threading.BoundedSemaphore(threads + line)
+        self._free, self._line = threads, line
+        self._waiting: list[_Turn] = []
+        self._given = _Given()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_in_the_background)
 
     async def hashed(self, password: str) -> str:
         """The password's hash, with its salt and costs in it. Raises NotReady when too many wait already."""
         return await self._run(lambda: hash_password(password))
 
-    async def matches(self, password: str, hashed: str | None) -> bool:
-        """As `password_matches`. Raises NotReady when too many wait already."""
+    async def matches(self, password: str, hashed: str | None, stranger: Stranger | None = None) -> bool:
+        """As `password_matches`. stranger: who asks, unless they are known. Raises NotReady when too many wait already."""
         if len(password) > PASSWORD_MAXIMUM:
             return False
-        return await self._run(lambda: password_matches(password, hashed))
+        return await self._run(lambda: password_matches(password, hashed), stranger)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        if not self._places.acquire(blocking=False):
-            message = "Too many people are logging in; please try again in a moment."
-            raise NotReady(message, retry_after_seconds=_RETRY_AFTER_SECONDS)
+    async def _run(self, work: Callable[[], T], stranger: Stranger | None = None) -> T:
+        turn = _Turn(stranger, work, asyncio.get_running_loop().create_future())
+        self._waiting.append(turn)
+        self._start()
+        if len(self._waiting) > self._line:
+            self._drop(self._in_order()[-1])
         try:
-            running = self._executor.submit(work)
-        except RuntimeError:  # the process is stopping
-            self._places.release()
-            raise
-        # Whoever hangs up leaves the line, but a hash that has begun keeps its place until it ends.
-        running.add_done_callback(lambda _: self._places.release())
-        return await asyncio.wrap_future(running)
+            answer: T = await turn.answer
+        finally:
+            # Whoever hangs up leaves the line, but a hash that has begun keeps its thread until it ends.
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+        return answer
 
     def close(self) -> None:
         """Let go of the threads; who still waits is refused."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        for turn in tuple(self._waiting):
+            self._drop(turn)
+
+    def _start(self) -> None:
+        while self._free and self._waiting:
+            turn = self._in_order()[0]
+            self._waiting.remove(turn)
+            if turn.stranger is not None:
+                self._given.add(turn.stranger.place, turn.stranger.network)
+            running = self._executor.submit(turn.work)  # RuntimeError while the process is stopping
+            self._free -= 1
+            running.add_done_callback(partial(_call_soon, asyncio.get_running_loop(), self._end, turn))
+
+    def _end(self, turn: _Turn, done: "Future[Any]") -> None:
+        self._free += 1
+        if not turn.answer.done():
+            error = None if done.cancelled() else done.exception()
+            if done.cancelled():
+                turn.answer.cancel()
+            elif error is not None:
+                turn.answer.set_exception(error)
+            else:
+                turn.answer.set_result(done.result())
+        self._start()
+
+    def _drop(self, turn: _Turn) -> None:
+        self._waiting.remove(turn)
+        if not turn.answer.done():
+            message = "Too many people are logging in; please try again in a moment."
+            turn.answer.set_exception(NotReady(message, retry_after_seconds=_RETRY_AFTER_SECONDS))
+
+    def _in_order(self) -> list[_Turn]:
+        """Those who wait, as they will be served."""
+        ahead: Counter[str] = Counter()
+        ranked: list[tuple[tuple[int, int, int], int, _Turn]] = []
+        for number, turn in enumerate(self._waiting):
+            rank = (0, 0, 0)
+            if turn.stranger is not None:
+                place, network = turn.stranger.place, turn.stranger.network
+                rank = (1, self._given[place] + ahead[place], self._given[network] + ahead[network])
+                ahead.update({place, network})
+            ranked.append((rank, number, turn))
+        return [turn for _, _, turn in sorted(ranked, key=lambda one: one[:2])]
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[..., None], *arguments: object) -> None:
+    try:
+        loop.call_soon_threadsafe(work, *arguments)
+    except RuntimeError:  # the loop has ended: no caller waits
+        return
 
 
 def check_password(password: str, *, refuse_common: bool) -> None:

@@ -13,9 +13,6 @@ from pymongo.errors import DuplicateKeyError
 
 from app.documents.base import Stored
 
-#: Failures are forgotten after this time without another, behind the last wait: at the longest wait of 15 minutes an
-#: attacker gains nothing by keeping quiet.
-FORGOTTEN_AFTER_SECONDS = 3600
 #: How long a success makes an address a known one of its user.
 KNOWN_SECONDS = 30 * 24 * 3600
 #: 2 to this power is more than any wait.
@@ -34,11 +31,19 @@ _IS_KNOWN = {"$gt": [{"$ifNull": ["$known_until", _LONG_AGO]}, "$$NOW"]}
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """What failures cost: after `failures` of them `first_seconds`, then twice as long each, `longest_seconds` at most."""
+    """What failures cost: after `failures` of them `first_seconds`, then twice as long each, `longest_seconds` at most.
+
+    forgotten_after_seconds: without another failure, counted from the end of the last wait.
+    """
 
     failures: int
     first_seconds: int
     longest_seconds: int
+    forgotten_after_seconds: int
+
+
+#: For what is only counted. It is remembered for longer than any wait, so that a guesser who waits is not forgotten.
+NEVER = Waits(2**31, 0, 0, 2 * LONGEST_WAIT_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,15 @@ NOTHING = Remembered(failures=0, left_seconds=0, is_known=False)
 
 
 class FailedLogins(Stored):
-    """Failures of one name, of one address, or of one name from one address; the id is a keyed hash of which.
+    """Failures of one name, of one address, or of one name in one place or network; the id is a keyed hash of which.
 
-    of: for a name at an address, the id of the name. known_until: until then the address is one from which the name
+    of: for a name in a place or network, the id of the name. is_network: whether it is the narrowest network beyond one
+    subscriber. known_until: until then the address is one from which the name
     succeeded lately.
     """
 
     of: str | None = None
+    is_network: bool = False
     failures: int
     wait_until: datetime
     forgotten_at: datetime
@@ -85,12 +92,14 @@ class FailedLogins(Stored):
         return {row["_id"]: _remembered(row) async for row in cursor}
 
     @classmethod
-    async def note_failure(cls, id_: str, waits: Waits, of: str | None = None) -> Remembered:
+    async def note_failure(
+        cls, id_: str, waits: Waits, of: str | None = None, *, is_network: bool = False
+    ) -> Remembered:
         """Count a failure, unless a wait is on. Returns what was known just before: whoever waits was not counted."""
         beyond = {"$max": [0, {"$min": [_DOUBLINGS, {"$subtract": ["$$n", waits.failures]}]}]}
         seconds = {"$min": [waits.longest_seconds, {"$multiply": [waits.first_seconds, {"$pow": [2, beyond]}]}]}
         wait = {"$cond": [{"$lt": ["$$n", waits.failures]}, 0, {"$multiply": [1000, seconds]}]}
-        forgotten_at = {"$add": ["$$NOW", "$$wait", FORGOTTEN_AFTER_SECONDS * 1000]}
+        forgotten_at = {"$add": ["$$NOW", "$$wait", waits.forgotten_after_seconds * 1000]}
         counted: dict[str, Any] = {
             "failures": "$$n",
             "wait_until": {"$cond": [{"$eq": ["$$wait", 0]}, _LONG_AGO, {"$add": ["$$NOW", "$$wait"]}]},
@@ -98,7 +107,7 @@ class FailedLogins(Stored):
             "expires_at": {"$max": ["$expires_at", forgotten_at]},
         }
         if of is not None:
-            counted["of"] = of
+            counted |= {"of": of, "is_network": is_network}
         number = {"$cond": [_IS_FORGOTTEN, 1, {"$add": ["$failures", 1]}]}
         merged = {"$mergeObjects": ["$$ROOT", counted]}
         then = {"$let": {"vars": {"n": number}, "in": {"$let": {"vars": {"wait": wait}, "in": merged}}}}
@@ -112,20 +121,27 @@ class FailedLogins(Stored):
         return await cls._change(id_, [{"$set": {"of": of, **fresh, "expires_at": known_until}}])
 
     @classmethod
-    async def take_back(cls, id_: str, failures: int) -> None:
-        """Take so many failures back."""
+    async def take_back(cls, ids: Sequence[str], failures: int) -> None:
+        """Take so many failures back from each."""
         left = {"$max": [0, {"$subtract": ["$failures", failures]}]}
-        await cls.get_pymongo_collection().update_one({"_id": id_}, [{"$set": {"failures": left}}])
+        await cls.get_pymongo_collection().update_many({"_id": {"$in": list(ids)}}, [{"$set": {"failures": left}}])
 
     @classmethod
-    async def forget(cls, id_: str) -> None:
-        """Forget everything about it."""
-        await cls.get_pymongo_collection().delete_one({"_id": id_})
+    async def networks_of(cls, name: str) -> int:
+        """From how many networks a name fails."""
+        rows = await cls.get_pymongo_collection().aggregate(
+            [
+                {"$match": {"of": name, "is_network": True, "failures": {"$gt": 0}}},
+                {"$match": {"$expr": {"$not": [_IS_FORGOTTEN]}}},
+                {"$count": "n"},
+            ]
+        )
+        return sum([row["n"] async for row in rows])
 
     @classmethod
     async def forgive(cls, name: str) -> None:
         """Forget the failures of a name, wherever they were."""
-        await cls.forget(name)
+        await cls.get_pymongo_collection().delete_one({"_id": name})
         none = {"failures": 0, "wait_until": _LONG_AGO}
         await cls.get_pymongo_collection().update_many({"of": name}, [{"$set": none}])
 

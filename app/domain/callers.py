@@ -11,6 +11,9 @@ CallerKind = Literal["user", "client"]
 
 #: A provider gives at least this much of IPv6 to one customer (RFC 6177), who may use any address of it.
 _IPV6_PREFIX: Final = 64
+#: The wider networks that one party may have many addresses of: what a site and what a provider is given (RFC 6177), and the
+#: sizes of IPv4 networks that are routed and rented out.
+_WIDER: Final = {4: (24, 16), 6: (48, 32)}
 #: Longer usernames are nobody's: they are not even looked for, and compared as they are.
 USERNAME_MAXIMUM: Final = 64
 
@@ -108,3 +111,14 @@ def subscriber(address: str) -> str:
     if isinstance(parsed, ipaddress.IPv4Address):
         return str(parsed)
     return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, _IPV6_PREFIX), strict=False))
+
+
+def wider_networks(address: str) -> tuple[str, ...]:
+    """The networks that a subscriber's address lies in, the narrowest first. Odd text lies in none."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ()
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return tuple(str(ipaddress.ip_network((parsed, bits), strict=False)) for bits in _WIDER[parsed.version])

@@ -7,21 +7,30 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
+import structlog
+from prometheus_client import Counter
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from app import audit
+from app.access.backoff import Attempt
 from app.access.callers import client_as_caller, login_holds, new_secret, secret_digest, user_as_caller
 from app.access.second_factor import step_of
 from app.access.tokens import LONGEST_LIFE_SECONDS, TokenClaims
-from app.audit import Action
+from app.audit import Action, by_system
 from app.documents.accounts import Client, Login, RefreshToken, RevokedToken, User
 from app.documents.base import now
+from app.documents.claims import Once
 from app.documents.events import Detail
 from app.domain.callers import USERNAME_MAXIMUM, username_key
 from app.errors import RateLimited, Unauthenticated
 from app.runtime import Runtime
 
+log = structlog.get_logger(__name__)
+
+ATTACKED = Counter("idem_logins_under_attack", "Names whose logins failed from many networks, once a day each")
+#: One attack is one event in this time.
+ALARM_PERIOD: Final = timedelta(days=1)
 #: A login is kept for as long as an access token of it may live.
 LONGEST_ACCESS: Final = timedelta(seconds=LONGEST_LIFE_SECONDS)
 
@@ -66,15 +75,15 @@ async def _log_in(runtime: Runtime, action: Action, username: str, password: str
     key = username_key(username)
     attempt = await runtime.backoff.begin(f"user:{key}", action.ip)
     user = await User.find_one({"username_key": key}) if len(username) <= USERNAME_MAXIMUM else None
-    matches = await runtime.passwords.matches(password, user.password_hash if user else None)
+    matches = await runtime.passwords.matches(password, user.password_hash if user else None, attempt.waits_as)
     if user is None or not matches or user.disabled:
-        await attempt.failed()
+        await _failed(attempt, user)
         reason = "unknown_user" if user is None else "disabled" if matches else "wrong_password"
         await _record_denied(runtime, action, user, reason)
         raise _wrong()
     step = step_of(runtime.keys, user, otp)
     if user.totp_confirmed and step is None:
-        await attempt.failed()
+        await _failed(attempt, user)
         await _record_denied(runtime, action, user, "wrong_code")
         raise _wrong()
     await attempt.succeeded()
@@ -125,7 +134,7 @@ async def _log_in_client(runtime: Runtime, action: Action, client_id: str, clien
     client = await Client.get(client_id)
     matches = runtime.access.client_secret_matches(client_secret, client)
     if client is None or not matches:
-        await attempt.failed()
+        await _failed(attempt, client)
         await _record_denied(runtime, action, client, "unknown_client" if client is None else "wrong_secret")
         raise GrantRefused("invalid_client", "The client or its secret is wrong.")
     await attempt.succeeded()
@@ -228,6 +237,19 @@ def _why_not_refreshed(presented: RefreshToken, login: Login, user: User, moment
     if not login_holds(login, user):
         return "revoked"
     return "expired" if moment >= presented.expires_at else None
+
+
+async def _failed(attempt: Attempt, principal: User | Client | None) -> None:
+    """Count the failure. An attack on the name becomes an event once a day, also if nobody bears the name."""
+    attack = await attempt.failed()
+    if attack is None or not await Once.is_first(f"login-attack:{attack.name}", ALARM_PERIOD):
+        return
+    ATTACKED.inc()
+    kind = "none" if principal is None else "user" if isinstance(principal, User) else "client"
+    id_ = None if principal is None else principal.id
+    log.warning("logins_under_attack", subject=kind, id=id_, failures=attack.failures, networks=attack.networks)
+    detail: Detail = {"failures": attack.failures, "networks": attack.networks}
+    await audit.record(None, by_system("auth.alarm"), subject_kind=kind, subject_id=id_, detail=detail)
 
 
 async def _record_denied(runtime: Runtime, action: Action, principal: User | Client | None, reason: str) -> None:

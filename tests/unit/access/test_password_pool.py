@@ -5,13 +5,14 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psutil
 import pytest
 from passlib.hash import argon2
 
 from app.access import passwords
-from app.access.passwords import PasswordPool, hash_password, password_matches
+from app.access.passwords import PasswordPool, Stranger, hash_password, password_matches
 from app.errors import NotReady
 
 HASH_MIB = 64
@@ -66,6 +67,40 @@ async def test_h58_whoever_hangs_up_leaves_the_line(monkeypatch: pytest.MonkeyPa
     pool.close()
     with pytest.raises(RuntimeError):
         await pool.hashed("correct horse")
+
+
+async def test_a10_strangers_are_served_by_what_their_address_and_network_were_given() -> None:
+    pool, gate, served = PasswordPool(threads=1, line=8), threading.Event(), []
+    first = asyncio.create_task(pool._run(gate.wait))
+    await asyncio.sleep(0)
+    waiting = [
+        ("flood 1", Stranger("10.0.0.1", "10.0.0.0/24")), ("flood 2", Stranger("10.0.0.1", "10.0.0.0/24")),
+        ("flood 3", Stranger("10.0.0.1", "10.0.0.0/24")), ("neighbour", Stranger("10.0.0.2", "10.0.0.0/24")),
+        ("elsewhere", Stranger("192.0.2.7", "192.0.2.0/24")), ("known", None),
+    ]  # fmt: skip
+    tasks = []
+    for name, stranger in waiting:
+        tasks.append(asyncio.create_task(pool._run(partial(served.append, name), stranger)))
+        await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(first, *tasks)
+    assert served == ["known", "flood 1", "elsewhere", "neighbour", "flood 2", "flood 3"]
+    pool.close()
+
+
+async def test_a10_the_line_is_full_for_those_who_fill_it() -> None:
+    pool, gate = PasswordPool(threads=1, line=3), threading.Event()
+    tasks = [asyncio.create_task(pool._run(gate.wait, Stranger("10.0.0.1", "10.0.0.0/24"))) for _ in range(4)]
+    await asyncio.sleep(0)
+    with pytest.raises(NotReady):
+        await pool._run(gate.wait, Stranger("10.0.0.1", "10.0.0.0/24"))
+    newcomer = asyncio.create_task(pool._run(gate.wait, Stranger("192.0.2.7", "192.0.2.0/24")))
+    known = asyncio.create_task(pool._run(gate.wait))
+    await asyncio.sleep(0)
+    gate.set()
+    answers = await asyncio.gather(*tasks, newcomer, known, return_exceptions=True)
+    assert [answer is True for answer in answers] == [True, True, False, False, True, True]
+    pool.close()
 
 
 async def test_h57_an_overlong_password_takes_no_place_in_the_line() -> None:
