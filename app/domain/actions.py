@@ -4,7 +4,7 @@ from typing import Final
 
 ACTIONS: Final = frozenset({
     "audit.export", "audit.read", "audit.rotate_key",
-    "auth.login", "auth.me", "auth.password", "auth.refresh", "auth.revoke", "auth.strangers", "auth.totp.begin",
+    "auth.alarm", "auth.login", "auth.me", "auth.password", "auth.refresh", "auth.revoke", "auth.strangers", "auth.totp.begin",
     "auth.totp.confirm", "auth.totp.remove",
     "backup.make", "backup.restore",
     "case.list", "case.read",

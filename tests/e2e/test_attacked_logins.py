@@ -13,7 +13,7 @@ from tests.e2e.builders import Service, unique
 
 #: The issue's bound for a right password.
 AT_MOST_SECONDS = 5.0
-PASSWORD = "a long password of one's own"  # noqa: S105 - of a test
+PASSWORD = "a long password of one's own"
 
 
 def ask(service: Service, address: str, **form: str) -> httpx.Response:

@@ -201,7 +201,6 @@ async def test_a10_an_attack_from_one_address_is_no_alarm_of_many_networks(guess
 @asynccontextmanager
 async def attacked(service: AccountService, strangers: int) -> AsyncIterator[None]:
     """So many strangers guess without a pause, each from ever new addresses of one network, all names alike."""
-
     over = asyncio.Event()
 
     async def guess(number: int) -> None:
