@@ -15,7 +15,7 @@ from app.documents.base import new_id, now
 from app.documents.galleries import Gallery
 from app.documents.leases import Lease
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady
-from app.leases import release_of
+from app.leases import LeaseLost, release_of
 from app.runtime import Runtime
 from app.use_cases import scan as scanning
 from app.use_cases import screen as screening
@@ -24,6 +24,7 @@ from app.use_cases.galleries import take_effect
 from app.use_cases.keep_evidence import keep_evidence
 from app.use_cases.publish import due, keep_promises
 from app.use_cases.remove_sample import settle_removals
+from app.use_cases.renew_lookups import renew_lookups
 from app.use_cases.sweep_photos import sweep_photos
 from app.use_cases.tend_log import tend
 from storage.photos import PhotoStoreUnavailable
@@ -150,6 +151,14 @@ async def sweep_erasures(context: Context) -> None:
             log.warning("sweep_waits", error=type(error).__name__)
         except Exception:
             log.exception("sweep_failed", sweep=sweep.__name__)
+
+
+async def sweep_lookups(context: Context) -> None:
+    """Make the hashes that people are found by again, where older rules made them."""
+    try:
+        await renew_lookups(context["runtime"])
+    except (*AWAY, PyMongoError, LeaseLost) as error:
+        log.warning("sweep_waits", error=type(error).__name__)
 
 
 async def sweep_audit_log(context: Context) -> None:

@@ -24,6 +24,8 @@ SCAN_TIMEOUT_SECONDS = 300
 ERASURES_TIMEOUT_SECONDS = 300
 #: The sweep may list the names of years, and may write a lost store again, object by object.
 EVIDENCE_TIMEOUT_SECONDS = 3600
+#: After an upgrade that changes the rules of spelling everybody's hashes are made again, some thousand a second.
+LOOKUPS_TIMEOUT_SECONDS = 6 * 3600
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600
 #: arq looks for work every half second by default: too slow for an officer who waits.
@@ -72,6 +74,9 @@ def create_worker(settings: Settings) -> Worker:
                 second=31,
                 timeout=ERASURES_TIMEOUT_SECONDS,
                 keep_result=0,
+            ),
+            cron(
+                _job(jobs.sweep_lookups), minute=41, timeout=LOOKUPS_TIMEOUT_SECONDS, run_at_startup=True, keep_result=0
             ),
             cron(_job(jobs.sweep_audit_log), second=13, timeout=JOB_TIMEOUT_SECONDS, keep_result=0),
             cron(_job(jobs.sweep_evidence), second={3, 23, 43}, timeout=EVIDENCE_TIMEOUT_SECONDS, keep_result=0),

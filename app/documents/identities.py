@@ -116,6 +116,11 @@ class SealedLookups:
     attributes: bytes
     external_ref_hash: bytes | None
 
+    @property
+    def unchanged(self) -> dict[str, object]:
+        """The filter for this identity, as long as its attributes are those that were read."""
+        return {"_id": self.identity_id, "attributes": self.attributes}
+
 
 @dataclass(frozen=True, slots=True)
 class SealedTemplates:
@@ -280,15 +285,18 @@ class Identity(Stored):
     async def renew_lookups(cls, renewed: Sequence[tuple[SealedLookups, Mapping[str, object]]]) -> int:
         """Set the fields of each, unless its attributes have changed; the number of those that were changed.
 
-        The version stays: what officers know of a person does not change. Raises BulkWriteError for a hash that is taken.
+        The version stays: what officers know of a person does not change.
         """
         if not renewed:
             return 0
-        updates = [
-            UpdateOne({"_id": known.identity_id, "attributes": known.attributes}, {"$set": dict(fields)})
-            for known, fields in renewed
-        ]
+        updates = [UpdateOne(known.unchanged, {"$set": dict(fields)}) for known, fields in renewed]
         return int((await cls.get_pymongo_collection().bulk_write(updates, ordered=False)).modified_count)
+
+    @classmethod
+    async def renew_lookup(cls, known: SealedLookups, fields: Mapping[str, object]) -> int:
+        """As `renew_lookups`, of one person. Raises DuplicateKeyError where the reference's hash is taken."""
+        result = await cls.get_pymongo_collection().update_one(known.unchanged, {"$set": dict(fields)})
+        return int(result.modified_count)
 
     @classmethod
     async def forget_stray_references(cls, gallery_id: str) -> None:

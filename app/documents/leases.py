@@ -16,6 +16,11 @@ def re_embedding(gallery_id: str) -> str:
     return f"re-embed:{gallery_id}"
 
 
+def renewing_lookups(gallery_id: str) -> str:
+    """The name of the lease for making the gallery's lookups again."""
+    return f"lookups:{gallery_id}"
+
+
 class LeaseProgress(Value):
     """How far the holder has come: `done` of `total` in the present stage, which began at `started_at`."""
 

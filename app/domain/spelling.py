@@ -5,6 +5,7 @@ count. On top of it digits of all scripts, hyphens, and blanks are alike. That i
 NFKC) and more; RFC 8264 itself would refuse letters that documents of some countries bear. See docs/adr/0051.
 """
 
+import re
 import unicodedata
 from typing import Final
 
@@ -32,6 +33,9 @@ _HYPHENS: Final = (
     "\u058a\u05be\u1400\u1806\u2010\u2012\u2013\u2014\u2015\u2043\u2212\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u2e5d"
     "\U00010d6e\U00010ead"
 )
+#: Thai and Lao vowels with a tone between their two halves: typed in either order, they look the same, and Unicode does not
+#: order them.
+_SARA_AM: Final = re.compile("([\u0e4d\u0ecd])([\u0e48-\u0e4b\u0ec8-\u0ecb])([\u0e32\u0eb2])")
 #: Planes of Han letters. They have no case and no other form, whether or not Python knows them.
 _HAN_PLANES: Final = range(0x20000, 0x3FFFE)
 #: The last two code points of each plane, and these, are not characters and never will be.
@@ -59,7 +63,7 @@ def canonical(text: str) -> str:
     seen = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(_IGNORED))
     # Once more, because folding takes some letters apart: capital and small forms of U+0390 would stay two.
     folded = unicodedata.normalize("NFKC", seen.casefold())
-    alike = "".join(map(_digit, folded)).translate(_ALIKE)
+    alike = _SARA_AM.sub(r"\2\1\3", "".join(map(_digit, folded)).translate(_ALIKE))
     return " ".join(alike.split()) or first_canonical(text)
 
 

@@ -25,9 +25,9 @@ from app.documents.cases import Case, Pair
 from app.documents.deletions import Deletion
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery, GalleryChange
-from app.documents.identities import Identity, Sample
+from app.documents.identities import Identity, ReferenceHashes, Sample
 from app.documents.restores import Restore
-from app.documents.sealed import data_key, gallery_key, open_attributes, open_photo, open_template
+from app.documents.sealed import LOOKUP_RULES, data_key, gallery_key, open_attributes, open_photo, open_template
 from app.documents.tree import AuditTree, KeptHead
 from app.domain.log_export import canonical
 from app.domain.merkle import Growth, leaf_hash
@@ -144,6 +144,7 @@ class _Looking:
                 people, samples = people + 1, samples + len(identity.samples)
                 self._against_rows(gallery, identity, rows[identity.id])
                 await self._outbox(gallery, identity)
+                await self._lookups(gallery, identity)
             await self._sealed(gallery, some)
             done += len(some)
             self.tell(f"{gallery.name}: people", done, max(done, gallery.identities))
@@ -377,6 +378,18 @@ class _Looking:
             await Identity.get_pymongo_collection().update_one(mine, {"$set": {"outbox_at": now()}})
         told = "a screening is due, and no sweep would find it"
         self._find("outbox-missing", gallery, identity.id, told, is_mended=self.repair)
+
+    async def _lookups(self, gallery: Gallery, identity: Identity) -> None:
+        """Everybody is found by today's rules of spelling, and nobody else has the same reference."""
+        if identity.attributes is not None and LOOKUP_RULES not in identity.name_tags:
+            told = "its name and reference are looked up by older rules; a worker renews them within the hour"
+            self._find("lookup-outdated", gallery, identity.id, told)
+        if identity.external_ref_equal is not None:
+            wanted = ReferenceHashes(identity.external_ref_equal, identity.external_ref_equal)
+            found = await Identity.with_reference({gallery.id: wanted}, self.session)
+            if others := sorted(one.id for one in found if one.id != identity.id):
+                told = f"{', '.join(others)} has the same reference in another spelling; change one of them"
+                self._find("reference-twice", gallery, identity.id, told)
 
     async def _sealed(self, gallery: Gallery, people: Sequence[Identity]) -> None:
         """Templates, attributes and photos open."""

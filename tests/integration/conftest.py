@@ -4,17 +4,23 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pymongo
 import pytest
 import structlog
+from fastapi import FastAPI
 from passlib.hash import argon2
 from pydantic import SecretStr
 
 from app.access import passwords
+from app.api import audit, auth, faces, identities, problems
+from app.api.envelope import Envelope
+from app.audit import by_system
 from app.config import Settings, random_secret
 from app.documents.galleries import Gallery
+from app.domain.callers import Role
 from app.runtime import Runtime, open_runtime
-from app.use_cases.keep_users import ensure_admin
+from app.use_cases.keep_users import UserFields, create_user, ensure_admin
 from tests.fakes import FakeEngine
 from tests.support import services
 from tests.support.accounts import ADMIN, PASSWORD, AccountService, open_accounts
@@ -82,3 +88,22 @@ async def service(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[Acco
     await ensure_admin(runtime, ADMIN, PASSWORD)
     async with open_accounts(runtime) as opened:
         yield opened
+
+
+@pytest.fixture
+async def officer(runtime: Runtime) -> AsyncIterator[httpx.AsyncClient]:
+    """The routes about people and faces as an officer reaches them."""
+    await runtime.access.load_keys()
+    app = FastAPI()
+    app.state.runtime = runtime
+    for door in (auth, identities, faces, audit):
+        app.include_router(door.router)
+    problems.install(app)
+    app.add_middleware(Envelope, body_limit=runtime.settings.max_json_bytes)
+    await create_user(runtime, by_system("user.create"), UserFields("olga", (Role.OFFICER,), None), PASSWORD)
+    transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://idem.test") as http:
+        form = {"grant_type": "password", "username": "olga", "password": PASSWORD}
+        token = (await http.post("/v1/auth/token", data=form)).json()["access_token"]
+        http.headers["Authorization"] = f"Bearer {token}"
+        yield http

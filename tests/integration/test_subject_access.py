@@ -3,48 +3,19 @@
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
 from datetime import date
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
-from app.api import auth, identities
-from app.api.envelope import Envelope
-from app.api.problems import install
-from app.audit import by_system
 from app.documents.events import AuditEvent
 from app.documents.identities import Identity
 from app.documents.sealed import LOOKUP_RULES, asked_tags, gallery_key
-from app.domain.callers import Role
 from app.runtime import Runtime
-from app.use_cases.keep_users import UserFields, create_user
 from tests.builders import active, default_gallery, enrolled, erased, known, screened, verified
 from tests.fakes import embedding_of
-
-PASSWORD = "correct horse battery"
-
-
-@pytest.fixture
-async def officer(runtime: Runtime) -> AsyncIterator[httpx.AsyncClient]:
-    """The routes as an officer reaches them."""
-    await runtime.access.load_keys()
-    app = FastAPI()
-    app.state.runtime = runtime
-    app.include_router(auth.router)
-    app.include_router(identities.router)
-    install(app)
-    app.add_middleware(Envelope, body_limit=runtime.settings.max_json_bytes)
-    await create_user(runtime, by_system("user.create"), UserFields("olga", (Role.OFFICER,), None), PASSWORD)
-    transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://idem.test") as http:
-        form = {"grant_type": "password", "username": "olga", "password": PASSWORD}
-        token = (await http.post("/v1/auth/token", data=form)).json()["access_token"]
-        http.headers["Authorization"] = f"Bearer {token}"
-        yield http
 
 
 async def named(http: httpx.AsyncClient, q: str, **more: str | int) -> list[str]:
