@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 #: A key-encryption key is 32 bytes of entropy, in base64 or hex; anything shorter in text is a pass-phrase.
 KEK_MINIMUM_CHARACTERS = 43
 DISTINCT_CHARACTERS = 8
+#: Every format of photos that can be read.
+PHOTO_FORMATS = ("jpeg", "png", "webp", "heic", "avif", "jpeg2000")
 WEAK_SECRETS = frozenset(
     {"changeme", "change-me", "secret", "password", "admin", "minioadmin", "idem", "test", "default"}
 )
@@ -71,6 +73,18 @@ def _begins(text: str, schemes: tuple[str, ...]) -> str:
     return text
 
 
+def _words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def _photo_formats(text: str) -> str:
+    unknown = set(_words(text)) - set(PHOTO_FORMATS)
+    if unknown or not _words(text):
+        message = f"a list of formats out of {', '.join(PHOTO_FORMATS)}"
+        raise ValueError(message)
+    return text
+
+
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
 #: Kinds of requests that are counted together: logins, face requests, erasures, other changes, other reads.
 RateClass = Literal["login", "face", "erase", "write", "read"]
@@ -101,7 +115,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = ""  # nobody's
     cors_origins: Annotated[str, AfterValidator(_is_origins)] = ""
     body_timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10
-    bodies_memory_mib: Annotated[int, Field(ge=16, le=1_000_000)] = 160
+    bodies_memory_mib: Annotated[int, Field(ge=16, le=1_000_000)] = 320
     shutdown_grace_seconds: Annotated[int, Field(ge=1, le=300)] = 8
     metrics_enabled: bool | None = None  # None: on in development, off in production
 
@@ -168,8 +182,11 @@ class Settings(BaseSettings):
     compute_queue: Annotated[int, Field(ge=1, le=100_000)] = 256
 
     # Limits on what comes in
-    max_photo_bytes: Annotated[int, Field(ge=1024, le=100 * 1024 * 1024)] = 10 * 1024 * 1024
+    photo_formats: Annotated[str, AfterValidator(_photo_formats)] = ",".join(PHOTO_FORMATS)
+    max_photo_bytes: Annotated[int, Field(ge=1024, le=100 * 1024 * 1024)] = 20 * 1024 * 1024
     max_photo_pixels: Annotated[int, Field(ge=4096, le=200_000_000)] = 25_000_000
+    max_jpeg_pixels: Annotated[int, Field(ge=4096, le=200_000_000)] = 60_000_000
+    max_photo_side: Annotated[int, Field(ge=64, le=65_535)] = 12_000
     max_json_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024
     max_samples: Annotated[int, Field(ge=1, le=100)] = 20
 
@@ -229,6 +246,11 @@ class Settings(BaseSettings):
         """The folder of this host's index copies for a store. Below the default path, each store has its own folder."""
         is_default = "index_cache_path" not in self.model_fields_set
         return self.index_cache_path / store_id if is_default else self.index_cache_path
+
+    @property
+    def accepted_formats(self) -> frozenset[str]:
+        """The formats of photos that are read."""
+        return frozenset(_words(self.photo_formats))
 
     @property
     def allowed_origins(self) -> frozenset[str]:

@@ -58,9 +58,9 @@ from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.migrations import migrate
 from app.documents.root_secret import RootSecret, open_root
 from app.documents.sealed import data_key, open_photo
-from app.domain.photo import NoRoomYet, giving_way
+from app.domain.photo import NoRoomYet, PhotoReader, giving_way
 from app.domain.policy import GalleryPolicy
-from app.engine.opening import open_engine
+from app.engine.opening import open_engine, open_reader
 from app.engine.port import FaceEngine
 from app.errors import DependencyUnavailable, ModelMismatch, NotReady, PhotoMissing, Problem
 from app.fair_executor import FairExecutor, TooMuchWaits
@@ -142,6 +142,7 @@ class Runtime:
     clock: Clock
     places: Places
     passwords: PasswordPool = field(init=False)
+    reader: PhotoReader = field(init=False)
     backoff: Backoff = field(init=False)
     probing: Probing = field(init=False)
     limits: RateLimits = field(init=False)
@@ -159,6 +160,7 @@ class Runtime:
             threads, self.settings.compute_queue, initializer=_in_the_background, crowded=NoRoomYet
         )
         self._short = ThreadPoolExecutor(max(2, threads), thread_name_prefix="compute", initializer=_one_thread_each)
+        self.reader = open_reader(self.settings)
         self.passwords = PasswordPool(self.settings.password_pool, self.settings.password_queue)
         self.backoff = Backoff(self.settings, self.keys)
         self.probing = Probing(self.settings, self.keys)
@@ -338,6 +340,7 @@ class Runtime:
         await self.evidence.close()
         self.passwords.close()
         self.end_threads()
+        self.reader.close()
         self.engine.close()
         await self.mongo.close()
 

@@ -61,7 +61,7 @@ CROSS_ORIGIN_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, 
 EXPOSED_HEADERS = "ETag, Location, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
 PREFLIGHT_SECONDS = 600
 #: The default, the same as of BODIES_MEMORY_MIB.
-DEFAULT_ROOM = 160 * 2**20
+DEFAULT_ROOM = 320 * 2**20
 
 REQUESTS = Counter("idem_requests_total", "Answers, by route and status", ["method", "route", "status"])
 SECONDS = Histogram(

@@ -22,7 +22,7 @@ from app.devstack.bench import Bench, BenchFailed, Figures, Report, usable_peopl
 from app.devstack.client import CallFailed, ReadyStack, Service
 from app.devstack.processes import dying_with
 from app.devstack.stack import idem
-from app.engine.opening import open_engine
+from app.engine.opening import open_engine, open_reader
 from app.errors import Problem
 
 START_LIMIT_SECONDS = 180.0
@@ -78,8 +78,8 @@ async def _measure(faces: Path, model: str | None, levels: list[int], requests: 
     opened = open_engine(settings)
     opened.engine.warm()
     console.print(f"Model: {opened.pack.card.pack} ({opened.reason})")
-    limits = {"max_pixels": settings.max_photo_pixels}
-    people, refused = usable_people(faces, opened.engine, needed=requests * len(levels), **limits)
+    reader = open_reader(settings)
+    people, refused = usable_people(faces, opened.engine, needed=requests * len(levels), reader=reader)
     console.print(f"{len(people)} people, {refused} passed over (no face, several, too small)")
     figures: dict[str, Figures] = {}
     with (
@@ -96,7 +96,7 @@ async def _measure(faces: Path, model: str | None, levels: list[int], requests: 
             for number, level in enumerate(levels):
                 console.print(f"{level} at a time …")
                 share = [people[(number * requests + i) % len(people)] for i in range(requests)]
-                figures[str(level)] = await run.measure(share, level, **limits)
+                figures[str(level)] = await run.measure(share, level, reader=reader)
     return Report(start_s=start_s, pack=opened.pack.card.pack, people=len(people), refused=refused, concurrency=figures)
 
 

@@ -26,7 +26,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from app.devstack.client import Caller, Credentials, Service
-from app.domain.photo import decode
+from app.domain.photo import PhotoReader
 from app.domain.policy import GalleryPolicy
 from app.engine.port import FaceEngine
 from app.engine.reading import subject_of
@@ -111,7 +111,7 @@ class Timing:
         return quantile(self.each, share) * 1000
 
 
-def usable_people(folder: Path, engine: FaceEngine, *, max_pixels: int, needed: int) -> tuple[list[Subject], int]:
+def usable_people(folder: Path, engine: FaceEngine, *, reader: PhotoReader, needed: int) -> tuple[list[Subject], int]:
     """At most `needed` people, one sub-folder each, whose first photo shows one face; and how many were passed over.
 
     Raises BenchFailed when there is nobody.
@@ -124,7 +124,7 @@ def usable_people(folder: Path, engine: FaceEngine, *, max_pixels: int, needed: 
             continue
         subject = _subject(own.name, photo)
         try:
-            subject_of(engine, decode(subject.photo, max_pixels=max_pixels), GalleryPolicy())
+            subject_of(engine, reader.decode(subject.photo), GalleryPolicy())
         except Problem:
             refused += 1
         else:
@@ -152,7 +152,7 @@ class Bench:
         officer = await service.log_in(credentials.users.officer)
         return cls(officer, await service.log_in(credentials.client), mongo_uri, engine)
 
-    async def measure(self, people: Sequence[Subject], concurrency: int, *, max_pixels: int) -> Figures:
+    async def measure(self, people: Sequence[Subject], concurrency: int, *, reader: PhotoReader) -> Figures:
         """Enrol these people, verify as many times, then the bare model on the same photos."""
         enrolled: list[tuple[Subject, str]] = []
 
@@ -183,7 +183,7 @@ class Bench:
         verifying = await timed([partial(verify, *one) for one in claims], concurrency)
         threads = min(concurrency, processors())
         bare = await asyncio.to_thread(
-            bare_model, self._engine, [subject.probe for subject, _ in asked], threads=threads, max_pixels=max_pixels
+            bare_model, self._engine, [subject.probe for subject, _ in asked], threads=threads, reader=reader
         )
         transaction_ms = await asyncio.to_thread(journaled_transaction_ms, self._mongo_uri)
         floor_ms = bare.milliseconds(0.5) * concurrency / threads + transaction_ms
@@ -252,12 +252,12 @@ async def timed(calls: Sequence[Callable[[], Awaitable[None]]], concurrency: int
     return Timing(each, time.perf_counter() - began)
 
 
-def bare_model(engine: FaceEngine, photos: Sequence[bytes], *, threads: int, max_pixels: int) -> Timing:
+def bare_model(engine: FaceEngine, photos: Sequence[bytes], *, threads: int, reader: PhotoReader) -> Timing:
     """Decode, detect, embed, and look for liveness where there are models for it: nothing else, in so many threads."""
 
     def once(data: bytes) -> float:
         began = time.perf_counter()
-        subject = subject_of(engine, decode(data, max_pixels=max_pixels), GalleryPolicy())
+        subject = subject_of(engine, reader.decode(data), GalleryPolicy())
         engine.liveness(subject.photo.pixels, subject.face)
         return time.perf_counter() - began
 

@@ -9,19 +9,24 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeVar
+from typing import Final, Literal, Protocol, Self, TypeVar, get_args
 
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from app.domain.faces import Box, Face, PhotoFace, Pixels
-from app.domain.formats import jpeg, png, webp
-from app.domain.formats.parts import Animated, Damaged, Still
+from app.domain.formats import heif, jpeg, jpeg2000, png, webp
+from app.domain.formats.heif import HeifStill
+from app.domain.formats.jpeg import StillJpeg
+from app.domain.formats.jpeg2000 import Jpeg2000Still
+from app.domain.formats.parts import Animated, Damaged, Still, TooCostly, Unsupported
+from app.domain.rows import ON_SIDE, by_bands, rgb, upright
 from app.errors import (
     Advice,
     AnimatedImage,
@@ -33,7 +38,11 @@ from app.errors import (
     Validation,
 )
 
-Format = Literal["jpeg", "png", "webp"]
+Format = Literal["jpeg", "png", "webp", "heic", "avif", "jpeg2000"]
+FORMATS: Final[tuple[Format, ...]] = get_args(Format)
+_NAMES: Final[dict[Format, str]] = {
+    "jpeg": "JPEG", "png": "PNG", "webp": "WebP", "heic": "HEIC", "avif": "AVIF", "jpeg2000": "JPEG 2000",
+}  # fmt: skip
 T = TypeVar("T")
 
 #: A photo is halved as long as its long side keeps this many pixels: a face at the detector's limit, a fortieth of the long
@@ -41,12 +50,9 @@ T = TypeVar("T")
 WORKING_LONG_SIDE = 1600
 _REDUCTIONS = (8, 4, 2)
 
-#: No face of MINIMUM_FACE_SIDE fits into less; beyond the longest side no camera that people hold goes below 25 megapixels.
-SHORTEST_SIDE, LONGEST_SIDE = 40, 8000
+#: No face of MINIMUM_FACE_SIDE fits into less.
+SHORTEST_SIDE = 40
 GREATEST_ASPECT = 4.0
-#: Rows that are converted and halved at a time; a multiple of every reduction. A photo of 25 megapixels takes 100 MB once
-#: decoded, and each conversion of the whole as much again.
-_BAND_ROWS = 64
 #: Larger ones that have to be decoded whole take turns: one of 25 megapixels needs 100 to 200 MB meanwhile, so a process keeps
 #: room for one, however many come at once. An ordinary JPEG is smaller before it is decoded, and waits for nobody.
 _LARGE_PIXELS = 6_000_000
@@ -56,10 +62,11 @@ _thread = threading.local()
 #: Scans of a progressive JPEG times its pixels. Each scan walks over every block, so a small file with thousands of them
 #: would hold a core for minutes.
 MOST_SCANNED_PIXELS = 500_000_000
+#: What the decoder of JPEG 2000 makes at once takes 20 bytes a pixel. It halves a picture while it reads it.
+MOST_JPEG2000_PIXELS = 12_500_000
 
 STORED_JPEG_QUALITY = 95
 
-_ACCEPTED = "Send a JPEG, PNG or WebP photo."
 #: What Pillow raises on bytes that do not hold what their header says. Its words are not passed on: they may quote the photo.
 _DECODING_ERRORS = (
     OSError,
@@ -75,18 +82,14 @@ _DECODING_ERRORS = (
     zlib.error,
 )
 
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.transpose(1, 0, 2),
-    6: lambda pixels: np.rot90(pixels, 3),
-    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
-    8: lambda pixels: np.rot90(pixels, 1),
-}
-_ON_SIDE = (5, 6, 7, 8)
 #: Coded data that no picture ends with, and without markers (see `_decoded_jpeg`).
 _PADDING = bytes(range(1, 255)) * 2
+#: Of them as many as fill a decoder's buffer of bits, and are not taken for a row.
+_FEW_BYTES = 16
+#: A colour by bands that no picture has all over its last row.
+_UNWRITTEN = (1, 254, 77, 3)
+#: Width and height, as stored, of the corner that is looked at for rows that a decoder invented.
+_INVENTED_ACROSS, _INVENTED_DOWN = 64, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,48 +127,162 @@ class Photo:
         return replace(self, pixels=np.bitwise_not(self.pixels))
 
 
-def decode(data: bytes, *, max_pixels: int) -> Photo:
-    """The photo in these bytes, upright, as RGB.
+class IsolatedDecoder(Protocol):
+    """Decodes pictures outside this process."""
 
-    Colour profiles are ignored (their parsers are a risk, recognition does not notice); 16 bits become 8, transparent
-    pixels white, CMYK, grey and palettes RGB. Raises Validation (empty), UnsupportedMediaType (not JPEG, PNG or WebP by
-    content), AnimatedImage, TooManyPixels (from the header), FaceTooSmall (no face fits), UndecodableImage.
+    def decode(self, still: HeifStill | Jpeg2000Still, reduction: int) -> Pixels:
+        """The picture as stored, as RGB, `reduction` times smaller. Raises Damaged, TooCostly, or a Problem."""
+
+    def close(self) -> None:
+        """End what runs outside this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoReader:
+    """Reads photos: which formats, and how large they may be.
+
+    max_pixels: of a photo that is decoded whole. max_jpeg_pixels: of a JPEG that its decoder reduces while it reads it. max_side:
+    in pixels. isolated: the decoder of HEIC, AVIF and JPEG 2000. Without it, these formats are not read.
     """
-    return _decode(data, max_pixels, _REDUCTIONS[0], lambda photo: photo)
 
+    max_pixels: int = 25_000_000
+    max_jpeg_pixels: int = 60_000_000
+    max_side: int = 12_000
+    formats: frozenset[Format] = frozenset(FORMATS)
+    isolated: IsolatedDecoder | None = None
 
-def decode_part(data: bytes, whole: Photo, box: Box, reduction: int, *, max_pixels: int) -> Photo:
-    """The part of a photo within a box, as a photo of its own, reduced by at most `reduction`.
+    def decode(self, data: bytes) -> Photo:
+        """The photo in these bytes, upright, as RGB. Blocking.
 
-    whole: what `decode` made of the same bytes, turned or not; the part is turned as it is. box: x, y, width, height in pixels of
-    `whole` as sent; what lies outside is left out.
-    """
-    x, y, width, height = (round(value) for value in box)
-    left, top = max(0, x), max(0, y)
-    right, bottom = min(whole.width, x + width), min(whole.height, y + height)
+        Colour profiles are ignored (their parsers are a risk, recognition does not notice); 16 bits become 8, transparent
+        pixels white, CMYK, grey and palettes RGB. Raises Validation (empty), UnsupportedMediaType (by content), AnimatedImage,
+        TooManyPixels (from the header), FaceTooSmall (no face fits), UndecodableImage.
+        """
+        return self._decode(data, _REDUCTIONS[0], lambda photo: photo)
 
-    def cut(photo: Photo) -> Photo:
-        k = photo.reduction
-        part = np.rot90(photo.pixels, whole.quarters)[top // k : -(-bottom // k), left // k : -(-right // k)].copy()
-        return Photo(part, photo.format, part.shape[1] * k, part.shape[0] * k, k, whole.quarters)
+    def decode_part(self, data: bytes, whole: Photo, box: Box, reduction: int) -> Photo:
+        """The part of a photo within a box, as a photo of its own, reduced by `reduction`, or more where it is very large.
 
-    return _decode(data, max_pixels, reduction, cut)
+        whole: what `decode` made of the same bytes, turned or not; the part is turned as it is. box: x, y, width, height in
+        pixels of `whole` as sent; what lies outside is left out.
+        """
+        x, y, width, height = (round(value) for value in box)
+        left, top = max(0, x), max(0, y)
+        right, bottom = min(whole.width, x + width), min(whole.height, y + height)
 
+        def cut(photo: Photo) -> Photo:
+            k = photo.reduction
+            part = np.rot90(photo.pixels, whole.quarters)[top // k : -(-bottom // k), left // k : -(-right // k)].copy()
+            return Photo(part, photo.format, part.shape[1] * k, part.shape[0] * k, k, whole.quarters)
 
-def _decode(data: bytes, max_pixels: int, most_reduced: int, use: Callable[[Photo], T]) -> T:
-    """Decode the photo, and return what `use` makes of it. `use` runs before the next large photo is decoded."""
-    if not data:
-        raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
-    kind = _sniff(data)
-    still = _still(kind, data, max_pixels)
-    _check_size(*still.size, max_pixels)
-    if isinstance(still, jpeg.StillJpeg):
-        _check_scans(still)
-        is_streamed = still.scans == 1 and not still.is_progressive and most_reduced == _REDUCTIONS[0]
+        return self._decode(data, reduction, cut)
+
+    def _decode(self, data: bytes, most_reduced: int, use: Callable[[Photo], T]) -> T:
+        """Decode the photo, and return what `use` makes of it. `use` runs before the next large photo is decoded."""
+        if not data:
+            raise _refusal(Validation, "file-empty", "The photo is empty.", "Choose the photo again.")
+        kind, still = self._still(data)
+        self._check_size(still)
+        if isinstance(still, StillJpeg):
+            _check_scans(still)
+        width, height = still.size
+        # A photo that is too large to be decoded whole is reduced in any case.
+        most_whole = MOST_JPEG2000_PIXELS if kind == "jpeg2000" else self.max_pixels
+        least = next((k for k in (1, 2, 4) if width * height <= most_whole * k * k), 8)
+        reduction = max(least, min(_reduction(width, height), most_reduced))
+        is_streamed = isinstance(still, StillJpeg) and still.is_streamed and most_reduced == _REDUCTIONS[0]
         with _room_for(still.size, is_streamed=is_streamed):
-            return use(_decoded_jpeg(still, most_reduced))
-    with _room_for(still.size, is_streamed=False):
-        return use(_decoded_webp(still, most_reduced) if kind == "webp" else _decoded(still, "png", most_reduced))
+            try:
+                pixels = self._pixels(kind, still, reduction)
+            except Damaged:
+                raise _damaged() from None
+            except TooCostly:
+                raise _too_costly() from None
+            if still.orientation in ON_SIDE:
+                width, height = height, width
+            return use(Photo(upright(pixels, still.orientation), kind, width, height, reduction))
+
+    def _still(self, data: bytes) -> tuple[Format, Still]:
+        """The format and the file without its side data.
+
+        Raises AnimatedImage, UnsupportedMediaType, UndecodableImage, and what the size that it claims forbids.
+        """
+        kind = _sniff(data)
+        if kind is None:
+            raise self._unsupported("It is something else.")
+        if kind == "heic" and not {"heic", "avif"} & set(self.accepted):
+            raise self._unsupported("It is a HEIC or AVIF file.", of_a_phone=True)
+        if kind not in self.accepted and kind != "heic":
+            raise self._unsupported(f"It is a file in {_NAMES[kind]}.")
+        try:
+            still: Still = _TAKE_APART[kind](data)
+        except Animated:
+            message = "The image has more than one frame."
+            raise _refusal(AnimatedImage, "animated-image", message, "Send a still photo.") from None
+        except Unsupported as unsupported:
+            raise self._unsupported(str(unsupported)) from None
+        except Damaged as damaged:
+            if damaged.size is not None:
+                self._check_sides(*damaged.size, self.max_jpeg_pixels if kind == "jpeg" else self.max_pixels)
+            raise _damaged() from None
+        if isinstance(still, HeifStill) and still.coding not in self.accepted:
+            raise self._unsupported(f"It is a file in {_NAMES[still.coding]}.", of_a_phone=True)
+        return still.coding if isinstance(still, HeifStill) else kind, still
+
+    def close(self) -> None:
+        """End what runs outside this process."""
+        if self.isolated is not None:
+            self.isolated.close()
+
+    @property
+    def accepted(self) -> tuple[Format, ...]:
+        """The formats that are read."""
+        isolated = ("heic", "avif", "jpeg2000")
+        return tuple(kind for kind in FORMATS if kind in self.formats and (self.isolated or kind not in isolated))
+
+    def _unsupported(self, found: str, *, of_a_phone: bool = False) -> Problem:
+        names = [_NAMES[kind] for kind in self.accepted]
+        listed = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+        advice = f"Send a photo as {names[0]}."
+        if of_a_phone and names[0] == "JPEG":
+            advice = "Set the camera to its most compatible format, JPEG."
+        return _refusal(UnsupportedMediaType, "unsupported-media-type", f"Accepted are {listed}. {found}", advice)
+
+    def _check_size(self, still: Still) -> None:
+        most = self.max_pixels
+        if isinstance(still, StillJpeg) and still.is_streamed:
+            most = max(most, self.max_jpeg_pixels)
+        elif isinstance(still, Jpeg2000Still):
+            most = min(most, MOST_JPEG2000_PIXELS << 2 * min(still.halvings, 3))
+        self._check_sides(*still.size, most)
+
+    def _check_sides(self, width: int, height: int, most: int) -> None:
+        if width * height > most or max(width, height) > self.max_side:
+            limits = f"{most / 1e6:g} megapixels and {self.max_side} pixels a side are accepted for such a file"
+            detail = f"The photo has {width} x {height} pixels; {limits}."
+            advice = "Choose a smaller picture size in the camera's settings."
+            if most < self.max_jpeg_pixels and "jpeg" in self.formats and width * height <= self.max_jpeg_pixels:
+                advice = f"Send an ordinary JPEG, which may have {self.max_jpeg_pixels / 1e6:g} megapixels, or a smaller picture."
+            raise _refusal(TooManyPixels, "too-many-pixels", detail, advice)
+        if min(width, height) < SHORTEST_SIDE:
+            detail = f"The photo has {width} x {height} pixels; at least {SHORTEST_SIDE} a side are needed."
+            raise _refusal(FaceTooSmall, "face-too-small", detail, "Send a larger photo.")
+        if max(width, height) > GREATEST_ASPECT * min(width, height):
+            detail = f"The photo's sides, {width} x {height}, are too unequal; {GREATEST_ASPECT:g} to 1 is accepted."
+            advice = "Send an ordinary portrait photo, not a panorama."
+            raise _refusal(UndecodableImage, "undecodable-image", detail, advice)
+
+    def _pixels(self, kind: Format, still: Still, reduction: int) -> Pixels:
+        """The picture as stored, reduced. Raises Damaged or TooCostly."""
+        if isinstance(still, StillJpeg):
+            return _decoded_jpeg(still, reduction)
+        if kind == "png":
+            return _decoded(still, PngImageFile, reduction)
+        if kind == "webp":
+            return _decoded_webp(still, reduction)
+        assert self.isolated is not None  # noqa: S101 - `accepted` has the others only with it
+        assert isinstance(still, HeifStill | Jpeg2000Still)  # noqa: S101
+        return self.isolated.decode(still, reduction)
 
 
 def encode(pixels: Pixels) -> bytes:
@@ -191,50 +308,25 @@ def encode_lossless(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def _sniff(data: bytes) -> Format:
+_TAKE_APART: Final[dict[Format, Callable[[bytes], Still]]] = {
+    "jpeg": jpeg.still, "png": png.still, "webp": webp.still, "heic": heif.still, "avif": heif.still, "jpeg2000": jpeg2000.still,
+}  # fmt: skip
+
+
+def _sniff(data: bytes) -> Format | None:
+    """The format by content. HEIC stands for AVIF as well: `heif.still` tells them apart."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    found = "It is a HEIC or AVIF file." if data[4:8] == b"ftyp" else "It is something else."
-    advice = "Set the camera to its most compatible format, JPEG." if data[4:8] == b"ftyp" else _ACCEPTED
-    raise _refusal(UnsupportedMediaType, "unsupported-media-type", f"Accepted are JPEG, PNG and WebP. {found}", advice)
+    if jpeg2000.is_jpeg2000(data):
+        return "jpeg2000"
+    return "heic" if heif.is_heif(data) else None
 
 
-def _still(kind: Format, data: bytes, max_pixels: int) -> Still:
-    """The file without its side data. Raises AnimatedImage, UndecodableImage, and what the size that it claims forbids."""
-    take_apart: dict[Format, Callable[[bytes], Still]] = {"jpeg": jpeg.still, "png": png.still, "webp": webp.still}
-    try:
-        return take_apart[kind](data)
-    except Animated:
-        message = "The image has more than one frame."
-        raise _refusal(AnimatedImage, "animated-image", message, "Send a still photo.") from None
-    except Damaged as damaged:
-        if damaged.size is not None:
-            _check_size(*damaged.size, max_pixels)
-        raise _damaged() from None
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels or max(width, height) > LONGEST_SIDE:
-        limits = f"{max_pixels / 1e6:g} megapixels and {LONGEST_SIDE} pixels a side are accepted"
-        detail = f"The photo has {width} x {height} pixels; {limits}."
-        raise _refusal(
-            TooManyPixels, "too-many-pixels", detail, "Choose a smaller picture size in the camera's settings."
-        )
-    if min(width, height) < SHORTEST_SIDE:
-        detail = f"The photo has {width} x {height} pixels; at least {SHORTEST_SIDE} a side are needed."
-        raise _refusal(FaceTooSmall, "face-too-small", detail, "Send a larger photo.")
-    if max(width, height) > GREATEST_ASPECT * min(width, height):
-        detail = f"The photo's sides, {width} x {height}, are too unequal; {GREATEST_ASPECT:g} to 1 is accepted."
-        raise _refusal(
-            UndecodableImage, "undecodable-image", detail, "Send an ordinary portrait photo, not a panorama."
-        )
-
-
-def _check_scans(still: jpeg.StillJpeg) -> None:
+def _check_scans(still: StillJpeg) -> None:
     """Refuse a JPEG that is coded in more passes than a camera needs."""
     passes, pixels = still.scans, still.size[0] * still.size[1]
     if passes > jpeg.MOST_SCANS or passes * pixels > max(MOST_SCANNED_PIXELS, 2 * pixels):
@@ -273,109 +365,99 @@ def _room_for(size: tuple[int, int], *, is_streamed: bool) -> Iterator[None]:
             _large_photo.release()
 
 
-def _decoded_jpeg(still: jpeg.StillJpeg, most_reduced: int) -> Photo:
-    """The decoded picture. One without an end marker is accepted if no row is missing.
+def _decoded_jpeg(still: StillJpeg, reduction: int) -> Pixels:
+    """The decoded picture. Raises Damaged if rows are missing at its end: a decoder that meets the end marker invents them.
 
-    A decoder invents missing rows and does not say so. So the picture is decoded again with bytes added behind it. They do not
-    change whole coded data. Where rows are missing, the decoder reads them as rows, and the pictures differ.
+    A decoder that writes rows as it reads them gets other bytes in place of the end marker. They do not change whole coded data.
+    If the last row is not written then, rows are missing. Any other picture is decoded with the end marker. If it ends in one
+    colour, or had no end marker, it is decoded again with these bytes before the marker. If the pictures differ, rows are
+    missing.
     """
-    photo = _decoded(replace(still, data=still.data if still.has_end else still.data + jpeg.END), "jpeg", most_reduced)
-    if not still.has_end:
-        padded = _decoded(replace(still, data=still.data + _PADDING + jpeg.END), "jpeg", most_reduced)
-        if not np.array_equal(photo.pixels, padded.pixels):
-            raise _damaged()
-    return photo
+    # Coded data do not end with 0xFF, which would make a marker of what follows.
+    coded = still.data.removesuffix(jpeg.END).rstrip(b"\xff")
+    if still.is_streamed:
+        return _decoded(replace(still, data=coded + _PADDING[:_FEW_BYTES]), JpegImageFile, reduction, has_end=False)
+    pixels = _decoded(replace(still, data=coded + jpeg.END), JpegImageFile, reduction)
+    if not still.has_end or _ends_in_one_colour(pixels, reduction):
+        padded = _decoded(replace(still, data=coded + _PADDING + jpeg.END), JpegImageFile, reduction)
+        if not np.array_equal(pixels, padded):
+            raise Damaged
+    return pixels
 
 
-def _decoded(still: Still, kind: Literal["jpeg", "png"], most_reduced: int) -> Photo:
-    """By Pillow's reader of this type alone; `Image.open` would try others, and count pixels by a rule of its own."""
-    reader = JpegImageFile if kind == "jpeg" else PngImageFile
+def _ends_in_one_colour(pixels: Pixels, reduction: int) -> bool:
+    across, down = max(1, _INVENTED_ACROSS // reduction), max(1, _INVENTED_DOWN // reduction)
+    corner = pixels[-down:, -across:]
+    return bool((corner == corner[-1, -1]).all())
+
+
+def _decoded(
+    still: Still, reader: type[JpegImageFile | PngImageFile], reduction: int, *, has_end: bool = True
+) -> Pixels:
+    """By Pillow's reader of this type alone; `Image.open` would try others, and count pixels by a rule of its own.
+
+    has_end: whether the reader meets the end of the picture. Else it complains, and has written all the rows that it has.
+    """
     width, height = still.size
-    reduction = min(_reduction(width, height), most_reduced)
     try:
         with reader(io.BytesIO(still.data)) as image:
             if image.size != still.size:
-                raise _damaged()
-            if kind == "jpeg":
-                # Asks the decoder for the smaller picture: a quarter of the time and memory.
-                image.draft(None, (width // reduction, height // reduction))
-            image.load()
+                raise Damaged
+            # Asks the decoder of a JPEG for the smaller picture: a quarter of the time and memory.
+            image.draft(None, (width // reduction, height // reduction))
+            if has_end:
+                image.load()
+            else:
+                _load_rows(image)
             left = reduction // max(1, round(width / image.size[0]))
             across, down = image.size
-            pixels = _by_bands(down, left, lambda top, bottom: _rgb(image.crop((0, top, across, bottom)), left))
+            return by_bands(down, left, lambda top, bottom: rgb(image.crop((0, top, across, bottom)), left))
     except _DECODING_ERRORS:
-        raise _damaged() from None
-    return _upright(pixels, kind, still, reduction)
+        raise Damaged from None
 
 
-def _decoded_webp(still: Still, most_reduced: int) -> Photo:
+def _load_rows(image: ImageFile) -> None:
+    """Load a picture without an end. Raises Damaged unless its last row was written."""
+    bands = len(image.getbands())
+    unwritten = _UNWRITTEN[:bands] if bands > 1 else _UNWRITTEN[0]
+    image.im = Image.new(image.mode, image.size, unwritten).im
+    with suppress(OSError):
+        image.load()
+    image.tile = []
+    across, down = image.size
+    if image.crop((0, down - 1, across, down)).getcolors(1) == [(across, unwritten)]:
+        raise Damaged
+
+
+def _decoded_webp(still: Still, reduction: int) -> Pixels:
     """By OpenCV's reader: Pillow's has one for animations only, which holds a photo four times over (382 MB of 25 megapixels)."""
     width, height = still.size
     try:
         picture = cv2.imdecode(np.frombuffer(still.data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
-        raise _damaged() from None
+        raise Damaged from None
     if picture is None or picture.shape[:2] != (height, width) or picture.ndim != 3:  # noqa: PLR2004 - rows, columns, colours
-        raise _damaged()
-    colours, reduction = [2, 1, 0, 3][: picture.shape[2]], min(_reduction(width, height), most_reduced)
+        raise Damaged
+    colours = [2, 1, 0, 3][: picture.shape[2]]
 
     def band(top: int, bottom: int) -> Pixels:
-        return _rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)
+        return rgb(Image.fromarray(np.ascontiguousarray(picture[top:bottom, :, colours])), reduction)
 
-    return _upright(_by_bands(height, reduction, band), "webp", still, reduction)
+    return by_bands(height, reduction, band)
 
 
 def _reduction(width: int, height: int) -> int:
     return next((k for k in _REDUCTIONS if max(width, height) >= k * WORKING_LONG_SIDE), 1)
 
 
-def _by_bands(height: int, reduction: int, band: Callable[[int, int], Pixels]) -> Pixels:
-    """The whole picture from `band(top, bottom)`, which gives those rows as RGB, reduced."""
-    pixels: Pixels | None = None
-    for top in range(0, height, _BAND_ROWS):
-        rows = band(top, min(top + _BAND_ROWS, height))
-        if pixels is None:
-            pixels = np.empty((-(-height // reduction), *rows.shape[1:]), np.uint8)
-        pixels[top // reduction : top // reduction + len(rows)] = rows
-    assert pixels is not None  # noqa: S101 - no photo is without rows
-    return pixels
-
-
-def _upright(pixels: Pixels, kind: Format, still: Still, reduction: int) -> Photo:
-    upright = _UPRIGHT.get(still.orientation)
-    width, height = still.size[::-1] if still.orientation in _ON_SIDE else still.size
-    return Photo(
-        pixels=pixels if upright is None else np.ascontiguousarray(upright(pixels)),
-        format=kind,
-        width=width,
-        height=height,
-        reduction=reduction,
-    )
-
-
-def _rgb(image: Image.Image, reduction: int) -> Pixels:
-    if image.mode.startswith("I"):
-        # 16 bits of grey: Pillow's own conversion cuts everything above 255 to white.
-        grey = np.asarray(image)
-        shallow = (grey >> 8).clip(0, 255).astype(np.uint8) if grey.dtype.itemsize > 1 else grey.astype(np.uint8)
-        image = Image.fromarray(shallow)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if reduction > 1:
-            image = image.reduce(reduction)
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-        reduction = 1
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if reduction > 1:
-        image = image.reduce(reduction)
-    return np.array(image, dtype=np.uint8)
-
-
 def _damaged() -> Problem:
     detail = "The photo is damaged or incomplete."
     return _refusal(UndecodableImage, "undecodable-image", detail, "Take or send the photo again.")
+
+
+def _too_costly() -> Problem:
+    detail = "The photo takes more memory or time to read than one photo may take."
+    return _refusal(UndecodableImage, "undecodable-image", detail, "Send it as an ordinary JPEG.")
 
 
 def _refusal(problem: type[Problem], code: str, detail: str, advice: str) -> Problem:

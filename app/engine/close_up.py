@@ -8,7 +8,7 @@ whole photo are coarse: docs/adr/0040 has figures.
 from dataclasses import dataclass
 
 from app.domain.faces import Box, PhotoFace
-from app.domain.photo import Photo, decode_part
+from app.domain.photo import Photo, PhotoReader
 
 #: Pixels of a face's shorter side from which on the recogniser's crop of 112 pixels enlarges nothing.
 ENOUGH = 80.0
@@ -29,10 +29,10 @@ class CloseUp:
         return left < x + width / 2 < left + across and top < y + height / 2 < top + down
 
 
-def close_up(data: bytes, photo: Photo, face: PhotoFace, *, max_pixels: int) -> CloseUp | None:
+def close_up(data: bytes, photo: Photo, face: PhotoFace, reader: PhotoReader) -> CloseUp | None:
     """A close-up of a face that suffers from the photo's reduction; else None. Blocking.
 
-    photo: what `decode` made of the bytes, turned or not.
+    photo: what the reader made of the bytes, turned or not.
     """
     side = min(face.box[2:])
     if photo.reduction == 1 or side >= ENOUGH * photo.reduction:
@@ -42,5 +42,5 @@ def close_up(data: bytes, photo: Photo, face: PhotoFace, *, max_pixels: int) -> 
     half = _AROUND / 2 * max(width, height)
     left, top = max(0.0, x + width / 2 - half), max(0.0, y + height / 2 - half)
     around = (left, top, x + width / 2 + half - left, y + height / 2 + half - top)
-    part = decode_part(data, photo, around, reduction, max_pixels=max_pixels)
+    part = reader.decode_part(data, photo, around, reduction)
     return CloseUp(part, (x - left, y - top, width, height))

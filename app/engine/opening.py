@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from app.config import Settings
+from app.domain.photo import FORMATS, PhotoReader
+from app.engine.decoders import IsolatedDecoders
 from app.engine.dlib_engine import DlibEngine
 from app.engine.liveness import find_liveness
 from app.engine.onnx_engine import OnnxEngine
@@ -34,3 +36,14 @@ def open_engine(settings: Settings, *, device: Device = "auto") -> OpenedEngine:
     else:
         engine = OnnxEngine(pack, liveness, device)
     return OpenedEngine(engine, pack, reason)
+
+
+def open_reader(settings: Settings) -> PhotoReader:
+    """What reads photos by the limits of the settings. `PhotoReader.close` ends its process."""
+    return PhotoReader(
+        max_pixels=settings.max_photo_pixels,
+        max_jpeg_pixels=settings.max_jpeg_pixels,
+        max_side=settings.max_photo_side,
+        formats=frozenset(kind for kind in FORMATS if kind in settings.accepted_formats),
+        isolated=IsolatedDecoders(),
+    )

@@ -8,7 +8,7 @@ import numpy as np
 from app.domain.alignment import hides_another_picture
 from app.domain.alteration import Signs, is_altered
 from app.domain.faces import Box, Embedding, Face, Landmarks, PhotoFace, Pixels, rounded
-from app.domain.photo import Photo, decode
+from app.domain.photo import Photo, PhotoReader
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, find_main_face, refuses_small_faces
@@ -78,12 +78,12 @@ class Subject:
     quarters: int
 
 
-def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> FaceReading:
+def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, reader: PhotoReader) -> FaceReading:
     """Decode, find the face, measure, judge, embed. Blocking.
 
     Raises the photo's Problem: UnsupportedMediaType, TooManyPixels, or a PhotoRefused.
     """
-    seen = subject_in(engine, data, policy, max_pixels)
+    seen = subject_in(engine, data, policy, reader)
     pixels, face, (embedding, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)
@@ -96,13 +96,13 @@ def read_face(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels
     return FaceReading(pixels, face, seen.main, embedding, quality, liveness)
 
 
-def subject_in(engine: FaceEngine, data: bytes, policy: GalleryPolicy, max_pixels: int) -> Subject:
+def subject_in(engine: FaceEngine, data: bytes, policy: GalleryPolicy, reader: PhotoReader) -> Subject:
     """The face that is meant. A small face in a large photo is read from its surroundings, less reduced. Blocking.
 
-    Raises what `decode` and `subject_of` raise.
+    Raises what `PhotoReader.decode` and `subject_of` raise.
     """
-    seen = subject_of(engine, decode(data, max_pixels=max_pixels), policy)
-    near = close_up(data, seen.photo, seen.main.face, max_pixels=max_pixels)
+    seen = subject_of(engine, reader.decode(data), policy)
+    near = close_up(data, seen.photo, seen.main.face, reader)
     if near is None:
         return seen
     try:

@@ -50,8 +50,9 @@ async def compare(runtime: Runtime, action: Action, gallery: Gallery, photo_a: b
 async def _read(runtime: Runtime, action: Action, gallery: Gallery, field: str, photo: bytes) -> FaceReading:
     """Read one of the two; a refusal's advice names which."""
     try:
-        pixels = runtime.settings.max_photo_pixels
-        return await runtime.compute_long(action.actor_id, read_face, runtime.engine, photo, gallery.policy, pixels)
+        return await runtime.compute_long(
+            action.actor_id, read_face, runtime.engine, photo, gallery.policy, runtime.reader
+        )
     except Problem as problem:
         problem.errors = tuple(replace(advice, field=field) for advice in problem.errors)
         raise

@@ -6,7 +6,7 @@ from app.audit import Action, record
 from app.documents.galleries import Gallery
 from app.documents.identities import Liveness
 from app.domain.faces import Face, PhotoFace
-from app.domain.photo import decode
+from app.domain.photo import PhotoReader
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import QualityReport, judge, measure
 from app.domain.subject import MainFace, prominences
@@ -50,16 +50,16 @@ class Assessment:
 
 async def detect(runtime: Runtime, action: Action, photo: bytes) -> Detection:
     """Find and measure the faces, at most MOST_FACES. Without a face, the list is empty. Nothing is stored."""
-    pixels = runtime.settings.max_photo_pixels
-    found = await runtime.compute_long(action.actor_id, _detect, runtime.engine, photo, pixels)
+    found = await runtime.compute_long(action.actor_id, _detect, runtime.engine, photo, runtime.reader)
     await record(None, action, subject_kind="photo", subject_id=None, detail={"faces": len(found.faces)})
     return found
 
 
 async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: bytes) -> Assessment:
     """Measure the one face by the gallery's rules. Raises the photo's Problems, except for poor quality: that is the answer."""
-    pixels = runtime.settings.max_photo_pixels
-    found = await runtime.compute_long(action.actor_id, assessment, runtime.engine, photo, gallery.policy, pixels)
+    found = await runtime.compute_long(
+        action.actor_id, assessment, runtime.engine, photo, gallery.policy, runtime.reader
+    )
     await record(
         None, action, subject_kind="gallery", subject_id=gallery.id, gallery=gallery.name,
         detail={"accepted": not found.advice, "score": round(found.quality.score, 2)},
@@ -67,8 +67,8 @@ async def assess(runtime: Runtime, action: Action, gallery: Gallery, photo: byte
     return found
 
 
-def _detect(engine: FaceEngine, photo: bytes, max_pixels: int) -> Detection:
-    seen = look(engine, decode(photo, max_pixels=max_pixels), _most_prominent)
+def _detect(engine: FaceEngine, photo: bytes, reader: PhotoReader) -> Detection:
+    seen = look(engine, reader.decode(photo), _most_prominent)
     faces = [
         MeasuredFace(
             seen.photo.in_photo(face),
@@ -89,9 +89,9 @@ def _most_prominent(searched: Searched, faces: list[Face]) -> MainFace:
     return MainFace(ranked[0][0], len(faces))
 
 
-def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int) -> Assessment:
+def assessment(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, reader: PhotoReader) -> Assessment:
     """The one face's measures, and all that a gallery with this policy would refuse it for. Blocking."""
-    seen = subject_in(engine, photo, policy, max_pixels)
+    seen = subject_in(engine, photo, policy, reader)
     pixels, face, (_, length) = seen.photo.pixels, seen.face, seen.vector
     usual = engine.card.usual_length
     quality = measure(pixels, face, length, usual_length=usual, reduction=seen.photo.reduction)

@@ -213,10 +213,10 @@ def _require_room(runtime: Runtime, identity: Identity) -> None:
 
 
 async def _read(runtime: Runtime, action: Action, gallery: Gallery, photos: list[bytes]) -> list[FaceReading]:
-    pixels = runtime.settings.max_photo_pixels
     caller = action.actor_id
     reading = [
-        runtime.compute_long(caller, read_face, runtime.engine, photo, gallery.policy, pixels) for photo in photos
+        runtime.compute_long(caller, read_face, runtime.engine, photo, gallery.policy, runtime.reader)
+        for photo in photos
     ]
     return await all_of(*reading)
 

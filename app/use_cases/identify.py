@@ -22,6 +22,7 @@ from app.domain.changes import Changes
 from app.domain.comparison import anchored, scores_with
 from app.domain.faces import Embedding
 from app.domain.near_copies import Likeness, is_near_copy, likeness, picture_digest
+from app.domain.photo import PhotoReader
 from app.domain.policy import Band, GalleryPolicy, Thresholds, band_of, ranked, thresholds_for
 from app.domain.subject import FoundFace
 from app.domain.thresholds import fpir_at
@@ -91,7 +92,7 @@ async def identify(
         action, gallery.id, None, nonce, is_required=is_bound and gallery.policy.require_nonce
     )
     probe = await runtime.compute_long(
-        action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels,
+        action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.reader,
         refuses_copies=is_bound and gallery.policy.near_copies == "refuse",
     )  # fmt: skip
     # The head as it is now: enrolments answered while the photo was read are seen as well.
@@ -180,9 +181,11 @@ async def _nameable(
     return [id_ for id_ in ordered if id_ in shown], withheld
 
 
-def _read(engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int, *, refuses_copies: bool) -> _Probe:
+def _read(
+    engine: FaceEngine, photo: bytes, policy: GalleryPolicy, reader: PhotoReader, *, refuses_copies: bool
+) -> _Probe:
     """Blocking."""
-    reading = read_face(engine, photo, policy, max_pixels)
+    reading = read_face(engine, photo, policy, reader)
     if not refuses_copies:
         return _Probe(reading, None, None)
     marks = Marks(picture_digest(reading.pixels), hashlib.sha256(photo).digest())

@@ -19,6 +19,7 @@ from app.documents.sealed import data_key, open_likenesses
 from app.domain.callers import shown_score
 from app.domain.comparison import anchored, scores_with
 from app.domain.near_copies import Likeness, is_near_copy, likeness, picture_digest
+from app.domain.photo import PhotoReader
 from app.domain.policy import GalleryPolicy, thresholds_for
 from app.domain.quality import QualityReport
 from app.domain.subject import FoundFace
@@ -236,9 +237,7 @@ async def _read_claimed(
     would tell whether the name is known, and cost no attempt.
     """
     try:
-        return await runtime.compute_long(
-            action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.settings.max_photo_pixels
-        )
+        return await runtime.compute_long(action.actor_id, _read, runtime.engine, photo, gallery.policy, runtime.reader)
     except Problem as problem:
         if problem.status < _SERVER_ERRORS:
             await runtime.probing.require_names_left(action)
@@ -246,10 +245,10 @@ async def _read_claimed(
 
 
 def _read(
-    engine: FaceEngine, photo: bytes, policy: GalleryPolicy, max_pixels: int
+    engine: FaceEngine, photo: bytes, policy: GalleryPolicy, reader: PhotoReader
 ) -> tuple[FaceReading, Likeness, Marks]:
     """As `_read_claimed`. Blocking."""
-    reading = read_face(engine, photo, policy, max_pixels)
+    reading = read_face(engine, photo, policy, reader)
     marks = Marks(picture_digest(reading.pixels), hashlib.sha256(photo).digest())
     return reading, likeness(reading.pixels, reading.face.landmarks, reading.embedding), marks
 

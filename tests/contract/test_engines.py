@@ -12,7 +12,7 @@ import pytest
 
 from app.config import Settings
 from app.domain.faces import Embedding, Pixels
-from app.domain.photo import Photo, decode
+from app.domain.photo import Photo, PhotoReader
 from app.domain.policy import GalleryPolicy
 from app.domain.quality import judge, measure
 from app.domain.thresholds import threshold_at_fmr
@@ -24,6 +24,8 @@ from app.engine.reading import subject_of
 from app.errors import LowQuality, ModelUnavailable, MultipleFaces
 from tests.support.packs import BUFFALO, MOBILEFACENET, YUNET, weights_dir, write_manifest
 from tests.support.photos import ASTRONAUT, GROUP, HANKS, encoded, pixels_of
+
+READER = PhotoReader()
 
 WEIGHTS = weights_dir()
 
@@ -126,7 +128,7 @@ def test_the_same_person_verifies_after_relighting_scaling_and_re_encoding(engin
         first = pixels_of(file)
         lit = np.clip(first.astype(np.float32) * 0.75 + 10, 0, 255).astype(np.uint8)
         scaled = np.asarray(cv2.resize(lit, None, fx=0.8, fy=0.8, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-        second = decode(encoded(scaled, "JPEG", quality=70), max_pixels=10**7).pixels
+        second = READER.decode(encoded(scaled, "JPEG", quality=70)).pixels
         assert verifies(engine, embedding(engine, first), embedding(engine, second))
 
 
@@ -160,7 +162,7 @@ def test_h10_all_eight_orientations_give_the_same_template(engine: FaceEngine) -
             "PNG",
             exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([orientation, 0, 0, 0, 0, 0, 0, 0]),
         )
-        found = embedding(engine, decode(data, max_pixels=10**7).pixels)
+        found = embedding(engine, READER.decode(data).pixels)
         assert float(found @ expected) >= 0.98
 
 
@@ -168,7 +170,7 @@ def test_h10_all_eight_orientations_give_the_same_template(engine: FaceEngine) -
 def test_a_photo_on_its_side_or_head_is_turned_upright(engine: FaceEngine, turns: int) -> None:
     upright = pixels_of(ASTRONAUT)
     lying = np.ascontiguousarray(np.rot90(upright, turns))
-    found = subject_of(engine, decode(encoded(lying, "PNG"), max_pixels=10**7), GalleryPolicy())
+    found = subject_of(engine, READER.decode(encoded(lying, "PNG")), GalleryPolicy())
     assert np.array_equal(found.photo.pixels, upright), "the stored photo is upright"
     assert np.array_equal(found.vector[0], embedding(engine, upright)), "and gives the same template"
 

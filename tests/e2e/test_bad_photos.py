@@ -37,9 +37,10 @@ from tests.e2e.builders import (
     side_by_side,
     verify,
 )
+from tests.support.picture_files import heif_file, jpeg2000_file
 
 REFUSED_WITHIN_SECONDS = 2.0
-TEN_MEBIBYTES = 10 * 1024 * 1024
+MOST_BYTES = 20 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,13 @@ def bad_photos() -> dict[str, Bad]:
         "cut at 99%": Bad(photo[: len(photo) * 99 // 100], 422, unreadable),
         "noise after a header": Bad(photo[:200] + bytes(range(256)) * 40, 422, unreadable),
         "empty PNG": Bad(b"\x89PNG\r\n\x1a\n", 422, unreadable),
+        "cut at 50%, with an end marker": Bad(photo[: len(photo) // 2] + b"\xff\xd9", 422, unreadable),
+        "cut HEIC": Bad(heif_file(picture)[:-500], 422, unreadable),
+        "cut AVIF": Bad(heif_file(picture, "AVIF")[:-500], 422, unreadable),
+        "cut JPEG 2000": Bad(jpeg2000_file(picture)[:-500], 422, unreadable),
+        "moving AVIF": Bad(
+            heif_file(picture, "AVIF", save_all=True, append_images=[picture]), 422, ("animated-image",)
+        ),
         "cut WebP": Bad(encoded(picture, "WEBP")[:500], 422, unreadable),
         "moving PNG": Bad(animated("PNG"), 422, ("animated-image",)),
         "moving WebP": Bad(animated("WEBP"), 422, ("animated-image",)),
@@ -97,10 +105,10 @@ def bad_photos() -> dict[str, Bad]:
         "moving GIF": Bad(animated("GIF"), 415, unknown),
         "TIFF": Bad(encoded(picture, "TIFF"), 415, unknown),
         "BMP": Bad(encoded(picture, "BMP"), 415, unknown),
-        "AVIF": Bad(b"\0\0\0\x1cftypavif" + bytes(64), 415, unknown),
+        "empty AVIF": Bad(b"\0\0\0\x1cftypavif" + bytes(64), 422, unreadable),
         "PSD": Bad(b"8BPS\0\1" + bytes(64), 415, unknown),
         "EPS": Bad(b"%!PS-Adobe-3.0 EPSF-3.0\n", 415, unknown),
-        "JPEG 2000": Bad(b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), 415, unknown),
+        "empty JPEG 2000": Bad(b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), 422, unreadable),
         "FITS": Bad(b"SIMPLE  =                    T", 415, unknown),
         "WMF": Bad(b"\xd7\xcd\xc6\x9a" + bytes(64), 415, unknown),
         "PDF": Bad(b"%PDF-1.7", 415, unknown),
@@ -111,7 +119,8 @@ def bad_photos() -> dict[str, Bad]:
         "SVG with an entity": Bad(
             b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>', 415, unknown
         ),
-        "HEIC": Bad(b"\0\0\0\x18ftypheic" + bytes(64), 415, unknown),
+        "empty HEIC": Bad(b"\0\0\0\x18ftypheic" + bytes(64), 422, unreadable),
+        "video": Bad(b"\0\0\0\x18ftypisom" + bytes(64), 415, unknown),
         "SVG": Bad(b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", 415, unknown),
         "program": Bad(b"\x7fELF" + bytes(64), 415, unknown),
         "text": Bad(b"no photo at all", 415, unknown),
@@ -122,7 +131,7 @@ def bad_photos() -> dict[str, Bad]:
         "a ribbon": Bad(png_of_size(500, 100), 422, unreadable),
         "noise": Bad(encoded(Image.effect_noise((400, 400), 90), "PNG"), 422, ("no-face", "low-quality")),
         "very wide": Bad(png_of_size(65_000, 1), 413, ("too-many-pixels",)),
-        "very large": Bad(photo + b"\0" * TEN_MEBIBYTES, 413, ("too-large",)),
+        "very large": Bad(photo + b"\0" * MOST_BYTES, 413, ("too-large",)),
         "nothing": Bad(b"", 422, ("validation",)),
     }
 
@@ -293,7 +302,7 @@ def test_h19_a_photo_of_thousands_of_passes_is_refused_in_time(service: Service)
     last = photo.rindex(b"\xff\xda")
     many = photo[:last] + photo[last:-2] * 3000 + photo[-2:]
     began = time.monotonic()
-    answer = service.app.post("/v1/faces/detect", files=[part(many[: TEN_MEBIBYTES - 1000])])
+    answer = service.app.post("/v1/faces/detect", files=[part(many[: MOST_BYTES // 2])])
     problem(answer, 422, "undecodable-image")
     assert time.monotonic() - began < REFUSED_WITHIN_SECONDS
 

@@ -1,7 +1,11 @@
 """Picture files built piece by piece: chunks, segments, and blocks that state an orientation."""
 
+import io
 import struct
 import zlib
+
+import pillow_heif
+from PIL import Image
 
 #: TIFF types with their lengths: BYTE, SHORT, LONG.
 BYTE, SHORT, LONG = 1, 3, 4
@@ -78,3 +82,18 @@ def webp_frame(width: int, height: int, *chunks: bytes) -> bytes:
     """A frame of an animation, at the canvas' corner."""
     sides = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
     return webp_chunk(b"ANMF", bytes(6) + sides + b"\x64\0\0\0" + b"".join(chunks))
+
+
+def heif_file(image: Image.Image, kind: str = "HEIF", **options: object) -> bytes:
+    """The picture as HEIC, or as AVIF."""
+    pillow_heif.register_heif_opener()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def jpeg2000_file(image: Image.Image, **options: object) -> bytes:
+    """The picture as JP2, or as a bare codestream with `no_jp2`."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG2000", **options)
+    return buffer.getvalue()

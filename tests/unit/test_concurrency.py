@@ -130,7 +130,7 @@ async def test_after_a_refused_photo_the_others_of_the_request_do_not_wait_on(
     for module in (enrol, compare):
         monkeypatch.setattr(module, "read_face", read_face)
     runtime = SimpleNamespace(
-        settings=SimpleNamespace(max_photo_pixels=1), engine=None, compute_long=compute_long,
+        reader=None, engine=None, compute_long=compute_long,
         require_contract=lambda _: None,
     )  # fmt: skip
     action, gallery = SimpleNamespace(actor_id="app-1"), SimpleNamespace(policy=None)

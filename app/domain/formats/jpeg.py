@@ -19,6 +19,7 @@ _RESTARTS: Final = range(0xD0, 0xD8)
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 #: Baseline, extended and progressive Huffman coding: what cameras write.
 _HUFFMAN: Final = frozenset({0xC0, 0xC1, 0xC2})
+_PROGRESSIVE: Final = 0xC2
 _COEFFICIENTS: Final = 64
 _EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
@@ -40,6 +41,11 @@ class StillJpeg(Still):
     scans: int
     is_progressive: bool
     has_end: bool
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the decoder keeps some rows only, and reduces the picture while it reads it."""
+        return self.scans == 1 and not self.is_progressive
 
 
 def still(data: bytes) -> StillJpeg:
@@ -77,6 +83,9 @@ class _Walk:
             video = _VIDEO.search(last)
             kept = [*kept[: segments - 1], last if video is None else last[: video.start()]]
         if self.frame is None or self.size is None or scans == 0:
+            raise Damaged(self.size)
+        # A progressive picture whose last passes were cut off, and an end marker added.
+        if self.frame == _PROGRESSIVE and self.complete is None and scans <= MOST_SCANS:
             raise Damaged(self.size)
         stated = orientation.first_stated((orientation.of_exif, self.exif), (orientation.of_xmp, self.xmp))
         plain = b"".join([self.data[:2], *kept, END if has_end else b""])

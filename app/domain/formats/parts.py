@@ -25,3 +25,11 @@ class Damaged(Exception):
 
 class Animated(Exception):
     """The file has more than one frame."""
+
+
+class Unsupported(Exception):
+    """The file is of another kind or coding. The message is a sentence that says which."""
+
+
+class TooCostly(Exception):
+    """To decode the picture takes more memory or time than one picture may take."""

@@ -107,7 +107,9 @@ def _coded_size(picture: _Picture) -> tuple[int, int]:
         bits = int.from_bytes(body[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if picture.kind == b"VP8 " and body[3:6] == _START_CODE_VP8 and len(body) >= _CANVAS_BYTES:
-        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+        size = int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+        if all(size):
+            return size
     raise Damaged
 
 

@@ -9,9 +9,11 @@ from PIL import Image
 
 from app.domain.alignment import CROP_SIDE, TEMPLATE, aligned_crop, hides_another_picture, sampled_crop
 from app.domain.faces import Pixels
-from app.domain.photo import decode
+from app.domain.photo import PhotoReader
 from tests.support.disguises import disguised, enlarged
 from tests.support.photos import ASTRONAUT, HANKS, pixels_of
+
+READER = PhotoReader()
 
 #: Where the eyes, nose and mouth of the two photos are.
 ASTRONAUT_LANDMARKS = np.array([[202, 104], [249, 105], [226, 134], [205, 153], [247, 154]], dtype=np.float32)
@@ -47,7 +49,7 @@ def test_a_hidden_face_is_noticed_after_jpeg() -> None:
     hidden = disguised(photo, other_face(), lambda _: landmarks)
     buffer = io.BytesIO()
     Image.fromarray(hidden).save(buffer, "JPEG", quality=92, subsampling=0)
-    assert hides_another_picture(decode(buffer.getvalue(), max_pixels=10**7).pixels, landmarks)
+    assert hides_another_picture(READER.decode(buffer.getvalue()).pixels, landmarks)
 
 
 def test_noise_and_halftone_are_no_hidden_face() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from app.domain.formats import jpeg, png, webp
 from app.domain.formats.parts import Animated, Damaged
-from app.domain.photo import Photo, decode
+from app.domain.photo import Photo, PhotoReader
 from app.errors import AnimatedImage, Problem, TooManyPixels, UndecodableImage
 from tests.support.photos import ASTRONAUT, encoded, pixels_of
 from tests.support.picture_files import (
@@ -36,7 +36,7 @@ from tests.support.picture_files import (
     xmp,
 )
 
-LIMIT = 25_000_000
+READER = PhotoReader()
 PORTRAIT = pixels_of(ASTRONAUT)[:120, 130:230]  # 100 wide, 120 high
 JPEG, PNG = encoded(PORTRAIT, "JPEG", quality=90), encoded(PORTRAIT, "PNG")
 PROGRESSIVE = encoded(PORTRAIT, "JPEG", quality=90, progressive=True)
@@ -47,7 +47,7 @@ XAP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def photo_of(data: bytes) -> Photo:
-    return decode(data, max_pixels=LIMIT)
+    return READER.decode(data)
 
 
 def is_upright(data: bytes) -> bool:
@@ -389,3 +389,12 @@ def test_mutated_files_are_taken_apart_or_refused(kind: str, edits: list[tuple[i
         assert problem.status in {413, 415, 422}  # noqa: PT017 - a refusal or a photo is right
     else:
         assert photo.pixels.shape[2] == 3
+
+
+def test_a_webp_of_no_pixels_is_refused() -> None:
+    """With transparency its canvas is written again, and a side of 0 has no place there."""
+    whole = bytearray(encoded(np.dstack([PORTRAIT, PORTRAIT[..., :1]]), "WEBP"))
+    at = whole.index(b"\x9d\x01\x2a") + 3
+    whole[at : at + 2] = b"\0\0"
+    with pytest.raises(UndecodableImage):
+        photo_of(bytes(whole))

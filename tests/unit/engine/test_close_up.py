@@ -9,14 +9,14 @@ from PIL import Image
 
 from app.domain.alignment import TEMPLATE
 from app.domain.faces import Embedding, Face, Pixels
-from app.domain.photo import decode, decode_part, decode_stored, encode
+from app.domain.photo import PhotoReader, decode_stored, encode
 from app.domain.policy import GalleryPolicy
 from app.engine.close_up import close_up
 from app.engine.port import Search
 from app.engine.reading import read_face, subject_in
 from tests.fakes import FakeEngine
 
-LIMIT = 25_000_000
+READER = PhotoReader()
 #: The engine below takes areas of this colour for faces.
 RED = (250, 20, 20)
 
@@ -65,7 +65,7 @@ def test_f6_a_face_is_measured_alike_on_both_sides_of_a_reduction(kind: str) -> 
     engine = RedSquares()
     sides = []
     for width in (3198, 3200, 3202):
-        seen = subject_in(engine, scene((width, 2000), (1100, 800), 72, kind), POLICY, LIMIT)
+        seen = subject_in(engine, scene((width, 2000), (1100, 800), 72, kind), POLICY, READER)
         sides.append(min(seen.main.face.box[2:]))
         assert min(seen.face.box[2:]) * seen.photo.reduction == pytest.approx(72, abs=2)
         assert seen.photo.reduction == 1
@@ -75,7 +75,7 @@ def test_f6_a_face_is_measured_alike_on_both_sides_of_a_reduction(kind: str) -> 
 @pytest.mark.parametrize("at", [(1100, 800), (60, 60), (3100, 1900)])
 def test_a_small_face_is_compared_in_the_photos_own_pixels_wherever_it_is(at: tuple[int, int]) -> None:
     engine = RedSquares()
-    seen = subject_in(engine, scene((3240, 2060), at, 60), POLICY, LIMIT)
+    seen = subject_in(engine, scene((3240, 2060), at, 60), POLICY, READER)
     assert seen.photo.reduction == 1
     assert max(seen.photo.pixels.shape[:2]) <= 5 * 60
     assert engine.embedded[-1] is seen.photo.pixels
@@ -84,7 +84,7 @@ def test_a_small_face_is_compared_in_the_photos_own_pixels_wherever_it_is(at: tu
 
 @pytest.mark.parametrize(("at", "side"), [((1100, 800), 60), ((40, 70), 60), ((1100, 800), 400)])
 def test_the_stored_box_lies_around_the_face_on_the_stored_photo(at: tuple[int, int], side: int) -> None:
-    reading = read_face(RedSquares(), scene((3240, 2060), at, side), POLICY, LIMIT)
+    reading = read_face(RedSquares(), scene((3240, 2060), at, side), POLICY, READER)
     assert reading.main.report.box == pytest.approx((*at, side, side), abs=2)
     x, y, width, height = (round(value) for value in reading.stored_box)
     face = decode_stored(encode(reading.pixels))[y : y + height, x : x + width]
@@ -96,18 +96,18 @@ def test_the_stored_box_lies_around_the_face_on_the_stored_photo(at: tuple[int, 
 
 def test_a_large_face_is_not_looked_at_again() -> None:
     data = scene((3240, 2060), (1100, 800), 400)
-    seen = subject_in(RedSquares(), data, POLICY, LIMIT)
+    seen = subject_in(RedSquares(), data, POLICY, READER)
     assert seen.photo.reduction == 2
-    assert close_up(data, decode(data, max_pixels=LIMIT), seen.main.face, max_pixels=LIMIT) is None
+    assert close_up(data, READER.decode(data), seen.main.face, READER) is None
 
 
 def test_a_part_of_a_turned_photo_is_turned_with_it() -> None:
     noise = np.random.default_rng(5).integers(0, 255, (40, 30, 3), np.uint8)
     data = io.BytesIO()
     Image.fromarray(noise).resize((3240, 4320), Image.Resampling.NEAREST).save(data, "PNG")
-    whole = decode(data.getvalue(), max_pixels=LIMIT)
+    whole = READER.decode(data.getvalue())
     for quarters in range(4):
         turned = whole.turned(quarters)
-        part = decode_part(data.getvalue(), turned, (400, 600, 800, 400), 1, max_pixels=LIMIT)
+        part = READER.decode_part(data.getvalue(), turned, (400, 600, 800, 400), 1)
         assert (part.width, part.height, part.reduction, part.quarters) == (800, 400, 1, quarters)
         assert np.array_equal(part.pixels[::2, ::2][:200, :400], turned.pixels[300:500, 200:600])

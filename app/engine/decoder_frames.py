@@ -1,0 +1,11 @@
+"""What the server and the decoders of `decoder_child` write to each other."""
+
+import struct
+
+#: What a fork may use: seconds of processor time, seconds of time, and MiB of memory beyond what this process has.
+TICKET = struct.Struct("<HHH")
+#: Kind, reduction, halvings by the decoder, width and height of what it must return, and the length of the file that follows.
+REQUEST = struct.Struct("<cBBIII")
+#: Width and height of the pixels that follow, as RGB. 0, 0: the picture cannot be decoded.
+ANSWER = struct.Struct("<II")
+HEIC, AVIF, JPEG2000 = b"h", b"a", b"j"

@@ -1,0 +1,202 @@
+"""Decoders outside the server: what they return, what they may not do, and how they end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from app.domain.formats import heif, jpeg2000
+from app.domain.formats.heif import HeifStill
+from app.domain.formats.jpeg2000 import Jpeg2000Still
+from app.domain.formats.parts import Damaged, TooCostly
+from app.engine import decoders
+from app.engine.confinement import Allowance, confine
+from app.engine.decoders import IsolatedDecoders
+from app.errors import DependencyUnavailable
+from tests.support.photos import ASTRONAUT, pixels_of
+from tests.support.picture_files import heif_file, jpeg2000_file
+
+PORTRAIT = pixels_of(ASTRONAUT)[:256, 100:340]
+ENDS_WITHIN_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def isolated() -> Iterator[IsolatedDecoders]:
+    opened = IsolatedDecoders()
+    yield opened
+    opened.close()
+
+
+def _stills() -> dict[str, HeifStill | Jpeg2000Still]:
+    image = Image.fromarray(PORTRAIT)
+    return {
+        "heic": heif.still(heif_file(image, quality=95)),
+        "heic of tiles": heif.still(heif_file(image, quality=95, tile_size=64)),
+        "avif": heif.still(heif_file(image, "AVIF", quality=95)),
+        "jpeg2000": jpeg2000.still(jpeg2000_file(image)),
+    }
+
+
+@pytest.mark.parametrize("kind", _stills())
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_g1_g2_the_picture_comes_as_it_is_or_reduced(isolated: IsolatedDecoders, kind: str, reduction: int) -> None:
+    pixels = isolated.decode(_stills()[kind], reduction)
+    expected = Image.fromarray(PORTRAIT).reduce(reduction) if reduction > 1 else Image.fromarray(PORTRAIT)
+    assert pixels.shape == np.asarray(expected).shape
+    # JPEG 2000 halves by its own filter, which keeps more grain.
+    assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < (8 if kind == "jpeg2000" else 4)
+
+
+def test_many_pictures_at_a_time_are_not_mixed_up(isolated: IsolatedDecoders) -> None:
+    stills = [heif.still(heif_file(Image.new("RGB", (64, 64), (shade, shade, shade)))) for shade in range(0, 250, 25)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda still: isolated.decode(still, 1).mean(), stills * 3))
+    assert np.allclose(found, [*range(0, 250, 25)] * 3, atol=3)
+
+
+def test_what_its_coded_data_do_not_hold_is_refused(isolated: IsolatedDecoders) -> None:
+    for still in _stills().values():
+        half = len(still.data) // 2
+        with pytest.raises(Damaged):
+            isolated.decode(replace(still, data=still.data[:half] + bytes(len(still.data) - half)[:8]), 1)
+    whole = _stills()["heic"]
+    assert isinstance(whole, HeifStill)
+    with pytest.raises(Damaged):
+        isolated.decode(replace(whole, coded_size=(64, 64), window=(0, 0, 64, 64)), 1)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"_MIB": 1, "_BYTES_A_PIXEL": 0}, {"_SECONDS": 0, "_SECONDS_A_MEGAPIXEL": 0}], ids=str
+)
+def test_a_picture_that_costs_too_much_is_given_up_and_others_are_read(
+    limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolated = IsolatedDecoders()
+    large = heif.still(heif_file(Image.effect_noise((1600, 1600), 90).convert("RGB")))
+    try:
+        with monkeypatch.context() as patched:
+            for name, value in limits.items():
+                patched.setattr(decoders, name, value)
+            with pytest.raises((TooCostly, Damaged)):
+                isolated.decode(large, 1)
+        assert isolated.decode(_stills()["heic"], 1).shape == PORTRAIT.shape
+        (process_id,) = {isolated.process_id}
+        assert process_id is not None
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        while psutil.Process(process_id).children():
+            assert time.monotonic() < deadline, "a fork, or a zombie, is left"
+            time.sleep(0.05)
+    finally:
+        isolated.close()
+
+
+def test_its_process_is_started_again_after_it_was_killed_and_ends_with_close() -> None:
+    isolated = IsolatedDecoders()
+    assert isolated.process_id is None, "nothing runs before the first picture"
+    isolated.decode(_stills()["avif"], 1)
+    first = isolated.process_id
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    psutil.Process(first).wait(ENDS_WITHIN_SECONDS)
+    isolated.decode(_stills()["avif"], 1)
+    second = isolated.process_id
+    assert second is not None
+    assert second != first
+    isolated.close()
+    assert not psutil.pid_exists(second)
+    with pytest.raises(DependencyUnavailable):
+        isolated.decode(_stills()["avif"], 1)
+
+
+def test_its_process_ends_with_its_parent_however_that_ends() -> None:
+    program = (
+        "import os, signal\nfrom app.engine.decoders import IsolatedDecoders\nfrom app.domain.formats import heif\n"
+        "import sys\nd = IsolatedDecoders()\nd.decode(heif.still(sys.stdin.buffer.read()), 1)\n"
+        "print(d.process_id, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    data = heif_file(Image.fromarray(PORTRAIT))
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, timeout=60, check=False)
+    process_id = int(done.stdout)
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while psutil.pid_exists(process_id):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_it_learns_no_secret_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_ENCRYPTION_KEY", "a secret of the server")
+    isolated = IsolatedDecoders()
+    isolated.decode(_stills()["avif"], 1)
+    process = psutil.Process(isolated.process_id)
+    assert "a secret of the server" not in str(process.environ())
+    assert {one.fd for one in process.open_files()} == set(), "no file of the server is open there"
+    isolated.close()
+
+
+def _open_a_file() -> None:
+    os.open("/etc/hostname", os.O_RDONLY)
+
+
+def _open_a_socket() -> None:
+    socket.socket()
+
+
+def _start_a_process() -> None:
+    os._exit(0) if os.fork() == 0 else None
+
+
+def _signal_a_process() -> None:
+    os.kill(os.getppid(), 0)
+
+
+def _take_memory() -> None:
+    bytearray(256 * 2**20)
+
+
+def _compute_for_ever() -> None:
+    while True:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux filters system calls")
+@pytest.mark.parametrize(
+    ("attempt", "ends"),
+    [
+        (_open_a_file, PermissionError.__name__),
+        (_open_a_socket, PermissionError.__name__),
+        (_start_a_process, PermissionError.__name__),
+        (_signal_a_process, PermissionError.__name__),
+        (_take_memory, MemoryError.__name__),
+        (_compute_for_ever, signal.SIGKILL),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_confined_process_may_compute_and_nothing_else(attempt: Callable[[], None], ends: str | int) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            confine(Allowance(1, 64))
+            attempt()
+        except (OSError, MemoryError) as error:
+            os.write(writing, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    said = os.read(reading, 100).decode()
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    if isinstance(ends, str):
+        assert said == ends
+    else:
+        assert os.WTERMSIG(status) in (ends, signal.SIGXCPU)
