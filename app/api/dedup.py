@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from app.api import identities, scans
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, grant_of
 from app.api.identities import IdentityView, asked, visible_galleries
 from app.api.paging import Page, Paged, cursor_behind, page_of_parts, position_of
 from app.api.problems import problems
@@ -198,7 +198,7 @@ async def _one(
 
 async def _gallery_of(action: Action, case_id: str) -> Gallery:
     action.about("case", case_id)
-    gallery_id = await CasePage.gallery_of(case_id)
+    gallery_id = await CasePage.gallery_of(case_id, grant_of(action))
     if gallery_id is None:
         raise NotFound
     return await gallery_of(action, gallery_id)
@@ -208,7 +208,7 @@ async def _gallery_of(action: Action, case_id: str) -> Gallery:
 async def get_job(job_id: str, action: VerdictReading) -> JobView:
     """A screening's state and what it found, or how far a scan is. An enroller reads the jobs of its own enrolments."""
     is_enroller = action.caller is None or action.caller.sees_own_enrolments_only
-    identity = await Identity.by_job(job_id)
+    identity = await Identity.by_job(job_id, grant_of(action))
     if identity is None and not is_enroller:
         return await _scan_job(action, job_id)
     screening = None if identity is None else identity.screening(job_id)
@@ -235,7 +235,7 @@ async def get_job(job_id: str, action: VerdictReading) -> JobView:
 
 
 async def _scan_job(action: Action, job_id: str) -> JobView:
-    known = await Scan.get(job_id)
+    known = await Scan.seen(job_id, grant_of(action))
     if known is None:
         raise NotFound
     await gallery_of(action, known.gallery_id)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, visible_gallery
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, grant_of, visible_gallery
 from app.api.identities import PHOTO_PROBLEMS, found_identity
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
@@ -201,9 +201,7 @@ async def _claimed(
             return await found_identity(action, fields.identity_id)
         except NotFound:
             # Of somebody unknown nobody knows the gallery: the one that the request names stands for it.
-            gallery = await Gallery.named(fields.gallery)
-            if gallery is not None and not (action.caller and action.caller.may_see(gallery.id)):
-                gallery = None
+            gallery = await Gallery.named(fields.gallery, grant_of(action))
             return verify.UnknownClaim(gallery, f"id|{fields.identity_id}", fields.audience, fields.nonce)
     gallery = await visible_gallery(runtime, action, fields.gallery)
     holders = await holders_of(runtime.keys, [gallery], fields.external_ref or "")

@@ -10,7 +10,15 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
+from app.api.dependencies import (
+    CurrentRuntime,
+    IdempotencyKey,
+    acting,
+    first_answer,
+    gallery_of,
+    grant_of,
+    visible_gallery,
+)
 from app.api.paging import Page, Paged, cursor_behind, page_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
@@ -280,7 +288,7 @@ def _opened(runtime: Runtime, gallery: Gallery, identity: Identity) -> Attribute
 async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
     action.about("identity", identity_id)
-    identity = await Identity.living(identity_id)
+    identity = await Identity.seen(identity_id, grant_of(action))
     if identity is None:
         raise NotFound
     require_own_enrolment(action, identity)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of
+from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, grant_of
 from app.api.identities import ReceiptView, asked, receipt_view, visible_galleries
 from app.api.paging import Page, Paged, page_of
 from app.api.problems import problems
@@ -115,7 +115,7 @@ async def _whole(runtime: Runtime, gallery: Gallery, proposal: IdentityProposal)
 
 async def _found(action: Action, proposal_id: str) -> tuple[Gallery, IdentityProposal]:
     action.about("proposal", proposal_id)
-    proposal = await IdentityProposal.get(proposal_id)
+    proposal = await IdentityProposal.seen(proposal_id, grant_of(action))
     if proposal is None:
         raise NotFound
     return await gallery_of(action, proposal.gallery_id), proposal

@@ -8,7 +8,15 @@ from pydantic import BaseModel, Field
 
 from app.api import identities
 from app.api.bodies import StrictRoute
-from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, gallery_of, visible_gallery
+from app.api.dependencies import (
+    CurrentRuntime,
+    IdempotencyKey,
+    acting,
+    first_answer,
+    gallery_of,
+    grant_of,
+    visible_gallery,
+)
 from app.api.paging import Page, Paged, cursor_behind, position_of
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
@@ -153,7 +161,7 @@ async def view(gallery: Gallery, known: Scan) -> ScanView:
 
 async def _found(action: Action, scan_id: str) -> tuple[Gallery, Scan]:
     action.about("scan", scan_id)
-    known = await Scan.get(scan_id)
+    known = await Scan.seen(scan_id, grant_of(action))
     if known is None:
         raise NotFound
     return await gallery_of(action, known.gallery_id), known

@@ -1,8 +1,9 @@
 """What all stored things share: time-ordered ids, UTC times in milliseconds, frozen embedded values."""
 
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import uuid_utils.compat as uuids
 from beanie import Document
@@ -37,6 +38,14 @@ def now() -> datetime:
 def as_text(moment: datetime) -> str:
     """A time as the contract writes it: 2026-11-21T09:30:00.123Z."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def within(galleries: Collection[str] | None) -> dict[str, Any]:
+    """The filter for what lies in one of these galleries (ids; None means all).
+
+    In the query, so that what lies elsewhere is as quickly answered as what is not there.
+    """
+    return {} if galleries is None else {"gallery_id": {"$in": list(galleries)}}
 
 
 class _Present:

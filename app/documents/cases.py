@@ -1,6 +1,6 @@
 """Look-alikes: every pair that a screening recorded, and the cases that a person decides."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, Value, now
+from app.documents.base import Stored, Value, now, within
 from app.documents.identities import Candidate, Identity
 from app.domain.policy import Decision, LookAlike
 
@@ -167,9 +167,11 @@ class CasePage(CaseFields):
         }
 
     @staticmethod
-    async def gallery_of(case_id: str) -> str | None:
-        """The gallery that a case is in; None: there is no such case."""
-        row = await Case.get_pymongo_collection().find_one({"_id": case_id}, {"gallery_id": 1})
+    async def gallery_of(case_id: str, galleries: Collection[str] | None) -> str | None:
+        """The gallery that a case is in; None: none of these galleries (ids; None: all) has such a case."""
+        row = await Case.get_pymongo_collection().find_one(
+            {"_id": case_id, **within(galleries)}, {"gallery_id": 1}
+        )  # fmt: skip
         return None if row is None else str(row["gallery_id"])
 
     @classmethod

@@ -136,9 +136,11 @@ class Gallery(Stored):
         )
 
     @classmethod
-    async def named(cls, name: str) -> Self | None:
-        """The gallery of that name."""
-        return await cls.find_one({"name": name})
+    async def named(cls, name: str, galleries: Collection[str] | None = None) -> Self | None:
+        """The gallery of that name, if it is one of these (ids; None: all)."""
+        return await cls.find_one(
+            {"name": name} if galleries is None else {"name": name, "_id": {"$in": list(galleries)}}
+        )
 
     @classmethod
     async def require(cls, name: str) -> Self:

@@ -1,6 +1,6 @@
 """An identity: someone known in a gallery, with the samples and screenings that belong to them."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal, Self
@@ -10,7 +10,7 @@ from pymongo import IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.clock import from_now
-from app.documents.base import Stored, Value, now
+from app.documents.base import Stored, Value, now, within
 from app.domain.faces import Box
 from app.domain.policy import Status, Verdict
 from app.domain.quality import QualityReport
@@ -237,9 +237,14 @@ class Identity(Stored):
         return {"$or": sides}
 
     @classmethod
-    async def by_job(cls, job_id: str) -> Self | None:
-        """The identity that a screening job is about."""
-        return await cls.find_one({"screenings.job_id": job_id, "status": {"$ne": "erased"}})
+    async def seen(cls, identity_id: str, galleries: Collection[str] | None) -> Self | None:
+        """The identity, if it lies in one of the galleries (ids; None: all), unless it is unknown or erased."""
+        return await cls.find_one({"_id": identity_id, "status": {"$ne": "erased"}, **within(galleries)})
+
+    @classmethod
+    async def by_job(cls, job_id: str, galleries: Collection[str] | None) -> Self | None:
+        """The identity that a screening job is about, if it lies in one of the galleries (ids; None: all)."""
+        return await cls.find_one({"screenings.job_id": job_id, "status": {"$ne": "erased"}, **within(galleries)})
 
     @classmethod
     async def living_among(cls, ids: Sequence[str], session: AsyncClientSession | None = None) -> dict[str, Self]:

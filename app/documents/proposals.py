@@ -1,12 +1,13 @@
 """Actions on a person that one officer proposed and that wait for a second one."""
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import ClassVar, Literal, Self
 
 from pymongo import IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, now
+from app.documents.base import Stored, now, within
 
 ProposalKind = Literal["erasure", "sample_removal", "reference_change"]
 #: stale: the identity was changed or erased before a second officer agreed.
@@ -48,6 +49,11 @@ class IdentityProposal(Stored):
                 partialFilterExpression={"state": "open"},
             ),
         ]
+
+    @classmethod
+    async def seen(cls, proposal_id: str, galleries: Collection[str] | None) -> Self | None:
+        """The proposal, if it lies in one of the galleries (ids; None: all)."""
+        return await cls.find_one({"_id": proposal_id, **within(galleries)})
 
     @classmethod
     async def standing(

@@ -1,7 +1,7 @@
 """Whole-gallery scans: how far each has come, the look-alikes that they found, and who hangs together by them."""
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal, Self
@@ -11,7 +11,7 @@ from beanie import SortDirection
 from pymongo import ASCENDING, DESCENDING, IndexModel, ReturnDocument, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.documents.base import Stored, Value, now
+from app.documents.base import Stored, Value, now, within
 from app.documents.cases import Pair
 from app.documents.galleries import Gallery
 from app.domain.clusters import Cluster, Link
@@ -103,6 +103,11 @@ class Scan(Stored):
             IndexModel([("series", ASCENDING), ("state", ASCENDING), ("upto_seq", DESCENDING)]),
             IndexModel([("state", ASCENDING), ("heartbeat_at", ASCENDING)]),
         ]
+
+    @classmethod
+    async def seen(cls, scan_id: str, galleries: Collection[str] | None) -> Self | None:
+        """The scan, if it lies in one of the galleries (ids; None: all)."""
+        return await cls.find_one({"_id": scan_id, **within(galleries)})
 
     @property
     def rate(self) -> float | None:

@@ -30,8 +30,7 @@ async def require_known(runtime: Runtime, action: Action, gallery: Gallery, iden
     A caller beyond its budget of unknown names still gets nonces that name nobody.
     """
     await runtime.probing.require_names_left(action)
-    identity = await Identity.living(identity_id)
-    if identity is None or identity.gallery_id != gallery.id:
+    if await Identity.seen(identity_id, [gallery.id]) is None:
         await runtime.probing.count_unknown(action)
         raise NotFound
 

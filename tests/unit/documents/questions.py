@@ -119,10 +119,10 @@ async def test_a_reference_is_found_by_the_hash_of_either_rules(store: None) -> 
 
 async def test_a_job_leads_to_its_identity_until_that_is_erased(store: None) -> None:
     ann, bob = await _identity(), await _identity()
-    assert _id(await Identity.by_job(bob.screenings[0].job_id)) == bob.id
+    assert _id(await Identity.by_job(bob.screenings[0].job_id, None)) == bob.id
     await Identity.get_pymongo_collection().update_one({"_id": bob.id}, {"$set": {"status": "erased"}})
-    assert await Identity.by_job(bob.screenings[0].job_id) is None
-    assert _id(await Identity.by_job(ann.screenings[0].job_id)) == ann.id
+    assert await Identity.by_job(bob.screenings[0].job_id, None) is None
+    assert _id(await Identity.by_job(ann.screenings[0].job_id, None)) == ann.id
 
 
 async def test_the_living_among_some_come_by_their_id(store: None) -> None:
