@@ -1,12 +1,12 @@
 """What all bodies share: unknown fields are refused, numbers are finite; times are RFC 3339 in UTC."""
 
-import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from app.domain.callers import CLIENT_ROLES, USER_ROLES, Role
+from app.domain.spelling import composed
 from app.domain.times import moment_of
 
 #: RFC 6749, 5.1: nobody on the way may keep an answer that holds a secret.
@@ -29,7 +29,7 @@ def _read(value: object) -> object:
 
 
 def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFC", text)
+    text = composed(text)
     # Control and invisible characters, half surrogate pairs: two names that look the same must be the same.
     if not text.isprintable() or text != text.strip():
         message = "only visible characters, and no space at either end"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from beanie import Document
 from pydantic import Field
@@ -10,14 +10,14 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from app.documents.base import Stored, now
-from app.domain.callers import Caller, Role, may_see, username_key
+from app.domain.callers import Caller, Role, former_username_key, may_see, username_key
 from app.errors import NotFound
 
 
 class User(Stored):
     """A person who logs in.
 
-    galleries: ids. username_key: the name as it is compared (NFKC, case folded), unique. access_version: access tokens of
+    galleries: ids. username_key: the name as it is compared, unique. access_version: access tokens of
     another one are refused, refreshing brings a new one; rises with the roles. session_version: whole logins of another one are
     refused; rises when the password changes or the user is disabled. sealed_totp: the secret of the second factor (see
     `totp_bound`), asked for at a login once it was confirmed; totp_step: the newest time step whose code was used.
@@ -49,6 +49,19 @@ class User(Stored):
             IndexModel([("username_key", ASCENDING)], unique=True, name="username"),
             IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)], name="newest"),
         ]
+
+    @property
+    def backoff_name(self) -> str:
+        """By what failed logins of this user are counted, in whatever spelling they were tried."""
+        return f"user:{username_key(self.username)}"
+
+    @classmethod
+    async def named(cls, username: str, session: AsyncClientSession | None = None) -> Self | None:
+        """The user of this name: of this spelling, if two that were made before December 2026 differ in it only."""
+        former = former_username_key(username)
+        keys = {"$in": list({username_key(username), former})}
+        found = await cls.find({"username_key": keys}, session=session).to_list()
+        return next((user for user in found if user.username_key == former), next(iter(found), None))
 
     def may(self, role: Role, gallery_id: str) -> bool:
         """Whether this user has the role in that gallery at present."""
@@ -208,7 +221,7 @@ async def bound_to(kind: type[Account], gallery_id: str, session: AsyncClientSes
 
 async def mark_for_development(usernames: Sequence[str]) -> None:
     """Remember that these users' passwords are known to a development stack."""
-    keys = [username_key(name) for name in usernames]
+    keys = [key for name in usernames for key in (username_key(name), former_username_key(name))]
     await User.get_pymongo_collection().update_many(
         {"username_key": {"$in": keys}}, {"$set": {"for_development": True}}
     )

@@ -1,11 +1,12 @@
 """Who calls, and what they may do and see."""
 
 import ipaddress
-import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
+
+from app.domain.spelling import canonical, first_canonical
 
 CallerKind = Literal["user", "client"]
 
@@ -96,10 +97,15 @@ def shown_score(caller: Caller | None, score: float) -> float:
 
 
 def username_key(username: str) -> str:
-    """A username as it is compared: compatibility forms and letter case do not tell two people apart."""
+    """A username as it is compared: two spellings that are one for `spelling.canonical` do not tell two people apart."""
     if len(username) > USERNAME_MAXIMUM:
         return username  # to order the marks on one letter takes the square of their number, while everybody waits
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", username).casefold())
+    return canonical(username)
+
+
+def former_username_key(username: str) -> str:
+    """A username as it was compared before December 2026. Users who were made then may have this key."""
+    return username if len(username) > USERNAME_MAXIMUM else first_canonical(username)
 
 
 def subscriber(address: str) -> str:

@@ -73,6 +73,7 @@ async def create_user(runtime: Runtime, action: Action, fields: UserFields, pass
 
     async def body(session: AsyncClientSession) -> None:
         user.galleries = await granted(action.caller, fields.galleries, session)
+        await _require_free(fields.username, user, session)
         await user.insert(session=session)
         detail: Detail = {"changes": changes({}, fields.told)}
         await audit.record(session, action, subject_kind="user", subject_id=user.id, detail=detail, status_code=201)
@@ -113,8 +114,7 @@ async def update_user(
         ends_logins = hashed is not None or (after.disabled and not before.disabled)
         loses_factor = before.has_second_factor and not after.has_second_factor
         fields: dict[str, object] = {
-            "username": after.username,
-            "username_key": username_key(after.username),
+            **await _renamed(user, after.username, session),
             "roles": list(after.roles),
             "disabled": after.disabled,
             "access_version": user.access_version + has_other_roles,
@@ -146,7 +146,7 @@ async def update_user(
     except DuplicateKeyError as error:
         raise _username_taken() from error
     if hashed is not None:
-        await runtime.backoff.forgive(f"user:{user.username_key}")
+        await runtime.backoff.forgive(user.backoff_name)
     runtime.access.forget()
     return user
 
@@ -183,7 +183,7 @@ async def ensure_user(runtime: Runtime, fields: UserFields, password: str) -> Us
 
     Changes nothing, and ends no login, where all is so already.
     """
-    user = await User.find_one({"username_key": username_key(fields.username)})
+    user = await User.named(fields.username)
     if user is None:
         return await create_user(runtime, by_system("user.create"), fields, password)
     is_same_password = await runtime.passwords.matches(password, user.password_hash)
@@ -197,7 +197,7 @@ async def unlock_user(runtime: Runtime, action: Action, username: str, *, takes_
     """Forgive a user's failed logins; takes_factor: and take their second factor away. Raises NotFound."""
 
     async def body(session: AsyncClientSession) -> User:
-        user = await User.find_one({"username_key": username_key(username)}, session=session)
+        user = await User.named(username, session)
         if user is None:
             message = f"There is no user {username}."
             raise NotFound(message)
@@ -210,7 +210,7 @@ async def unlock_user(runtime: Runtime, action: Action, username: str, *, takes_
         return user
 
     user = await runtime.transaction(body)
-    await runtime.backoff.forgive(f"user:{user.username_key}")
+    await runtime.backoff.forgive(user.backoff_name)
     return user
 
 
@@ -226,6 +226,21 @@ async def _require_another_admin(user_id: str, session: AsyncClientSession) -> N
     if other is None:
         message = "This is the last enabled admin; make another one first."
         raise Conflict(message)
+
+
+async def _renamed(user: User, username: str, session: AsyncClientSession) -> dict[str, str]:
+    """The fields of a new name. A name that stays keeps the key by which its user logs in."""
+    if username == user.username:
+        return {}
+    await _require_free(username, user, session)
+    return {"username": username, "username_key": username_key(username)}
+
+
+async def _require_free(username: str, user: User, session: AsyncClientSession) -> None:
+    """Raises Conflict where another user has the name. The unique index does not know all spellings of older names."""
+    holder = await User.named(username, session)
+    if holder is not None and holder.id != user.id:
+        raise _username_taken()
 
 
 def _username_taken() -> Conflict:

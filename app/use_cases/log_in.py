@@ -74,7 +74,7 @@ async def log_in(runtime: Runtime, action: Action, username: str, password: str,
 async def _log_in(runtime: Runtime, action: Action, username: str, password: str, otp: str | None) -> Grant:
     key = username_key(username)
     attempt = await runtime.backoff.begin(f"user:{key}", action.ip)
-    user = await User.find_one({"username_key": key}) if len(username) <= USERNAME_MAXIMUM else None
+    user = await User.named(username) if len(username) <= USERNAME_MAXIMUM else None
     matches = await runtime.passwords.matches(password, user.password_hash if user else None, attempt.waits_as)
     if user is None or not matches or user.disabled:
         await _failed(attempt, user)

@@ -135,7 +135,7 @@ async def _person(action: Action) -> User:
 
 
 async def _require_password(runtime: Runtime, action: Action, user: User, password: str) -> None:
-    attempt = await runtime.backoff.begin(f"user:{user.username_key}", action.ip)
+    attempt = await runtime.backoff.begin(user.backoff_name, action.ip)
     if not await runtime.passwords.matches(password, user.password_hash):
         await attempt.failed()
         message = "The current password is wrong."
@@ -144,7 +144,7 @@ async def _require_password(runtime: Runtime, action: Action, user: User, passwo
 
 
 async def _require_code(runtime: Runtime, action: Action, user: User, otp: str | None) -> int:
-    attempt = await runtime.backoff.begin(f"user:{user.username_key}", action.ip)
+    attempt = await runtime.backoff.begin(user.backoff_name, action.ip)
     step = step_of(runtime.keys, user, otp)
     if step is None:
         await attempt.failed()

@@ -610,3 +610,33 @@ async def test_what_is_known_of_callers_takes_a_bounded_place(
     for one in tokens * 2:
         assert await service.holds(one.access)
     assert len(service.runtime.access._standings) <= 2
+
+
+async def test_a_username_is_one_in_all_its_spellings(service: AccountService) -> None:
+    await service.user("Ann\u2011Lee 7", Role.OFFICER)
+    for spelling in ("ann-lee 7", "ANN\u2013LEE  \u0667", "Ann-\u200bLee\u00a07"):
+        assert (await service.token(grant_type="password", username=spelling, password=PASSWORD)).status_code == 200
+    tokens = await service.log_in()
+    fields = {"username": "ANN\u2212lee 7", "password": PASSWORD, "roles": ["officer"]}
+    answer = await service.http.post("/v1/users", json=fields, headers=bearer(tokens.access))
+    assert (answer.status_code, answer.json()["errors"][0]["code"]) == (409, "taken")
+    unseen = await service.http.post("/v1/users", json=fields | {"username": "\u3164"}, headers=bearer(tokens.access))
+    assert unseen.status_code == 422
+
+
+async def test_users_of_an_older_version_log_in_by_the_spelling_that_they_had(service: AccountService) -> None:
+    plain = await service.user("ann-lee", Role.OFFICER)
+    odd = await service.user("bob", Role.OFFICER)
+    former = {"username": "ann\u2013lee", "username_key": "ann\u2013lee"}
+    await User.get_pymongo_collection().update_one({"_id": odd.id}, {"$set": former})
+    for username, user in (("Ann-Lee", plain), ("ANN\u2013LEE", odd)):
+        tokens = await service.log_in(username)
+        me = await service.http.get("/v1/auth/me", headers=bearer(tokens.access))
+        assert me.json()["id"] == user.id
+    admin = bearer((await service.log_in()).access)
+    changed = await service.http.patch(f"/v1/users/{odd.id}", json={"roles": ["auditor"]}, headers=admin)
+    assert changed.status_code == 200
+    for name in ("ann\u2013lee", "ann-lee"):
+        fields = {"username": name, "password": PASSWORD, "roles": ["officer"]}
+        assert (await service.http.post("/v1/users", json=fields, headers=admin)).status_code == 409
+    await service.log_in("ann\u2013lee")

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from app.api.identities import _version
-from app.domain import callers
+from app.domain import spelling
 from app.domain.callers import USERNAME_MAXIMUM
 from app.errors import PreconditionFailed
 from tests.support.accounts import ADMIN, PASSWORD, AccountService
@@ -25,7 +25,7 @@ async def test_h31_h56_a_login_s_name_costs_no_more_for_its_length(
         normalized.append(len(text))
         return unicodedata.normalize(form, text)
 
-    monkeypatch.setattr(callers, "unicodedata", SimpleNamespace(normalize=normalize))
+    monkeypatch.setattr(spelling, "unicodedata", SimpleNamespace(normalize=normalize))
     wrong = await service.try_password("nobody")
     for name in (ADMIN + UNORDERED, "a" * 200_000, UNORDERED):
         answer = await service.try_password(name, PASSWORD)
