@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal
 
-import structlog
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -29,8 +28,8 @@ from app.documents.events import AuditEvent, Detail
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.identities import Identity, Liveness, Sample
 from app.documents.proposals import IdentityProposal
-from app.documents.sealed import asked_tags, data_key, gallery_key, holders_of, open_attributes
-from app.domain.attributes import AskedRef, Attributes, BirthDate, GivenAttributes, Json
+from app.documents.sealed import asked_tags, gallery_key, holders_of, shown_attributes
+from app.domain.attributes import AskedRef, BirthDate, GivenAttributes, Json
 from app.domain.callers import Role
 from app.domain.faces import Box
 from app.domain.names import begins_like, canonical_name
@@ -66,7 +65,6 @@ from app.errors import (
     UnsupportedMediaType,
     Validation,
 )
-from app.keys import SealBroken, UnknownKey
 from app.readings import note_answer, note_reading
 from app.runtime import Runtime
 from app.use_cases import enrol, erase, export_subject, screen, standing, update
@@ -82,8 +80,6 @@ router = APIRouter(
     tags=["identities"],
     responses=problems(Unauthenticated, Forbidden, Validation),
 )
-
-log = structlog.get_logger(__name__)
 
 MOST_PHOTOS = 5
 #: Pages that one search by name opens at most, where the first letters of the name are many people's.
@@ -196,7 +192,7 @@ class ProposedView(BaseModel):
 
 def view(runtime: Runtime, gallery: Gallery, identity: Identity) -> IdentityView:
     """The identity with its attributes opened."""
-    attributes = _opened(runtime, gallery, identity)
+    attributes = shown_attributes(runtime.keys, gallery, identity)
     newest = identity.screenings[-1]
     return IdentityView(
         id=identity.id,
@@ -269,20 +265,6 @@ def require_own_enrolment(action: Action, identity: Identity) -> None:
     caller = action.caller
     if caller is None or (caller.sees_own_enrolments_only and identity.created_by != caller.id):
         raise NotFound
-
-
-def _opened(runtime: Runtime, gallery: Gallery, identity: Identity) -> Attributes:
-    """The attributes; unknown ones where they do not open. One broken person must not take a whole list along."""
-    if identity.attributes is None:
-        return Attributes()
-    try:
-        key = data_key(runtime.keys, gallery, identity)
-        return open_attributes(key, identity.attributes, gallery.id, identity.id)
-    except UnknownKey:
-        raise  # a key that this process is about to learn of
-    except SealBroken as error:
-        log.error("attributes_broken", identity=identity.id, reason=str(error))  # noqa: TRY400 - its fields say all
-        return Attributes()
 
 
 async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import structlog
 
 from app.documents.galleries import Change, Gallery
 from app.documents.identities import Identity, ReferenceHashes, Sample, SealedTemplates
@@ -12,7 +13,9 @@ from app.domain.faces import Embedding, Landmarks
 from app.domain.names import canonical_name, cut, former_prefix, name_prefixes
 from app.domain.near_copies import Likeness
 from app.domain.spelling import canonical, first_canonical
-from app.keys import DataKey, GalleryKey, KeyRing, SealBroken
+from app.keys import DataKey, GalleryKey, KeyRing, SealBroken, UnknownKey
+
+log = structlog.get_logger(__name__)
 
 
 def gallery_key(keys: KeyRing, gallery: Gallery) -> GalleryKey:
@@ -131,8 +134,24 @@ def seal_attributes(key: DataKey, attributes: Attributes, gallery_id: str, ident
 
 
 def open_attributes(key: DataKey, sealed: bytes, gallery_id: str, identity_id: str) -> Attributes:
-    """The attributes. Raises SealBroken."""
+    """The attributes. Raises SealBroken, ValueError where what opens is none."""
     return Attributes.model_validate_json(key.open(sealed, _bound("attributes", gallery_id, identity_id, "")))
+
+
+def shown_attributes(keys: KeyRing, gallery: Gallery, identity: Identity) -> Attributes:
+    """The attributes; unknown ones where they do not open. One broken person must not take a list of people along.
+
+    Raises UnknownKey: for a key that this process is about to learn of.
+    """
+    if identity.attributes is None:
+        return Attributes()
+    try:
+        return open_attributes(data_key(keys, gallery, identity), identity.attributes, gallery.id, identity.id)
+    except UnknownKey:
+        raise
+    except (SealBroken, ValueError) as error:
+        log.error("attributes_broken", identity=identity.id, reason=str(error)[:200])  # noqa: TRY400 - its fields say all
+        return Attributes()
 
 
 def seal_patch(key: DataKey, patch: bytes, gallery_id: str, identity_id: str) -> bytes:
@@ -187,7 +206,5 @@ async def holders_of(keys: KeyRing, galleries: Sequence[Gallery], reference: str
 
 
 def _is_spelt(keys: KeyRing, gallery: Gallery, identity: Identity, reference: str) -> bool:
-    if identity.attributes is None:
-        return False
-    kept = open_attributes(data_key(keys, gallery, identity), identity.attributes, gallery.id, identity.id).external_ref
+    kept = shown_attributes(keys, gallery, identity).external_ref
     return kept is not None and first_canonical(kept) == first_canonical(reference)

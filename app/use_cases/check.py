@@ -399,8 +399,8 @@ class _Looking:
                 key = data_key(self.runtime.keys, gallery, identity)
                 if identity.attributes is not None:
                     open_attributes(key, identity.attributes, gallery.id, identity.id)
-            except SealBroken as error:
-                self._find("attributes-broken", gallery, identity.id, str(error))
+            except (SealBroken, ValueError) as error:
+                self._find("attributes-broken", gallery, identity.id, str(error)[:200])
                 continue
             for sample in identity.samples:
                 try:

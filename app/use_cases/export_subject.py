@@ -19,10 +19,9 @@ from app.documents.identities import Identity, Sample, Screening
 from app.documents.probes import Probe
 from app.documents.proposals import IdentityProposal
 from app.documents.removals import SampleRemoval
-from app.documents.sealed import data_key, open_attributes, open_photo
-from app.domain.attributes import Attributes
+from app.documents.sealed import data_key, open_photo, shown_attributes
 from app.errors import NotFound
-from app.keys import DataKey, SealBroken
+from app.keys import DataKey, KeyRing, SealBroken
 from app.readings import note_reading
 from app.runtime import Runtime
 from storage.photos import PhotoNotFound, PhotoStoreUnavailable
@@ -39,7 +38,7 @@ async def export_subject(runtime: Runtime, action: Action, gallery: Gallery, ide
     key = data_key(runtime.keys, gallery, identity)
     pages = {
         "exported_at": now(),
-        "identity": _person(identity, gallery, key),
+        "identity": _person(identity, gallery, runtime.keys),
         "screenings": [_screening(screening) for screening in identity.screenings],
         "pairs": [_pair(pair, identity.id) for pair in await Pair.of(identity.id)],
         "cases": [_case(case, identity.id) for case in await _cases_of(identity.id)],
@@ -71,10 +70,8 @@ async def _written(
     yield b"]}"
 
 
-def _person(identity: Identity, gallery: Gallery, key: DataKey) -> dict[str, object]:
-    attributes = Attributes()
-    if identity.attributes is not None:
-        attributes = open_attributes(key, identity.attributes, gallery.id, identity.id)
+def _person(identity: Identity, gallery: Gallery, keys: KeyRing) -> dict[str, object]:
+    attributes = shown_attributes(keys, gallery, identity)
     return {
         "id": identity.id, "gallery": gallery.name, **attributes.model_dump(), "status": identity.status,
         "created_at": identity.created_at, "created_by": identity.created_by, "updated_at": identity.updated_at,

@@ -16,7 +16,7 @@ from app.documents.events import AuditEvent, Detail, Scalar
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.probes import Place, Probe
-from app.documents.sealed import data_key, open_anchors, open_attributes, open_likenesses
+from app.documents.sealed import data_key, open_anchors, open_likenesses, shown_attributes
 from app.domain.callers import found_score
 from app.domain.changes import Changes
 from app.domain.comparison import anchored, scores_with
@@ -104,7 +104,10 @@ async def identify(
     named, withheld = await _nameable(runtime, action, head, found, probe.reading.embedding, limits, limit)
     candidates = []
     for rank, identity_id in enumerate(named, start=1):
-        exact, reference = found.scores[identity_id], _external_ref(runtime, head, found.people[identity_id])
+        exact, reference = (
+            found.scores[identity_id],
+            shown_attributes(runtime.keys, head, found.people[identity_id]).external_ref,
+        )
         score = found_score(action.caller, exact)
         fpir = None if score is None else fpir_at(card, score, max(head.samples, 1))
         candidates.append(Match(identity_id, reference, band_of(exact, limits), score, rank, fpir))
@@ -219,10 +222,3 @@ def _anchors(runtime: Runtime, gallery: Gallery, people: list[Identity], probe: 
         references = open_anchors(data_key(runtime.keys, gallery, identity), identity)
         found[identity.id] = scores_with(probe, references)
     return found
-
-
-def _external_ref(runtime: Runtime, gallery: Gallery, identity: Identity) -> str | None:
-    if identity.attributes is None:
-        return None
-    key = data_key(runtime.keys, gallery, identity)
-    return open_attributes(key, identity.attributes, gallery.id, identity.id).external_ref

@@ -235,9 +235,21 @@ async def test_f7_what_was_stored_under_other_rules_stays_readable_exportable_an
     assert (await officer.delete(path, params={"reason": "asked"})).status_code == 200
 
 
-async def test_f7_one_broken_person_does_not_take_the_list_along(runtime: Runtime, officer: httpx.AsyncClient) -> None:
+async def test_f7_one_broken_person_does_not_take_the_others_along(
+    runtime: Runtime, officer: httpx.AsyncClient
+) -> None:
     ann, bob = await active(runtime, "ann", external_ref="NID-1"), await active(runtime, "bob", external_ref="NID-2")
-    people = Identity.get_pymongo_collection()
-    await people.update_one({"_id": ann.id}, {"$set": {"attributes": b"\x01" + bytes(40)}})
-    items = (await officer.get("/v1/identities")).json()["items"]
-    assert {item["id"]: item["external_ref"] for item in items} == {ann.id: None, bob.id: "NID-2"}
+    gallery, people = await default_gallery(), Identity.get_pymongo_collection()
+    key = data_key(runtime.keys, gallery, ann)
+    other = key.seal(b'{"date_of_birth": "no date"}', f"idem/1|attributes|{gallery.id}|{ann.id}|".encode())
+    for broken in (b"\x01" + bytes(40), other):
+        await people.update_one({"_id": ann.id}, {"$set": {"attributes": broken}})
+        items = (await officer.get("/v1/identities")).json()["items"]
+        assert {item["id"]: item["external_ref"] for item in items} == {ann.id: None, bob.id: "NID-2"}
+        photo = {"photo": ("p.png", portrait("ann", capture=7))}
+        found = (await officer.post("/v1/identifications", files=photo)).json()["candidates"]
+        assert [(one["identity_id"], one["external_ref"]) for one in found] == [(ann.id, None)]
+        assert (await officer.get(f"/v1/identities/{ann.id}/export")).json()["samples"][0]["photo_base64"]
+        looked = await check(runtime, lambda *_: None, photos=False)
+        assert looked.counts["attributes-broken"] == 1
+    assert (await officer.delete(f"/v1/identities/{ann.id}", params={"reason": "asked"})).status_code == 200
