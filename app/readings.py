@@ -12,7 +12,6 @@ from prometheus_client import Counter as Metric
 from pymongo.errors import PyMongoError
 
 from app.audit import Action, by_system, record
-from app.concurrency import all_of
 from app.documents.budgets import PeopleRead
 from app.documents.events import Detail, Scalar, Subject
 from app.documents.identities import Identity
@@ -45,8 +44,8 @@ async def note_reading(
         told["galleries"] = counted
     (gallery,) = galleries if len(galleries) == 1 else (action.gallery,)
     about = action.subject if identity_id is None else Subject(kind="identity", id=identity_id)
-    reading = record(None, action, subject_kind=about.kind, subject_id=about.id, gallery=gallery, detail=told)
-    await all_of(reading, _count(runtime, action, people))
+    await record(None, action, subject_kind=about.kind, subject_id=about.id, gallery=gallery, detail=told)
+    await _count(runtime, action, people)
 
 
 async def note_answer(runtime: Runtime, action: Action, gallery_name: str, identity: Identity) -> None:

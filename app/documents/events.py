@@ -100,6 +100,10 @@ class AuditEvent(Stored):
             IndexModel([("actor.id", 1), ("time", -1)]),
             IndexModel([("subject.id", 1), ("time", -1)]),
             IndexModel([("gallery", 1), ("time", -1)]),
+            # Of searches only: an erasure looks for those that found the person.
+            IndexModel(
+                "detail.best_identity_id", partialFilterExpression={"detail.best_identity_id": {"$type": "string"}}
+            ),
             IndexModel("seq", partialFilterExpression={"seq": {"$type": "number"}}, unique=True),
             # Holds only those that wait for their number, which is next to nothing.
             IndexModel([("seq", 1), ("_id", 1)], partialFilterExpression={"seq": {"$type": "null"}}),
@@ -108,6 +112,9 @@ class AuditEvent(Stored):
     async def enter(self, session: AsyncClientSession | None = None) -> None:
         """Insert it by the driver alone: every request does it, and Beanie's way takes a third more of the processor."""
         fields = self.model_dump()
+        if self.personal is not None and not self.personal.texts:
+            # A process of an older version reads events without typed text, and no others.
+            del fields["personal"]["texts"]
         await self.get_pymongo_collection().insert_one({"_id": fields.pop("id"), **fields}, session=session)
 
     @classmethod
@@ -135,8 +142,9 @@ class AuditEvent(Stored):
 
     @classmethod
     async def forget_about(cls, ids: Sequence[str]) -> None:
-        """Delete salts and clear values of all events about these identities and cases."""
-        await cls.forget_personal(_about(ids))
+        """Delete salts and clear values of all events about these identities and cases, and of searches that found them."""
+        found = {"detail.best_identity_id": {"$in": list(ids), "$type": "string"}}
+        await cls.forget_personal({"$or": [_about(ids), found]})
 
     @classmethod
     async def has_plain_texts(cls, ids: Sequence[str]) -> bool:

@@ -217,6 +217,17 @@ async def _export(runtime: Runtime, office: Office, form: str) -> httpx.Response
     return answer
 
 
+async def test_an_event_without_typed_text_is_stored_as_older_versions_read_it(
+    runtime: Runtime, office: Office
+) -> None:
+    await office.one.get("/v1/identities")
+    await _verified(office, await active(runtime, "ann"), "ann", 7)
+    rows = await AuditEvent.get_pymongo_collection().find({"personal": {"$ne": None}}).to_list()
+    kept = {row["action"]: set(row["personal"]) for row in rows}
+    assert kept["auth.login"] == {"salt", "actor_name", "actor_ip", "request_id"}
+    assert kept["face.verify"] == {"salt", "actor_name", "actor_ip", "request_id", "texts"}
+
+
 async def test_an_access_request_shows_the_reasons_that_were_given(runtime: Runtime, office: Office) -> None:
     ann = await active(runtime, "ann")
     await office.one.post(f"/v1/identities/{ann.id}/revoke", json={"reason": "moved away"})
@@ -281,3 +292,20 @@ async def test_a24_typed_text_is_refused_where_it_hides_something(runtime: Runti
     asked = answers if typed.strip() else answers[:-1]
     assert [answer.status_code for answer in asked] == [422] * len(asked)
     assert (await known(ann)).version == ann.version
+
+
+async def test_a9_a_nonce_of_a_search_is_deleted_with_the_person_whom_it_found(
+    runtime: Runtime, office: Office
+) -> None:
+    ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+    for person in ("ann", "bob"):
+        fields = {"gallery": "default", "nonce": f"{SECRET}-{person}"}
+        answer = await office.app.post("/v1/identifications", data=fields, files=_selfie(person, 5))
+        assert [one["rank"] for one in answer.json()["candidates"]] == [1], answer.text
+    answer = await office.one.delete(f"/v1/identities/{ann.id}", params={"reason": "asked"})
+    assert answer.status_code == 200
+    stored = (await _stored(runtime, "audit_events"))["audit_events"]
+    assert (f"{SECRET}-ann" in stored, f"{SECRET}-bob" in stored) == (False, True)
+    asked = {"detail.best_identity_id": {"$in": [bob.id], "$type": "string"}, "personal": {"$ne": None}}
+    plan = await AuditEvent.get_pymongo_collection().find(asked).explain()
+    assert plan["executionStats"]["totalDocsExamined"] == 1
