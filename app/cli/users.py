@@ -8,8 +8,10 @@ from typing import Annotated
 
 import pymongo
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from app.access.callers import new_secret
+from app.api.shapes import PlainText
 from app.audit import by_system
 from app.cli.settings import read_settings
 from app.cli.stores import DataDirOption, settings_of
@@ -48,6 +50,13 @@ def create(
         password = sys.stdin.readline().rstrip("\n")
     else:
         password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    try:
+        username = TypeAdapter[str](PlainText).validate_python(username)
+    except ValidationError as refused:
+        typer.echo(
+            f"The username cannot be used: {refused.errors()[0]['msg'].removeprefix('Value error, ')}.", err=True
+        )
+        raise typer.Exit(1) from None
     fields = UserFields(username, tuple(dict.fromkeys(role)), tuple(gallery) if gallery else None)
     try:
         asyncio.run(_create(settings, fields, password))
