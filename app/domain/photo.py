@@ -84,8 +84,9 @@ _DECODING_ERRORS = (
 
 #: Coded data that no picture ends with, and without markers (see `_decoded_jpeg`).
 _PADDING = bytes(range(1, 255)) * 2
-#: Of them as many as fill a decoder's buffer of bits, and are not taken for a row.
-_FEW_BYTES = 16
+#: Sixteen bytes of ones, as coded data write them. They fill a decoder's buffer of bits. No code is all ones, so it takes them
+#: for three blocks at most.
+_ONES = b"\xff\0" * 16
 #: A colour by bands that no picture has all over its last row.
 _UNWRITTEN = (1, 254, 77, 3)
 #: Width and height, as stored, of the corner that is looked at for rows that a decoder invented.
@@ -376,7 +377,7 @@ def _decoded_jpeg(still: StillJpeg, reduction: int) -> Pixels:
     # Coded data do not end with 0xFF, which would make a marker of what follows.
     coded = still.data.removesuffix(jpeg.END).rstrip(b"\xff")
     if still.is_streamed:
-        return _decoded(replace(still, data=coded + _PADDING[:_FEW_BYTES]), JpegImageFile, reduction, has_end=False)
+        return _decoded(replace(still, data=coded + _ONES), JpegImageFile, reduction, has_end=False)
     pixels = _decoded(replace(still, data=coded + jpeg.END), JpegImageFile, reduction)
     if not still.has_end or _ends_in_one_colour(pixels, reduction):
         padded = _decoded(replace(still, data=coded + _PADDING + jpeg.END), JpegImageFile, reduction)

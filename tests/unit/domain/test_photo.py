@@ -260,3 +260,79 @@ def test_every_refusal_advises_the_person() -> None:
     assert refusal.value.errors[0].field == "photo"
     assert refusal.value.errors[0].code == refusal.value.slug()
     assert refusal.value.errors[0].message
+
+
+def _flat_jpeg(width: int, height: int, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (90, 120, 150)).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_g3_a_jpeg_of_60_megapixels_is_read_reduced_and_takes_little_memory() -> None:
+    """In a process of its own, whose peak is its. A close-up of it is read at half its size, so as not to decode it whole."""
+    program = """
+import io, sys
+from app.domain.photo import PhotoReader
+peak = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) // 1024
+data, reader = sys.stdin.buffer.read(), PhotoReader()
+open("/proc/self/clear_refs", "w").write("5")
+before = peak("VmRSS:")
+photo = reader.decode(data)
+part = reader.decode_part(data, photo, (100, 100, 900, 900), 1)
+print(photo.width, photo.height, photo.reduction, part.width, part.reduction, peak("VmHWM:") - before)
+"""
+    data = _flat_jpeg(8900, 6700)
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, timeout=60, check=True)
+    *found, mib = map(int, done.stdout.split())
+    assert found == [8900, 6700, 4, 900, 2]
+    assert mib < 300
+
+
+@pytest.mark.parametrize(
+    ("data", "limit"),
+    [
+        (_flat_jpeg(6000, 4200, progressive=True), "25 megapixels"),
+        (_flat_jpeg(8000, 7600), "60 megapixels"),
+        (_flat_jpeg(12_001, 3100), "12000 pixels a side"),
+        (png_claiming(6000, 4200), "25 megapixels"),
+        (webp_claiming(6000, 4200), "25 megapixels"),
+    ],
+    ids=["progressive", "more than 60", "a long side", "PNG", "WebP"],
+)
+def test_g3_a_photo_of_too_many_pixels_is_refused_with_the_limit_for_its_kind(data: bytes, limit: str) -> None:
+    with pytest.raises(TooManyPixels, match=limit) as refusal:
+        READER.decode(data)
+    assert refusal.value.errors[0].code == "too-many-pixels"
+
+
+def test_g3_the_limits_are_the_readers() -> None:
+    small = PhotoReader(max_pixels=10_000, max_jpeg_pixels=250 * 250, max_side=260)
+    assert small.decode(_flat_jpeg(250, 250)).width == 250
+    for data in (_flat_jpeg(261, 200), _flat_jpeg(255, 255), encoded(PORTRAIT, "PNG")):
+        with pytest.raises(TooManyPixels):
+            small.decode(data)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"progressive": True}], ids=str
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 0.9])
+def test_h04_a_cut_jpeg_is_refused_whether_an_end_marker_was_added_or_not(
+    options: dict[str, object], share: float
+) -> None:
+    """A decoder fills missing rows with grey and says nothing. Of a progressive one the last pass alone may be cut."""
+    whole = encoded(PORTRAIT, "JPEG", quality=90, **options)
+    cut = whole[: int(len(whole) * share)]
+    if "progressive" in options and share > 0.5:
+        cut = whole[: whole.rindex(b"\xff\xda")]
+    for end in (b"", b"\xff\xd9", b"\xff\xff\xd9", bytes(1000) + b"\xff\xd9"):
+        with pytest.raises(UndecodableImage):
+            READER.decode(cut + end)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (1, 254, 77)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_whole_jpeg_of_one_colour_is_read(colour: tuple[int, int, int], mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 200), colour).convert(mode).save(buffer, "JPEG", quality=100)
+    assert READER.decode(buffer.getvalue()).width == 200

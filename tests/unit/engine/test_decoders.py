@@ -168,7 +168,6 @@ def _compute_for_ever() -> None:
         pass
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux filters system calls")
 @pytest.mark.parametrize(
     ("attempt", "ends"),
     [
