@@ -1,7 +1,7 @@
 """Passwords: their length, their spelling, and Argon2id in a bounded pool of its own.
 
 A hash takes 64 MiB. Few at once and a short line keep a flood of logins from eating the memory, and from standing in
-the way of faces and searches, which have an executor of their own. The line is in order of who was given least, so that a
+the way of faces and searches, which have an executor of their own. The line is in order of who asked least, so that a
 stranger's flood does not stand in the way of people either.
 """
 
@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 import unicodedata
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ _ARGON2: Final = argon2.using(type="ID", memory_cost=64 * 1024, rounds=3, parall
 _NICENESS: Final = 5
 #: When a place in the line should be free again.
 _RETRY_AFTER_SECONDS: Final = 2
-#: How long it counts what somebody was given, and for how many places and networks.
+#: How long it counts who asked, and for how many places and networks.
 _COUNTED_SECONDS: Final = 60.0
 _MOST_COUNTED: Final = 10_000
 
@@ -48,46 +49,47 @@ class Stranger:
 
 @dataclass(eq=False, slots=True)
 class _Turn:
-    """One password that waits for a thread. stranger: None goes first."""
+    """One password that waits for a thread. The smallest rank goes first, and of equal ones the first that came."""
 
-    stranger: Stranger | None
+    rank: tuple[int, int, int]
     work: Callable[[], Any]
     answer: "asyncio.Future[Any]"
 
 
-class _Given:
-    """How many passwords were looked at for a place or network within the last minute or two."""
+class _Asked:
+    """How often strangers asked from a place or network within the last minute or two, also in vain."""
 
     def __init__(self) -> None:
         self._present: Counter[str] = Counter()
         self._former: Counter[str] = Counter()
         self._began = time.monotonic()
 
-    def add(self, *names: str) -> None:
-        """Count one more for each."""
+    def rank(self, stranger: Stranger | None) -> tuple[int, int, int]:
+        """Whoever is known goes first; then who asked least from the address, and then from the network. Counts this one."""
+        if stranger is None:
+            return 0, 0, 0
         moment = time.monotonic()
         if moment - self._began > _COUNTED_SECONDS or len(self._present) > _MOST_COUNTED:
             is_old = moment - self._began > 2 * _COUNTED_SECONDS
             self._former = Counter() if is_old else self._present
             self._present, self._began = Counter(), moment
-        self._present.update(names)
-
-    def __getitem__(self, name: str) -> int:
-        return self._present[name] + self._former[name]
+        place, network = (self._present[name] + self._former[name] for name in (stranger.place, stranger.network))
+        self._present.update({stranger.place, stranger.network})
+        return 1, place, network
 
 
 class PasswordPool:
     """Hashes and checks passwords, a few at a time; one per process. Used from one event loop.
 
-    Whoever is known goes first. Of strangers, the one goes first whose address, and then whose network, was given least. So a
-    stranger's flood keeps others waiting for the hashes that run already, and for as many addresses as are new.
+    The line is in the order of `_Asked.rank`. So a stranger's flood keeps others waiting for the hashes that run already, and
+    for as many networks as are new.
     """
 
     def __init__(self, threads: int, line: int) -> None:
         """threads: hashes at once, 64 MiB each. line: how many more may wait for one."""
         self._free, self._line = threads, line
         self._waiting: list[_Turn] = []
-        self._given = _Given()
+        self._asked = _Asked()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_in_the_background)
 
     async def hashed(self, password: str) -> str:
@@ -101,11 +103,11 @@ class PasswordPool:
         return await self._run(lambda: password_matches(password, hashed), stranger)
 
     async def _run(self, work: Callable[[], T], stranger: Stranger | None = None) -> T:
-        turn = _Turn(stranger, work, asyncio.get_running_loop().create_future())
-        self._waiting.append(turn)
+        turn = _Turn(self._asked.rank(stranger), work, asyncio.get_running_loop().create_future())
+        insort(self._waiting, turn, key=lambda one: one.rank)
         self._start()
         if len(self._waiting) > self._line:
-            self._drop(self._in_order()[-1])
+            self._refuse(self._waiting[-1])
         try:
             answer: T = await turn.answer
         finally:
@@ -118,14 +120,11 @@ class PasswordPool:
         """Let go of the threads; who still waits is refused."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for turn in tuple(self._waiting):
-            self._drop(turn)
+            self._refuse(turn)
 
     def _start(self) -> None:
         while self._free and self._waiting:
-            turn = self._in_order()[0]
-            self._waiting.remove(turn)
-            if turn.stranger is not None:
-                self._given.add(turn.stranger.place, turn.stranger.network)
+            turn = self._waiting.pop(0)
             running = self._executor.submit(turn.work)  # RuntimeError while the process is stopping
             self._free -= 1
             running.add_done_callback(partial(_call_soon, asyncio.get_running_loop(), self._end, turn))
@@ -142,24 +141,11 @@ class PasswordPool:
                 turn.answer.set_result(done.result())
         self._start()
 
-    def _drop(self, turn: _Turn) -> None:
+    def _refuse(self, turn: _Turn) -> None:
         self._waiting.remove(turn)
         if not turn.answer.done():
             message = "Too many people are logging in; please try again in a moment."
             turn.answer.set_exception(NotReady(message, retry_after_seconds=_RETRY_AFTER_SECONDS))
-
-    def _in_order(self) -> list[_Turn]:
-        """Those who wait, as they will be served."""
-        ahead: Counter[str] = Counter()
-        ranked: list[tuple[tuple[int, int, int], int, _Turn]] = []
-        for number, turn in enumerate(self._waiting):
-            rank = (0, 0, 0)
-            if turn.stranger is not None:
-                place, network = turn.stranger.place, turn.stranger.network
-                rank = (1, self._given[place] + ahead[place], self._given[network] + ahead[network])
-                ahead.update({place, network})
-            ranked.append((rank, number, turn))
-        return [turn for _, _, turn in sorted(ranked, key=lambda one: one[:2])]
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[..., None], *arguments: object) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from app.access import backoff
+from app.access import backoff, passwords
 from app.access.backoff import DAY_SECONDS, Backoff
 from app.access.passwords import PasswordPool
 from app.documents.events import AuditEvent
@@ -222,6 +223,13 @@ async def test_a10_a_flood_of_guesses_does_not_take_the_line_of_the_password_poo
     service: AccountService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await service.user("ann")
+    matches = passwords.password_matches
+
+    def slow(password: str, hashed: str | None) -> bool:
+        time.sleep(0.25)
+        return matches(password, hashed)
+
+    monkeypatch.setattr(passwords, "password_matches", slow)
     monkeypatch.setattr(service.runtime, "passwords", PasswordPool(threads=1, line=4))
     async with attacked(service, 12):
         await asyncio.sleep(1)

@@ -69,7 +69,7 @@ async def test_h58_whoever_hangs_up_leaves_the_line(monkeypatch: pytest.MonkeyPa
         await pool.hashed("correct horse")
 
 
-async def test_a10_strangers_are_served_by_what_their_address_and_network_were_given() -> None:
+async def test_a10_strangers_are_served_by_how_often_their_address_and_network_asked() -> None:
     pool, gate, served = PasswordPool(threads=1, line=8), threading.Event(), []
     first = asyncio.create_task(pool._run(gate.wait))
     await asyncio.sleep(0)
