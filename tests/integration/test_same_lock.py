@@ -295,3 +295,17 @@ async def test_what_an_older_version_remembered_of_a_photo_still_counts(runtime:
         await verified(runtime, ann, "ann", capture=3)
     assert (await verified(runtime, ann, "ann", capture=4)).match
     assert await Once.get(mark_of(later)) is not None
+
+
+async def test_a_search_s_event_holds_no_nonce_in_the_clear_and_tells_what_was_answered(runtime: Runtime) -> None:
+    ann = await active(runtime, "ann")
+    await _found(runtime, portrait("ann", capture=3), "ann@example.org")
+    (event,) = await AuditEvent.find({"action": "face.identify"}).to_list()
+    assert "example.org" not in event.model_dump_json()
+    assert event.detail["nonce"]
+    assert event.detail["challenged"] is False
+    assert event.detail["flags"] == ""
+    assert event.detail["withheld"] == {}
+    found = event.detail["found"]
+    assert isinstance(found, dict)
+    assert list(found) == [ann.id]
