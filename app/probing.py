@@ -3,6 +3,7 @@
 Verification and identification use the same rules, so that neither is the way around the other (docs/adr/0050).
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,13 +142,15 @@ class Probing:
         An identity that this caller found too often within the hour is not among them. The answer must not differ from one that
         does not find it. Raises RateLimited where the budget of the face is spent, no matter whether anybody was found.
         """
-        settings = self._settings
-        if not await FaceBudget.admits_finds(
-            self._keys, action.actor_id, part, identity_ids, settings.probe_identities_per_hour
-        ):
+        settings, keys, caller = self._settings, self._keys, action.actor_id
+        # Side by side, for the answer waits for both. What is found in vain counts as found: that only makes it stricter.
+        has_room, totals = await asyncio.gather(
+            FaceBudget.admits_finds(keys, caller, part, identity_ids, settings.probe_identities_per_hour),
+            Finds.add_all(keys, caller, identity_ids),
+        )
+        if not has_room:
             raise self._probing(action, "face", "You have asked about too many people with this face.")
         limit = settings.finds_per_identity_per_hour
-        totals = await Finds.add_all(self._keys, action.actor_id, identity_ids)
         for identity_id, total in totals.items():
             if total == limit + 1:
                 await self._alarm(action, "find", {"identity_id": identity_id, "finds": limit})
