@@ -45,18 +45,35 @@ class _Renewed:
         return self.hashes is not None and self.known.external_ref_hash != self.hashes.equal
 
 
-async def renew_lookups(runtime: Runtime) -> int:
-    """Renew what is due in all galleries; how many people. A gallery that another process renews is left to it."""
+async def renew_lookups(runtime: Runtime, *, wait_seconds: float = LEASE_SECONDS + 1) -> int:
+    """Renew what is due in all galleries; how many people. A gallery that another process renews is left to it.
+
+    wait_seconds: how long the lease of a process that was killed may still be alive.
+    """
     done = 0
     for gallery in await Gallery.find_all().to_list():
-        with pymongo.timeout(BATCH_SECONDS):
-            await Identity.forget_stray_references(gallery.id)
-            if await Identity.count_tagged(gallery.id, LOOKUP_RULES) >= gallery.identities:
-                continue
+        try:
+            if await _is_due(gallery):
+                done += await _renew(runtime, gallery, wait_seconds)
+        except SealBroken as error:  # a key that this process does not have; other galleries have other keys
+            log.warning("lookups_not_renewed", gallery=gallery.name, reason=str(error))
+    return done
+
+
+async def _is_due(gallery: Gallery) -> bool:
+    with pymongo.timeout(BATCH_SECONDS):
+        await Identity.forget_stray_references(gallery.id)
+        return await Identity.count_tagged(gallery.id, LOOKUP_RULES) < gallery.identities
+
+
+async def _renew(runtime: Runtime, gallery: Gallery, wait_seconds: float) -> int:
+    for pause in (wait_seconds, None):
         async with held(renewing_lookups(gallery.id), f"lookups:{new_id()}", LEASE_SECONDS) as lease:
             if lease is not None:
-                done += await renew_gallery(runtime, gallery.id, lease)
-    return done
+                return await renew_gallery(runtime, gallery.id, lease)
+        if pause is not None:
+            await asyncio.sleep(pause)
+    return 0
 
 
 async def renew_gallery(runtime: Runtime, gallery_id: str, lease: Held | None = None) -> int:

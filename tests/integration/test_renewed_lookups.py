@@ -9,10 +9,12 @@ import pytest
 
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
+from app.documents.leases import renewing_lookups
 from app.documents.sealed import LOOKUP_RULES, data_key, gallery_key, seal_attributes
 from app.domain.attributes import Attributes
 from app.domain.spelling import first_canonical
 from app.keys import GalleryKey
+from app.leases import Held, release_of
 from app.runtime import Runtime
 from app.use_cases import renew_lookups as renewing
 from app.use_cases.check import check
@@ -163,6 +165,17 @@ async def test_a_pass_that_is_killed_goes_on_where_it_stopped(
     key = gallery_key(runtime.keys, gallery)
     hashes = [(await known(one)).external_ref_hash for one in people]
     assert hashes == [key.lookup_hash("external_ref", f"n-{i}") for i in range(5)]
+
+
+async def test_the_lease_of_a_process_that_was_killed_is_waited_for(
+    runtime: Runtime, apart: Sequence[Identity]
+) -> None:
+    gallery = await default_gallery()
+    lease = renewing_lookups(gallery.id)
+    assert await Held.acquire(lease, "killed", 60) is not None
+    assert await renew_lookups(runtime, wait_seconds=0) == 0
+    done, _ = await asyncio.gather(renew_lookups(runtime, wait_seconds=1), release_of(lease, "killed"))
+    assert done == len(apart)
 
 
 async def test_several_processes_renew_at_once(runtime: Runtime, apart: Sequence[Identity]) -> None:
