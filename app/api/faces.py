@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from app.api.bodies import StrictRoute
 from app.api.dependencies import CurrentRuntime, IdempotencyKey, acting, first_answer, grant_of, visible_gallery
-from app.api.identities import PHOTO_PROBLEMS, found_identity
+from app.api.identities import PHOTO_PROBLEMS, visible_identity
 from app.api.problems import problems
 from app.api.shapes import Body, Moment
 from app.api.uploads import NoFields, Upload, body_of, uploaded
@@ -198,7 +198,7 @@ async def _claimed(
         raise Validation(message, errors=(Advice("identity_id", "one-of", message),))
     if fields.identity_id is not None:
         try:
-            return await found_identity(action, fields.identity_id)
+            return await visible_identity(action, fields.identity_id)
         except NotFound:
             # Of somebody unknown nobody knows the gallery: the one that the request names stands for it.
             gallery = await Gallery.named(fields.gallery, grant_of(action))

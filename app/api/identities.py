@@ -267,14 +267,20 @@ def require_own_enrolment(action: Action, identity: Identity) -> None:
         raise NotFound
 
 
-async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
+async def visible_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
     """The identity and its gallery. Raises NotFound for unknown, erased, and foreign ones alike."""
     action.about("identity", identity_id)
     identity = await Identity.seen(identity_id, grant_of(action))
     if identity is None:
         raise NotFound
-    require_own_enrolment(action, identity)
     return await gallery_of(action, identity.gallery_id), identity
+
+
+async def found_identity(action: Action, identity_id: str) -> tuple[Gallery, Identity]:
+    """As `visible_identity`, for who reads about the person or changes something. An enroller finds its own enrolments only."""
+    gallery, identity = await visible_identity(action, identity_id)
+    require_own_enrolment(action, identity)
+    return gallery, identity
 
 
 async def answer_with(

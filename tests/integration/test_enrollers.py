@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from app.documents.accounts import Client
 from app.runtime import Runtime
 from tests.builders import enrolled, known, portrait, screened, with_sample
 from tests.support.callers import app_on, http_of, machine_token_of, token_of
@@ -120,3 +121,14 @@ async def test_worthless_photos_do_not_tell_an_enroller_which_references_are_tak
     assert answers[0].json()["type"] == answers[1].json()["type"]
     assert (await enrol(desk.mine, "bob", external_ref="NID-1")).status_code == 409
     assert (await enrol(desk.officer, "", external_ref="NID-1")).status_code == 409
+
+
+async def test_an_application_with_both_roles_verifies_people_whom_others_enrolled(desk: Desk) -> None:
+    bob = await screened(desk.runtime, await enrolled(desk.runtime, "bob"))
+    await Client.get_pymongo_collection().update_one({"name": "mine"}, {"$set": {"roles": ["enroller", "relying_app"]}})
+    desk.runtime.access.forget()
+    photo = {"photo": ("photo.png", portrait("bob", capture=1))}
+    answer = await desk.mine.post("/v1/verifications", files=photo, data={"identity_id": bob.id})
+    assert (answer.status_code, answer.json().get("match")) == (200, True)
+    # To read about them is another right.
+    assert (await desk.mine.get(f"/v1/identities/{bob.id}")).status_code == 404
