@@ -492,7 +492,9 @@ async def open_runtime(
         if not restoring:
             await admitted(mongo[settings.mongodb_database], waits=keep_up)
         with pymongo.timeout(30):  # building indexes on a large store may take its time
-            await migrate(mongo[settings.mongodb_database])
+            # Accounts of a backup beside galleries of the store that it replaces would lose what they may see.
+            if not (restoring and await restores.is_in_between(mongo[settings.mongodb_database])):
+                await migrate(mongo[settings.mongodb_database])
             await init_beanie(database=mongo[settings.mongodb_database], document_models=DOCUMENTS)
         places, photos = await _open_places(settings, mongo[settings.mongodb_database], boundaries, serves=keep_up)
         runtime = Runtime(

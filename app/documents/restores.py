@@ -79,3 +79,8 @@ async def is_closed(database: "AsyncDatabase[dict[str, Any]]") -> bool:
     """Whether a restore is putting documents in place, so that nobody may work on them. Asked before documents are bound."""
     found = await database[COLLECTION].find_one({"_id": RESTORE, "state": {"$in": list(_CLOSED)}}, {"_id": 1})
     return found is not None
+
+
+async def is_in_between(database: "AsyncDatabase[dict[str, Any]]") -> bool:
+    """Whether a restore was cut off while collections changed places: some are the backup's, others are not yet."""
+    return await database[COLLECTION].find_one({"_id": RESTORE, "state": "switching"}, {"_id": 1}) is not None

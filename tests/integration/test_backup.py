@@ -24,6 +24,7 @@ from app.audit import by_system, record
 from app.backups import EMPTIED, LEFT_OUT, UNTOUCHED, OpenSet, OtherKey, Tell
 from app.config import Settings, random_secret
 from app.documents.accounts import Client, Login, User
+from app.documents.audiences import AudienceClaim
 from app.documents.base import new_id, now
 from app.documents.claims import IdempotencyClaim
 from app.documents.deletions import LEDGER, Deletion
@@ -32,6 +33,7 @@ from app.documents.galleries import Gallery, PendingChange
 from app.documents.identities import Identity
 from app.documents.restores import COLLECTION, RESTORE, Restore
 from app.documents.tree import AuditKey, AuditTree
+from app.domain.callers import Role
 from app.domain.ownership import SortedKeys
 from app.errors import NotReady, Unauthenticated
 from app.orphans import sorted_by_owner
@@ -542,6 +544,38 @@ async def test_commands_that_are_killed_go_on_when_they_are_called_again(
         assert await names_found(runtime, "cleo") == []
         await logged(runtime)
         assert (await check(runtime, silent)).findings == []
+
+
+async def test_a_restore_that_is_cut_off_between_accounts_and_galleries_keeps_what_accounts_may_see(
+    settings: Settings, elsewhere: Settings, folder: Path
+) -> None:
+    async with opened(settings) as runtime:
+        gallery = await runtime.create_gallery("bank", runtime.starting_policy())
+        app = Client(
+            name="kiosk", secret_hash=b"", roles=[Role.RELYING_APP], galleries=[gallery.id], audiences=["bank"]
+        )
+        await app.insert()
+        await back_up(runtime, folder, silent)
+
+    def cut(stage: str, done: int, total: int) -> None:
+        if stage == "switching" and "clients" in switched(elsewhere):
+            raise Cut
+
+    with pytest.raises(Cut):
+        await restored(elsewhere, folder, cut)
+    await restored(elsewhere, folder)
+    async with opened(elsewhere):
+        again = await Client.get(app.id)
+        assert again is not None
+        assert again.galleries == [gallery.id]
+        assert await AudienceClaim.usable_by(again) == (app.id, "bank")
+
+
+def switched(settings: Settings) -> list[str]:
+    """The collections of a restore that have changed places already."""
+    with pymongo.MongoClient[dict[str, object]](settings.mongodb_uri) as client:
+        names = client[settings.mongodb_database].list_collection_names()
+    return [name for name in names if not name.startswith("restoring.") and f"restoring.{name}" not in names]
 
 
 async def test_who_serves_is_waited_for_and_a_restore_gives_way_when_they_stay(
