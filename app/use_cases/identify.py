@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from app.audit import Action, UnderSalt, record
+from app.audit import Action, Typed, record
 from app.documents.events import AuditEvent, Detail, Scalar
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
@@ -115,14 +115,13 @@ async def identify(
         one.identity_id: {"rank": one.rank, "band": one.band, "score": round(found.scores[one.identity_id], 2)}
         for one in candidates
     }
-    best = max(named, key=lambda identity_id: found.scores[identity_id], default=None)
+    # Withheld or not: by it an erasure finds the searches whose nonce may be about the person.
+    best = max(found.scores, key=lambda identity_id: found.scores[identity_id], default=None)
     faces = probe.reading.main.faces_found
-    # Of the nonce the hash only: no answer is made again from this event, and no erasure would delete the text beside it.
-    hashed = None if nonce is None else UnderSalt(nonce)
     detail: Detail = {
         "candidates": len(candidates), "found": told, "withheld": withheld, "best_identity_id": best,
         "best_score": None if best is None else round(found.scores[best], 2), "threshold": round(limits.identify, 4),
-        "as_of_seq": found.as_of_seq, "faces": faces, "nonce": hashed, "challenged": challenge is not None,
+        "as_of_seq": found.as_of_seq, "faces": faces, "nonce": Typed.of(nonce), "challenged": challenge is not None,
         "flags": "other-faces" if faces > 1 else "",
     }  # fmt: skip
 
