@@ -25,7 +25,7 @@ from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from app.domain.faces import Pixels
 from app.domain.rows import by_bands, rgb
 from app.engine.confinement import Allowance, confine
-from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, REQUEST, TICKET
+from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, REQUEST, TICKET
 
 #: How often ended forks are looked for, while there are any.
 _REAP_SECONDS: Final = 0.05
@@ -82,9 +82,12 @@ _DECODERS: Final[dict[bytes, Callable[[bytes, tuple[int, int], int, int], Pixels
 
 def _decode_one(connection: socket.socket, allowance: Allowance) -> None:
     """Decode the one picture of this connection, confined. Runs in a fork."""
+    # Standard error is the server's log. Input and output lead nowhere already.
+    os.dup2(0, 2)
     confine(allowance)
     # Files, not sockets: their calls are `read` and `write` alone.
     with os.fdopen(connection.detach(), "r+b", buffering=0) as stream:
+        stream.write(READY)
         kind, reduction, halvings, width, height, length = REQUEST.unpack(_read(stream, REQUEST.size))
         data = _read(stream, length)
         try:
@@ -125,7 +128,12 @@ def serve(control: socket.socket) -> None:
             break
         processor_seconds, seconds, mib = TICKET.unpack(ticket)
         connection = socket.socket(fileno=descriptors[0])
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:
+            # No process or memory is left for it. The pictures that are being decoded go on.
+            connection.close()
+            continue
         if child == 0:
             control.close()
             _decode_and_exit(connection, Allowance(processor_seconds, mib))

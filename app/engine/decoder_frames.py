@@ -9,3 +9,5 @@ REQUEST = struct.Struct("<cBBIII")
 #: Width and height of the pixels that follow, as RGB. 0, 0: the picture cannot be decoded.
 ANSWER = struct.Struct("<II")
 HEIC, AVIF, JPEG2000 = b"h", b"a", b"j"
+#: A fork's first word: it runs, and is confined. What ends it from then on is its picture.
+READY = b"r"

@@ -16,7 +16,7 @@ from app.domain.faces import Pixels
 from app.domain.formats.heif import HeifStill
 from app.domain.formats.jpeg2000 import Jpeg2000Still
 from app.domain.formats.parts import Damaged, TooCostly
-from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, REQUEST, TICKET
+from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, REQUEST, TICKET
 from app.errors import DependencyUnavailable
 
 log = structlog.get_logger(__name__)
@@ -86,6 +86,11 @@ class IsolatedDecoders:
                 self._hand_over(ticket, theirs)
             ours.settimeout(2 * TICKET.unpack(ticket)[1])
             try:
+                _receive(ours, memoryview(bytearray(len(READY))))
+            except (OSError, EOFError):
+                log.warning("decoder_not_started")
+                raise _cannot_start() from None
+            try:
                 ours.sendall(request)
                 ours.sendall(data)
                 head = bytearray(ANSWER.size)
@@ -117,7 +122,7 @@ class IsolatedDecoders:
                     self._end()
                 else:
                     return
-        raise DependencyUnavailable("The decoder of this format cannot be started. Send the photo as a JPEG.")
+        raise _cannot_start()
 
     def _start(self) -> socket.socket:
         # Messages stay whole, however many threads send them.
@@ -150,6 +155,10 @@ class IsolatedDecoders:
                 self._process.kill()
                 self._process.wait()
         self._control = self._process = None
+
+
+def _cannot_start() -> DependencyUnavailable:
+    return DependencyUnavailable("The decoder of this format cannot be started. Send the photo as a JPEG.")
 
 
 def _receive(connection: socket.socket, into: memoryview) -> None:

@@ -19,8 +19,9 @@ from app.domain.formats import heif, jpeg2000
 from app.domain.formats.heif import HeifStill
 from app.domain.formats.jpeg2000 import Jpeg2000Still
 from app.domain.formats.parts import Damaged, TooCostly
-from app.engine import decoders
+from app.engine import decoder_child, decoders
 from app.engine.confinement import Allowance, confine
+from app.engine.decoder_frames import READY, TICKET
 from app.engine.decoders import IsolatedDecoders
 from app.errors import DependencyUnavailable
 from tests.support.photos import ASTRONAUT, pixels_of
@@ -141,6 +142,87 @@ def test_it_learns_no_secret_of_the_server(monkeypatch: pytest.MonkeyPatch) -> N
     assert "a secret of the server" not in str(process.environ())
     assert {one.fd for one in process.open_files()} == set(), "no file of the server is open there"
     isolated.close()
+
+
+@pytest.mark.parametrize("executable", ["/bin/false", "/bin/true"])
+def test_a_decoder_that_does_not_start_is_no_fault_of_the_photo(
+    executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolated = IsolatedDecoders()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "executable", executable)
+            for _ in range(2):
+                with pytest.raises(DependencyUnavailable):
+                    isolated.decode(_stills()["heic"], 1)
+        assert isolated.decode(_stills()["heic"], 1).shape == PORTRAIT.shape
+    finally:
+        isolated.close()
+
+
+def _asked(control: socket.socket) -> bytes:
+    """The first bytes from the fork of a new ticket."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            socket.send_fds(control, [TICKET.pack(2, 6, 64)], [theirs.fileno()])
+        ours.settimeout(ENDS_WITHIN_SECONDS)
+        return ours.recv(len(READY))
+
+
+def _serving(prepare: Callable[[], None]) -> tuple[socket.socket, int]:
+    """The control socket and the id of a process that serves, after `prepare`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        try:
+            prepare()
+            decoder_child.serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    return ours, child
+
+
+def test_where_no_process_is_left_the_decoder_goes_on() -> None:
+    def one_fork_fails() -> None:
+        forks, fork = iter([BlockingIOError]), os.fork
+
+        def failing() -> int:
+            for error in forks:
+                raise error
+            return fork()
+
+        os.fork = failing
+
+    control, child = _serving(one_fork_fails)
+    with control:
+        assert _asked(control) == b"", "the server learns that nobody decodes its picture"
+        assert _asked(control) == READY
+    os.waitpid(child, 0)
+
+
+def test_what_a_fork_writes_does_not_reach_the_log() -> None:
+    reading, writing = os.pipe()
+
+    def forging(*_: object) -> bytes:
+        os.write(2, b"a forged line of the log")
+        raise EOFError
+
+    def log_is_a_pipe() -> None:
+        # As `IsolatedDecoders` starts it: nothing is read from standard input, and standard error is the server's.
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(writing, 2)
+        decoder_child._read = forging
+
+    control, child = _serving(log_is_a_pipe)
+    with control:
+        assert _asked(control) == READY
+    os.waitpid(child, 0)
+    os.close(writing)
+    assert os.read(reading, 100) == b""
+    os.close(reading)
 
 
 def _open_a_file() -> None:
