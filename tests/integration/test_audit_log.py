@@ -23,7 +23,7 @@ from app.api import audit as doors
 from app.api.dependencies import Acting
 from app.api.envelope import Envelope
 from app.api.problems import install
-from app.audit import Action, by_system, record, refuse, rotate_key
+from app.audit import Action, Typed, by_system, record, refuse, rotate_key
 from app.cli import audit as command
 from app.documents.base import now
 from app.documents.claims import IdempotencyClaim, Once
@@ -127,8 +127,9 @@ async def test_events_are_numbered_once_and_in_one_order_by_two_at_once(runtime:
 async def test_an_event_is_stored_as_any_document_is(runtime: Runtime) -> None:
     del runtime
     event = await record(
-        None, by_officer("x"), subject_kind="none", subject_id=None, detail={"score": 0.5, "none": None}
-    )
+        None, by_officer("x"), subject_kind="none", subject_id=None,
+        detail={"score": 0.5, "none": None, "reason": Typed("moved")},
+    )  # fmt: skip
     await event.model_copy(update={"id": "another"}).insert()
     entered, inserted = await AuditEvent.get_pymongo_collection().find({"action": "x"}).to_list()
     assert entered.pop("_id") == event.id

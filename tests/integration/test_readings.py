@@ -225,13 +225,13 @@ async def test_a11_reading_the_same_people_again_is_no_bulk_reading(
 async def test_a11_pages_read_at_one_moment_raise_one_alarm(
     runtime: Runtime, officer: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.settings, "people_read_alarm_per_hour", 20)
+    monkeypatch.setattr(runtime.settings, "people_read_alarm_per_hour", 4)
     await active(runtime, "ann")
-    ids = await _crowd(39)
+    ids = await _crowd(8)
     answers = await asyncio.gather(*(officer.get(f"/v1/identities/{id_}") for id_ in ids))
     assert {answer.status_code for answer in answers} == {200}
     assert len(await _alarms()) == 1
-    assert len(await _readings()) == 39
+    assert len(await _readings()) == 8
 
 
 async def test_a11_photos_and_exports_count_as_people_read(
