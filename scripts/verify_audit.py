@@ -178,7 +178,8 @@ def main() -> int:
     asked.add_argument("--heads", type=pathlib.Path, help="a signed head, or a folder of them")
     asked.add_argument("--at", type=datetime.fromisoformat, help="when it was exported: later heads may be larger")
     asked.add_argument("--partial", action="store_true", help="events may be left out: other times, other galleries")
-    given = asked.parse_args()
+    if (given := asked.parse_args()).at and given.at.tzinfo is None:
+        asked.error("--at: a time has a zone, as 2026-11-21T09:30:00Z")
     at = given.at and given.at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     try:
         text, folder = given.key.read_text(), given.heads

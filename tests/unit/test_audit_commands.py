@@ -126,8 +126,9 @@ def test_h96_both_programs_tell_what_an_older_export_leaves_out_and_take_the_aud
         assert alone(folder, *asked, "--at", moment)[0] == 0
     assert verify(folder, *asked, "--at", "2026-11-21T10:00:01Z").exit_code == 1
     assert alone(folder, *asked, "--at", "2026-11-21T10:00:01Z")[0] == 1
-    assert verify(folder, *asked, "--at", "yesterday").exit_code == 2
-    assert alone(folder, *asked, "--at", "yesterday")[0] == 2
+    for wrong in ("yesterday", "2026-11-21T10:00:01", "2026-11-21"):
+        assert verify(folder, *asked, "--at", wrong).exit_code == 2
+        assert alone(folder, *asked, "--at", wrong)[0] == 2
 
 
 def test_public_keys_are_taken_as_the_service_answers_them(folder: Path) -> None:
