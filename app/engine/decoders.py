@@ -30,6 +30,8 @@ _MIB, _BYTES_A_PIXEL = 64, 24
 _MOST_MIB: Final = 300
 _SHORTEST_LIFE_SECONDS: Final = 1.0
 
+_NAMES: Final = {HEIC: "heic", AVIF: "avif", JPEG2000: "jpeg2000"}
+
 DECODED = Counter(
     "idem_isolated_pictures_total", "Pictures that were decoded outside the server, by outcome", ["kind", "outcome"]
 )
@@ -65,9 +67,9 @@ class IsolatedDecoders:
         try:
             pixels = self._ask(TICKET.pack(seconds, _PATIENCE * seconds, mib), request, still.data, size, reduction)
         except (Damaged, TooCostly) as error:
-            DECODED.labels(kind.decode(), type(error).__name__).inc()
+            DECODED.labels(_NAMES[kind], "damaged" if isinstance(error, Damaged) else "too_costly").inc()
             raise
-        DECODED.labels(kind.decode(), "decoded").inc()
+        DECODED.labels(_NAMES[kind], "decoded").inc()
         if isinstance(still, HeifStill):
             left, top, right, bottom = (-(-edge // reduction) for edge in still.window)
             return pixels[top:bottom, left:right]
@@ -104,7 +106,9 @@ class IsolatedDecoders:
                 pixels = np.empty((height, width, 3), np.uint8)
                 _receive(ours, pixels.data.cast("B"))
             except (OSError, EOFError):
-                # It was ended at one of its limits, or crashed.
+                if self._has_ended():
+                    raise _cannot_start() from None
+                # The fork was ended at one of its limits, or crashed.
                 raise TooCostly from None
         return pixels
 
@@ -123,6 +127,11 @@ class IsolatedDecoders:
                 else:
                     return
         raise _cannot_start()
+
+    def _has_ended(self) -> bool:
+        """Whether the process was killed, and its forks with it."""
+        process = self._process
+        return self._closed or process is None or process.poll() is not None
 
     def _start(self) -> socket.socket:
         # Messages stay whole, however many threads send them.
