@@ -15,6 +15,7 @@ from app.audit import Action, by_system, record
 from app.documents.budgets import PeopleRead
 from app.documents.events import Detail, Scalar, Subject
 from app.documents.identities import Identity
+from app.errors import AuditRefused
 from app.runtime import Runtime
 
 log = structlog.get_logger(__name__)
@@ -45,16 +46,19 @@ async def note_reading(
     (gallery,) = galleries if len(galleries) == 1 else (action.gallery,)
     about = action.subject if identity_id is None else Subject(kind="identity", id=identity_id)
     await record(None, action, subject_kind=about.kind, subject_id=about.id, gallery=gallery, detail=told)
-    await _count(runtime, action, people)
+    await count_people(runtime, action, people)
 
 
 async def note_answer(runtime: Runtime, action: Action, gallery_name: str, identity: Identity) -> None:
-    """Note that one identity is shown, unless the caller's own action is recorded already.
+    """Note that one identity is shown. If the caller's action has its own event, the person is only counted.
 
-    Whoever has just enrolled the person asks for the verdict, and is shown what they sent. That is no event.
+    Whoever has just enrolled the person asks for the verdict, and is shown what they sent. That is no event, and not counted.
     """
     is_own_news = action.is_read and identity.status == "pending" and identity.created_by == action.actor_id
-    if action.is_recorded or is_own_news:
+    if is_own_news or (action.is_recorded and action.name == "identity.enrol"):
+        return
+    if action.is_recorded:
+        await count_people(runtime, action, [identity.id])
         return
     # A repetition with an idempotency key does nothing, and shows the person all the same.
     detail: Detail = {} if action.is_read else {"answer_to": action.name}
@@ -62,7 +66,7 @@ async def note_answer(runtime: Runtime, action: Action, gallery_name: str, ident
     await note_reading(runtime, reading, {identity.id: gallery_name}, detail, identity_id=identity.id)
 
 
-async def _count(runtime: Runtime, action: Action, identity_ids: Collection[str]) -> None:
+async def count_people(runtime: Runtime, action: Action, identity_ids: Collection[str]) -> None:
     """Count whom the caller is shown. PEOPLE_READ_ALARM_PER_HOUR different people within an hour raise an alarm, once an hour."""
     caller, alarm = action.caller, runtime.settings.people_read_alarm_per_hour
     if caller is None or not identity_ids:
@@ -76,5 +80,5 @@ async def _count(runtime: Runtime, action: Action, identity_ids: Collection[str]
             None, by_system("identity.bulk_read"), subject_kind=caller.kind, subject_id=caller.id,
             detail={"people": alarm},
         )  # fmt: skip
-    except PyMongoError as failure:  # the reading is recorded: only its count is lost
+    except (PyMongoError, AuditRefused) as failure:  # the action is recorded: only its count is lost
         log.warning("reading_not_counted", caller=caller.id, error=type(failure).__name__)

@@ -32,7 +32,7 @@ from app.errors import (
     UndecidedCandidates,
     Validation,
 )
-from app.readings import note_reading
+from app.readings import count_people, note_reading
 from app.runtime import Runtime
 from app.use_cases import adjudicate
 
@@ -177,7 +177,7 @@ async def _people_of(cases: Sequence[CasePage]) -> dict[str, Identity]:
 async def _one(
     runtime: Runtime, request: Request, action: Action, gallery: Gallery, case_id: str, page: Page
 ) -> CaseView:
-    """A case with one page of its candidates. It is noted as a reading if the action has no event.
+    """A case with one page of its candidates. Those whom it shows are counted; if the action has no event, it is a reading.
 
     Raises NotFound, Validation for a bad cursor.
     """
@@ -188,7 +188,9 @@ async def _one(
         raise NotFound
     people = await _people_of([case])
     (shown,) = await runtime.compute(list, _opened(runtime, {gallery.id: gallery}, [case], people))
-    if not action.is_recorded:
+    if action.is_recorded:
+        await count_people(runtime, action, people)
+    else:
         detail: Detail = {} if action.is_read else {"answer_to": action.name}
         await note_reading(runtime, replace(action, name="case.read"), dict.fromkeys(people, gallery.name), detail)
     behind = skip + len(case.candidates)

@@ -245,6 +245,26 @@ async def test_a11_photos_and_exports_count_as_people_read(
     assert len(await _alarms()) == 1
 
 
+async def test_a11_people_whom_the_answer_to_a_write_shows_count_as_read(
+    runtime: Runtime, officer: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.settings, "people_read_alarm_per_hour", 4)
+    ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+    assert (await officer.patch(f"/v1/identities/{ann.id}", json={})).status_code == 200
+    assert (await officer.post(f"/v1/identities/{bob.id}/attempts:reset")).status_code == 200
+    files = {"photo": ("photo.png", portrait("cleo"))}
+    assert (await officer.post("/v1/identities", files=files)).status_code == 202, "what they send themselves"
+    _, case = await suspected(runtime, "ann")
+    assert await _alarms() == []
+    body = {"decision": "distinct", "reason": "sisters"}
+    assert (await officer.post(f"/v1/dedup/cases/{case.id}/decision", json=body)).status_code == 200
+    assert await _alarms() == [], "three people, one of them twice"
+    dan = await active(runtime, "dan")
+    assert (await officer.post(f"/v1/identities/{dan.id}/revoke", json={"reason": "moved"})).status_code == 200
+    assert len(await _alarms()) == 1
+    assert await _readings() == [], "each has an event already"
+
+
 async def test_an_unknown_action_in_a_filter_is_refused(runtime: Runtime, cheap_passwords: None) -> None:
     app = app_on(runtime)
     async with http_of(app, await token_of(runtime, app, "aud", "auditor", None)) as auditor:
