@@ -29,6 +29,8 @@ _PATIENCE: Final = 3
 _MIB, _BYTES_A_PIXEL = 64, 24
 _MOST_MIB: Final = 300
 _SHORTEST_LIFE_SECONDS: Final = 1.0
+#: How long the process may take to start on a busy machine. The next pictures do not wait for that.
+_START_SECONDS: Final = 30.0
 
 _NAMES: Final = {HEIC: "heic", AVIF: "avif", JPEG2000: "jpeg2000"}
 
@@ -86,12 +88,13 @@ class IsolatedDecoders:
         with ours:
             with theirs:
                 self._hand_over(ticket, theirs)
-            ours.settimeout(2 * TICKET.unpack(ticket)[1])
+            ours.settimeout(_START_SECONDS)
             try:
                 _receive(ours, memoryview(bytearray(len(READY))))
             except (OSError, EOFError):
                 log.warning("decoder_not_started")
                 raise _cannot_start() from None
+            ours.settimeout(2 * TICKET.unpack(ticket)[1])
             try:
                 ours.sendall(request)
                 ours.sendall(data)
