@@ -24,7 +24,7 @@ SCAN_TIMEOUT_SECONDS = 300
 ERASURES_TIMEOUT_SECONDS = 300
 #: The sweep may list the names of years, and may write a lost store again, object by object.
 EVIDENCE_TIMEOUT_SECONDS = 3600
-#: After an upgrade that changes the rules of spelling everybody's hashes are made again, some thousand a second.
+#: After an upgrade that changes the rules of spelling everybody's hashes are made again, some hundred a second.
 LOOKUPS_TIMEOUT_SECONDS = 6 * 3600
 #: A publisher's lease tells whether it lives; this only bounds what arq remembers of it.
 PUBLISH_TIMEOUT_SECONDS = 6 * 3600

@@ -13,20 +13,20 @@ DENSE_PREFIX_CHARACTERS = 6
 #: Words of a name from which on it can be looked up; and characters of scripts without spaces.
 NAME_WORDS, DENSE_STARTS = 8, 32
 
-#: Letters with a stroke, hook, or ligature have no decomposition. From CLDR's transform Latin-ASCII (version 48), and the Turkic
-#: and African letters that people type as their plain neighbours.
+#: Letters with a stroke, hook, or ligature have no decomposition. Each is what people type for it, mostly as CLDR's
+#: transform Latin-ASCII has it.
 _LATIN: Final = {
     "æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "ĸ": "q", "ł": "l", "ŋ": "n", "þ": "th", "ŧ": "t",
     "ƀ": "b", "ɓ": "b", "ƈ": "c", "ɖ": "d", "ɗ": "d", "ɛ": "e", "ə": "e", "ƒ": "f", "ɠ": "g", "ɨ": "i", "ƙ": "k", "ɲ": "n",
     "ɔ": "o", "ɵ": "o", "ƥ": "p", "ʈ": "t", "ƭ": "t", "ʉ": "u", "ʋ": "v", "ƴ": "y", "ƶ": "z", "ґ": "г",
 }  # fmt: skip
-#: Letters that keyboards for Arabic, Persian, Urdu and Kurdish give for one another. As Lucene's ArabicNormalizer,
-#: PersianNormalizer and SoraniNormalizer fold them (release 10); letters with hamza or madda fall apart by NFKD.
+#: Letters that keyboards for Arabic, Persian, Urdu and Kurdish give for one another. Lucene's ArabicNormalizer,
+#: PersianNormalizer and SoraniNormalizer fold most of them too. Letters with hamza or madda fall apart by NFKD.
 _ARABIC: Final = {
     "ي": "ی", "ى": "ی", "ك": "ک", "ڪ": "ک", "ة": "ه", "ە": "ه", "ہ": "ه", "ۃ": "ه", "ھ": "ه", "ٱ": "ا", "ـ": "",
 }  # fmt: skip
-#: Forms of Han letters that Japanese registers keep apart and keyboards do not: the commonest of the shrink-conversion map (JIS
-#: shukutai map) of Japan's Ministry of Justice.
+#: Forms of Han letters that Japanese registers keep apart and keyboards do not: some common ones in names, chosen by hand. The
+#: whole list is the MJ shrink map of Japan's character information base.
 _HAN: Final = {
     "髙": "高", "﨑": "崎", "𠮷": "吉", "德": "徳", "邊": "辺", "邉": "辺", "濵": "浜", "濱": "浜", "澤": "沢", "廣": "広",
     "齋": "斎", "齊": "斉", "櫻": "桜", "國": "国", "眞": "真", "瀨": "瀬", "黑": "黒", "嶋": "島", "嶌": "島", "槗": "橋",

@@ -218,7 +218,10 @@ async def test_the_crop_that_is_compared_can_be_seen_and_each_view_is_an_event(
     crop = await view_crop(runtime, viewing, gallery, ann, sample.id)
     assert np.array_equal(pixels_of_bytes(crop), whole)
     events = await AuditEvent.find({"action": "identity.photo.view"}).sort("_id").to_list()
-    assert [event.detail for event in events] == [{"sample_id": sample.id}, {"sample_id": sample.id, "crop": True}]
+    assert [event.detail for event in events] == [
+        {"sample_id": sample.id, "people": 1},
+        {"sample_id": sample.id, "people": 1, "crop": True},
+    ]
     # A sample of an older version does not say where its face is, so the face is searched for again.
     old = ann.model_copy(update={"samples": [sample.model_copy(update={"landmarks": None})]})
     small, large = (
