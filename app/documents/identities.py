@@ -115,11 +115,20 @@ class SealedLookups:
     wrapped_key: bytes | None
     attributes: bytes
     external_ref_hash: bytes | None
+    external_ref_equal: bytes | None
 
     @property
     def unchanged(self) -> dict[str, object]:
         """The filter for this identity, as long as its attributes are those that were read."""
         return {"_id": self.identity_id, "attributes": self.attributes}
+
+
+@dataclass(frozen=True, slots=True)
+class LookedAt:
+    """How far a walk through a gallery has got: this person was the last one."""
+
+    created_at: datetime
+    identity_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,19 +281,42 @@ class Identity(Stored):
         return await cls.get_pymongo_collection().count_documents({"gallery_id": gallery_id, "name_tags": tag})
 
     @classmethod
-    async def untagged_after(cls, gallery_id: str, tag: bytes, identity_id: str, limit: int) -> list[SealedLookups]:
-        """Those without this tag who have attributes and greater ids than this one, by id; at most `limit`."""
-        rows = cls.get_pymongo_collection().find(
-            {
-                "gallery_id": gallery_id, "_id": {"$gt": identity_id}, "name_tags": {"$ne": tag},
-                "attributes": {"$type": "binData"},
-            },
-            {"wrapped_key": 1, "attributes": 1, "external_ref_hash": 1},
-        )  # fmt: skip
-        return [
-            SealedLookups(row["_id"], row["wrapped_key"], row["attributes"], row["external_ref_hash"])
-            async for row in rows.sort("_id").limit(limit)
+    async def look_through(
+        cls, gallery_id: str, tag: bytes, place: LookedAt | None, limit: int
+    ) -> tuple[list[SealedLookups], LookedAt | None]:
+        """Of the next `limit` people those without this tag who have attributes, and how far this got; None at the end.
+
+        The oldest come first. It reads no more than these, however few of them are without the tag.
+        """
+        filters: dict[str, Any] = {"gallery_id": gallery_id}
+        if place is not None:
+            filters["created_at"] = {"$gte": place.created_at}
+            behind = {"created_at": place.created_at, "_id": {"$gt": place.identity_id}}
+            filters["$or"] = [{"created_at": {"$gt": place.created_at}}, behind]
+        is_due = {
+            "$and": [
+                {"$not": [{"$in": [tag, {"$ifNull": ["$name_tags", []]}]}]},
+                {"$eq": [{"$type": "$attributes"}, "binData"]},
+            ]
+        }
+        wanted = ("wrapped_key", "attributes", "external_ref_hash", "external_ref_equal")
+        stages: list[dict[str, Any]] = [
+            {"$match": filters},
+            {"$sort": {"created_at": 1, "_id": 1}},
+            {"$limit": limit},
+            {"$project": {"created_at": 1} | {name: {"$cond": [is_due, f"${name}", "$$REMOVE"]} for name in wanted}},
         ]
+        hint = {"gallery_id": 1, "created_at": -1, "_id": -1}
+        rows = await (await cls.get_pymongo_collection().aggregate(stages, hint=hint)).to_list()
+        due = [
+            SealedLookups(
+                row["_id"], row.get("wrapped_key"), row["attributes"], row.get("external_ref_hash"),
+                row.get("external_ref_equal"),
+            )
+            for row in rows
+            if "attributes" in row
+        ]  # fmt: skip
+        return due, LookedAt(rows[-1]["created_at"], rows[-1]["_id"]) if len(rows) == limit else None
 
     @classmethod
     async def renew_lookups(cls, renewed: Sequence[tuple[SealedLookups, Mapping[str, object]]]) -> int:

@@ -16,7 +16,7 @@ from pymongo.errors import DuplicateKeyError
 
 from app.documents.base import new_id
 from app.documents.galleries import Gallery
-from app.documents.identities import Identity, ReferenceHashes, SealedLookups
+from app.documents.identities import Identity, LookedAt, ReferenceHashes, SealedLookups
 from app.documents.leases import renewing_lookups
 from app.documents.sealed import LOOKUP_RULES, gallery_key, name_tags, open_attributes, reference_hashes
 from app.keys import GalleryKey, SealBroken
@@ -41,8 +41,10 @@ class _Renewed:
 
     @property
     def moves(self) -> bool:
-        """Whether the reference has another hash than before."""
-        return self.hashes is not None and self.known.external_ref_hash != self.hashes.equal
+        """Whether the reference has another hash than before. An older process leaves the shared hash of a former one."""
+        if self.hashes is not None and self.known.external_ref_hash != self.hashes.equal:
+            return True
+        return self.known.external_ref_equal is not None
 
 
 async def renew_lookups(runtime: Runtime, *, wait_seconds: float = LEASE_SECONDS + 1) -> int:
@@ -78,19 +80,21 @@ async def _renew(runtime: Runtime, gallery: Gallery, wait_seconds: float) -> int
 
 async def renew_gallery(runtime: Runtime, gallery_id: str, lease: Held | None = None) -> int:
     """Renew what is due in one gallery; how many people. lease: reports the progress."""
-    last, done = "", 0
-    while True:
+    done = 0
+    place: LookedAt | None = None
+    is_first = True
+    while is_first or place is not None:
+        is_first = False
         with pymongo.timeout(BATCH_SECONDS):
             gallery = await Gallery.get(gallery_id)  # again for each batch: its keys may be rotated meanwhile
-            some = await Identity.untagged_after(gallery_id, LOOKUP_RULES, last, PEOPLE_AT_ONCE)
-            if gallery is None or not some:
+            if gallery is None:
                 break
+            some, place = await Identity.look_through(gallery_id, LOOKUP_RULES, place, PEOPLE_AT_ONCE)
             renewed = await asyncio.to_thread(_renewed, gallery_key(runtime.keys, gallery), some)
             done += await Identity.renew_lookups([(r.known, {"name_tags": r.tags}) for r in renewed if not r.moves])
             for one in renewed:
                 if one.moves:
                     done += await _move(gallery, one)
-        last = some[-1].identity_id
         if lease is not None:
             lease.report("renewing lookups", done, gallery.identities)
     if done:
@@ -100,8 +104,7 @@ async def renew_gallery(runtime: Runtime, gallery_id: str, lease: Held | None = 
 
 async def _move(gallery: Gallery, one: _Renewed) -> int:
     """Give a reference its new hash. Where another spelling has that already, the hash of this very spelling stays."""
-    assert one.hashes is not None  # noqa: S101 - see `moves`
-    equal, exact = one.hashes.equal, one.hashes.exact
+    equal, exact = (None, None) if one.hashes is None else (one.hashes.equal, one.hashes.exact)
     fields = {"name_tags": one.tags, "external_ref_hash": equal, "external_ref_equal": None}
     try:
         return await Identity.renew_lookup(one.known, fields)

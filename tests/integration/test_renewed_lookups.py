@@ -212,10 +212,41 @@ async def test_a_person_who_changes_meanwhile_is_left_to_the_next_pass(
     runtime: Runtime, officer: httpx.AsyncClient
 ) -> None:
     ann, gallery = await stored_before(runtime, "ann", "NID\u20149"), await default_gallery()
-    (read,) = await Identity.untagged_after(gallery.id, LOOKUP_RULES, "", 10)
+    (read,), _ = await Identity.look_through(gallery.id, LOOKUP_RULES, None, 10)
     assert (await officer.patch(f"/v1/identities/{ann.id}", json={"external_ref": "NID-7"})).status_code == 200
     assert await Identity.renew_lookups([(read, {"external_ref_hash": b"old"})]) == 0
     assert await listed(officer, "NID-7") == [ann.id]
+
+
+@pytest.mark.parametrize("reference", ["NID-7", None])
+async def test_what_an_older_process_gives_in_place_of_a_shared_reference_leaves_nothing_of_it(
+    runtime: Runtime, officer: httpx.AsyncClient, apart: Sequence[Identity], reference: str | None
+) -> None:
+    await renew_lookups(runtime)
+    gallery, (first, *others) = await default_gallery(), apart
+    for place, one in enumerate(others):
+        kept = Attributes(external_ref=None if reference is None else f"{reference}{place}")
+        sealed = seal_attributes(data_key(runtime.keys, gallery, one), kept, gallery.id, one.id)
+        fields = {"attributes": sealed, **_former(gallery_key(runtime.keys, gallery), kept)}
+        await Identity.get_pymongo_collection().update_one({"_id": one.id}, {"$set": fields})
+    await renew_lookups(runtime)
+    assert await listed(officer, "NID\u22124") == [first.id]
+    assert (await officer.patch(f"/v1/identities/{first.id}", json={"external_ref": None})).status_code == 200
+    assert (await enrol(officer, "newcomer", external_ref="NID-4")).status_code == 202
+
+
+async def test_few_who_are_due_among_many_are_found_in_small_steps(runtime: Runtime) -> None:
+    people = [await enrolled(runtime, f"person-{i}") for i in range(5)]
+    gallery, collection = await default_gallery(), Identity.get_pymongo_collection()
+    # All of one moment, so that the ids decide.
+    await collection.update_many({}, {"$set": {"created_at": people[0].created_at}})
+    await collection.update_one({"_id": people[3].id}, {"$set": {"name_tags": []}})
+    steps, place = [], None
+    for _ in range(3):
+        due, place = await Identity.look_through(gallery.id, LOOKUP_RULES, place, 2)
+        steps.append([one.identity_id for one in due])
+    assert (steps, place) == ([[], [people[3].id], []], None)
+    assert await renew_lookups(runtime) == 1
 
 
 REFUSED_TODAY = [

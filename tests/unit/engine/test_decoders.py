@@ -82,8 +82,7 @@ def test_a_picture_that_costs_too_much_is_given_up_and_others_are_read(monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(decoders, "_MIB", 4)
             patched.setattr(decoders, "_BYTES_A_PIXEL", 0)
-            # With no time at all it may be ended before it says that it runs.
-            with pytest.raises((TooCostly, Damaged, DependencyUnavailable)):
+            with pytest.raises((TooCostly, Damaged)):
                 isolated.decode(large, 1)
         assert isolated.decode(_stills()["heic"], 1).shape == PORTRAIT.shape
         (process_id,) = {isolated.process_id}
