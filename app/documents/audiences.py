@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
-from pymongo import IndexModel
+from pymongo import DeleteOne, IndexModel, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -103,18 +103,18 @@ async def settle_claims(database: AsyncDatabase[dict[str, Any]], session: AsyncC
             holders[audience].append(row["_id"])
     right = {one: _owner(one, ids, holders[one]) for one in (*holders, *ids)}
     known = {row["_id"]: row["client_id"] async for row in claims.find({}, session=session)}
-    changed = 0
+    writes: list[UpdateOne | DeleteOne] = []
     for audience, owner in right.items():
         former = known.get(audience)
         stays = former is not None and (former in holders.get(audience, ()) and audience not in ids)
         if audience in known and (stays or former == owner):
             continue
-        changed += 1
-        await claims.update_one({"_id": audience}, {"$set": {"client_id": owner}}, upsert=True, session=session)
-    gone = [one for one in known if one not in right]
-    if gone:
-        await claims.delete_many({"_id": {"$in": gone}}, session=session)
-    return changed + len(gone)
+        writes.append(UpdateOne({"_id": audience}, {"$set": {"client_id": owner}}, upsert=True))
+    writes += [DeleteOne({"_id": one}) for one in known if one not in right]
+    # Few calls: a store with thousands of clients would else take longer than a transaction may.
+    if writes:
+        await claims.bulk_write(writes, session=session)
+    return len(writes)
 
 
 def _owner(audience: str, ids: Collection[str], holders: Sequence[str]) -> str | None:

@@ -10,6 +10,8 @@ import pytest
 from app.access.callers import client_as_caller, user_as_caller
 from app.audit import by_system
 from app.config import Settings
+from app.devstack import servers
+from app.documents import account_migrations
 from app.documents.accounts import Client, User, kept_by
 from app.documents.audiences import AudienceClaim
 from app.documents.events import AuditEvent
@@ -320,6 +322,19 @@ async def test_a8_what_two_clients_have_at_an_upgrade_is_listed_and_nobodys_unti
         await delete_client(runtime, by_system("client.delete"), thief)
         found = await check.check(runtime, lambda *_: None, photos=False)
         assert "audience-contested" not in found.counts
+
+
+async def test_a_store_with_thousands_of_clients_is_migrated_within_the_time_of_a_transaction(
+    settings: Settings,
+) -> None:
+    row: Json = {"roles": ["relying_app"], "galleries": None}
+    rows = [{**row, "_id": f"client-{number}", "audiences": [f"https://{number}"]} for number in range(4000)]
+    async with pymongo.AsyncMongoClient[Json](settings.mongodb_uri) as client:
+        database = client[settings.mongodb_database]
+        await database["clients"].insert_many(rows)
+        with pymongo.timeout(3 * servers.TRANSACTION_SECONDS):
+            assert await account_migrations.audience_claims(database) == 2 * len(rows)
+            assert await account_migrations.audience_claims(database) == 0
 
 
 async def test_a8_an_owner_stays_the_owner_when_an_older_process_gives_the_audience_again(settings: Settings) -> None:
