@@ -86,6 +86,9 @@ COMPUTE_NICENESS = 5
 LAST_CHANCE_SECONDS = 0.25
 #: Short steps that may wait: each takes some milliseconds.
 MOST_SHORT_WAITING = 1024
+#: What the first start of a version may take to migrate documents and build new indexes. MongoDB gives up an index whose time is
+#: over, so a limit that is too short would never let a large store start.
+PREPARING_SECONDS = 3600
 #: How long a starting process waits for the owner's mark of a place.
 LOOK_SECONDS = 5.0
 
@@ -491,7 +494,7 @@ async def open_runtime(
         go_by(clock)
         if not restoring:
             await admitted(mongo[settings.mongodb_database], waits=keep_up)
-        with pymongo.timeout(30):  # building indexes on a large store may take its time
+        with pymongo.timeout(PREPARING_SECONDS):
             # Accounts of a backup beside galleries of the store that it replaces would lose what they may see.
             if not (restoring and await restores.is_in_between(mongo[settings.mongodb_database])):
                 await migrate(mongo[settings.mongodb_database])

@@ -1,11 +1,14 @@
 """Stored documents of older versions are migrated at the start."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pymongo
+import pymongo.monitoring
 import pytest
 
+from app.boundary import BoundedMongoClient
 from app.config import Settings
 from app.documents import migrations
 from app.documents.galleries import Gallery
@@ -81,3 +84,35 @@ async def test_a_migrated_store_is_not_written_to(old_store: Settings) -> None:
         before = raw(old_store)
         await migrations.migrate(runtime.mongo[old_store.mongodb_database])
     assert raw(old_store) == before
+
+
+async def test_a_start_has_time_to_build_the_indexes_of_a_large_store(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pymongo.AsyncMongoClient[dict[str, Any]](settings.mongodb_uri) as client:
+        events = client[settings.mongodb_database]["audit_events"]
+        await events.drop()
+        asked: list[float] = []
+        # As MongoDB is told with each command how long it may take.
+        listener = _Given(asked, "createIndexes")
+        monkeypatch.setattr("app.runtime.BoundedMongoClient", partial(BoundedMongoClient, event_listeners=[listener]))
+        async with open_runtime(settings, FakeEngine()):
+            assert "detail.best_identity_id_1" in await events.index_information()
+    assert min(asked) > 600_000
+
+
+class _Given(pymongo.monitoring.CommandListener):
+    """Notes how many milliseconds MongoDB is given for each command of that name."""
+
+    def __init__(self, asked: list[float], name: str) -> None:
+        self._asked, self._name = asked, name
+
+    def started(self, event: pymongo.monitoring.CommandStartedEvent) -> None:
+        if event.command_name == self._name:
+            self._asked.append(event.command["maxTimeMS"])
+
+    def succeeded(self, event: pymongo.monitoring.CommandSucceededEvent) -> None:
+        """Nothing to note."""
+
+    def failed(self, event: pymongo.monitoring.CommandFailedEvent) -> None:
+        """Nothing to note."""
