@@ -55,10 +55,14 @@ class FaceBudget(Stored):
         identity = keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode())
         room = {"_id": id_, "$or": [{"identities": identity}, {f"identities.{limit - 1}": {"$exists": False}}]}
         change = {"$addToSet": {"identities": identity}, "$setOnInsert": {"expires_at": over}}
+        collection = cls.get_pymongo_collection()
         try:
-            await cls.get_pymongo_collection().update_one(room, change, upsert=True, session=session)
+            await collection.update_one(room, change, upsert=True, session=session)
         except DuplicateKeyError:
-            return False
+            if session is not None:  # in a transaction, two first ones conflict, and the later one starts again
+                return False
+            # There is no room, or another first one at the same moment has made the document.
+            return (await collection.update_one(room, change)).matched_count == 1
         return True
 
     @classmethod
@@ -73,12 +77,11 @@ class FaceBudget(Stored):
         found = [keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode()) for identity_id in identity_ids]
         room = {"_id": id_, f"identities.{limit - 1}": {"$exists": False}}
         change = {"$addToSet": {"identities": {"$each": found}}, "$setOnInsert": {"expires_at": over}}
+        collection = cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE)
         try:
-            await cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE).update_one(
-                room, change, upsert=True
-            )  # fmt: skip
-        except DuplicateKeyError:
-            return False
+            await collection.update_one(room, change, upsert=True)
+        except DuplicateKeyError:  # as in `admits`
+            return (await collection.update_one(room, change)).matched_count == 1
         return True
 
     @staticmethod

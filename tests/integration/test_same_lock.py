@@ -10,6 +10,7 @@ from PIL import Image
 
 from app.audit import Action
 from app.documents.base import now
+from app.documents.budgets import FaceBudget
 from app.documents.claims import Once
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
@@ -314,3 +315,13 @@ async def test_a_search_s_event_has_the_nonce_hashed_in_its_leaf_and_tells_what_
     withheld = (await AuditEvent.find({"action": "face.identify"}).sort("_id").to_list())[-1]
     assert withheld.detail["found"] == {}
     assert withheld.detail["best_identity_id"] == ann.id, "by it an erasure finds the event"
+
+
+async def test_the_first_requests_of_an_hour_that_come_at_once_all_find_room(runtime: Runtime) -> None:
+    keys = runtime.keys
+    for hour in range(20):
+        finds = (FaceBudget.admits_finds(keys, f"kiosk-{hour}", 1, [f"id-{n}"], 100) for n in range(8))
+        claims = (FaceBudget.admits(keys, f"bank-{hour}", 1, f"id-{n}", 100, None) for n in range(8))
+        assert all(await asyncio.gather(*finds, *claims))
+    assert [await FaceBudget.admits(keys, "small", 1, f"id-{n}", 2, None) for n in range(3)] == [True, True, False]
+    assert [await FaceBudget.admits_finds(keys, "few", 1, [f"id-{n}"], 2) for n in range(3)] == [True, True, False]
