@@ -17,6 +17,8 @@ Coding = Literal["heic", "avif"]
 _MOST_ITEMS: Final = 4096
 _MOST_TILES: Final = 1024
 _MOST_EXTENTS: Final = 64
+#: Places of all items, and targets of all references. They may take no bytes of the file, and each takes a hundred of memory.
+_MOST_PLACES, _MOST_TARGETS = 1 << 14, 1 << 16
 #: Tiles stand out of the picture by less than a row and a column. So they have at most this many times its pixels, and some.
 _MOST_TILED, _FREE_PIXELS = 2, 1 << 22
 _SEQUENCES: Final = frozenset({b"hevc", b"hevx", b"hevm", b"hevs", b"msf1", b"avis", b"avcs"})
@@ -27,6 +29,7 @@ _CODINGS: Final[dict[bytes, Coding]] = {b"hvc1": "heic", b"av01": "avif"}
 _CONFIGURATIONS: Final[dict[Coding, bytes]] = {"heic": b"hvcC", "avif": b"av1C"}
 _TRANSFORMS: Final = (b"clap", b"irot", b"imir")
 _ALPHA: Final = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0", b"urn:mpeg:hevc:2015:auxid:1\0")
+_LONGEST_ALPHA: Final = 4 + max(map(len, _ALPHA))
 _NO_HANDLER: Final = bytes(4) + b"pict" + bytes(13)
 
 #: Orientations as EXIF counts them, by quarters counter-clockwise, and those that are mirrored after that: top and bottom
@@ -86,6 +89,7 @@ class _File:
     items: dict[int, _Item] = field(default_factory=dict)
     #: The kind of each property, and its content.
     properties: list[tuple[bytes, bytes]] = field(default_factory=list)
+    boxed: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     #: Numbers of auxiliary items of the primary one.
     auxiliary: list[int] = field(default_factory=list)
     #: Where the content of `idat` starts and ends.
@@ -128,8 +132,9 @@ class _File:
         # References and places name items, so kinds are read first; each box counts once.
         found: dict[bytes, Fields] = {}
         for one in boxes(self.data, start, end):
-            inner = boxes(self.data, one.start, one.end) if one.kind == b"iprp" else [one]
-            for each in inner:
+            is_first_of_properties = one.kind == b"iprp" and b"iprp" not in found
+            found.setdefault(one.kind, Fields(self.data, one.start, one.end))
+            for each in boxes(self.data, one.start, one.end) if is_first_of_properties else ():
                 found.setdefault(each.kind, Fields(self.data, each.start, each.end))
         if b"idat" in found:
             self.inner = found[b"idat"].at, found[b"idat"].end
@@ -157,6 +162,7 @@ class _File:
         version, _ = fields.version()
         sizes = fields.number(2)
         of_offset, of_length, of_base, of_index = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
+        left = _MOST_PLACES
         for _ in range(_within(fields.number(4 if version == 2 else 2), _MOST_ITEMS)):  # noqa: PLR2004
             number = fields.number(4 if version == 2 else 2)  # noqa: PLR2004
             method = fields.number(2) & 15 if version else 0
@@ -165,7 +171,9 @@ class _File:
             # Data in another file, or in another item, is nothing that cameras write.
             start, end = {0: (0, len(self.data)), 1: self.inner}.get(method if source == 0 else -1, (0, 0))
             extents = []
-            for _ in range(fields.number(2)):
+            count = _within(fields.number(2), left)
+            left -= count
+            for _ in range(count):
                 fields.number(of_index if version else 0)
                 begin = start + base + fields.number(of_offset)
                 length = fields.number(of_length) or max(0, end - begin)
@@ -176,11 +184,13 @@ class _File:
 
     def _read_references(self, fields: Fields) -> None:
         version, _ = fields.version()
-        size = 2 if version == 0 else 4
+        size, left = 2 if version == 0 else 4, _MOST_TARGETS
         for one in boxes(self.data, fields.at, fields.end):
             entry = Fields(self.data, one.start, one.end)
             source = entry.number(size)
-            targets = [entry.number(size) for _ in range(_within(entry.number(2), _MOST_ITEMS))]
+            count = _within(entry.number(2), min(left, _MOST_ITEMS))
+            left -= count
+            targets = [entry.number(size) for _ in range(count)]
             if one.kind == b"dimg" and source in self.items and not self.items[source].tiles:
                 self.items[source].tiles = targets
             elif one.kind == b"auxl" and self.primary in targets:
@@ -225,7 +235,11 @@ class _File:
         return _CODINGS[first.kind]
 
     def _is_alpha(self, item: _Item) -> bool:
-        return any(kind == b"auxC" and content[4:] in _ALPHA for kind, content, _ in self._properties_of(item))
+        # Told by its length first: a long one would be copied each time that somebody names it.
+        return any(
+            kind == b"auxC" and len(content) <= _LONGEST_ALPHA and content[4:] in _ALPHA
+            for kind, content, _ in self._properties_of(item)
+        )
 
     def _part(self, item: _Item, coding: Coding, *, is_top: bool) -> _Part:
         """The item with what it needs. is_top: it may be a grid."""
@@ -270,10 +284,18 @@ class _File:
         for kind, content, essential in self._properties_of(item):
             is_points = kind == b"colr" and content[:4] == b"nclx"
             if kind in {b"ispe", b"pixi", b"auxC", _CONFIGURATIONS[coding]} or is_points:
-                kept.append((box(kind, content), essential))
+                kept.append((self._boxed(kind, content), essential))
             elif essential and kind not in {*_TRANSFORMS, b"colr"}:
                 raise Unsupported("It is a HEIF file with a property that is not known here.")
         return kept
+
+    def _boxed(self, kind: bytes, content: bytes) -> bytes:
+        """The whole box, made once: an item may name it 255 times, and each of a thousand tiles again."""
+        # By identity: the content may have megabytes. `properties` keeps it alive.
+        place = kind, id(content)
+        if place not in self.boxed:
+            self.boxed[place] = box(kind, content)
+        return self.boxed[place]
 
     def _transforms(self, item: _Item, size: tuple[int, int]) -> tuple[tuple[int, int, int, int], int]:
         """The window of the picture, and its orientation."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from app.domain.formats.boxes import BoxAt, Fields, box, boxes
+from app.domain.formats.boxes import MOST_BOXES, BoxAt, Fields, box, boxes
 from app.domain.formats.parts import Animated, Damaged, Still, Unsupported
 
 _SIGNATURE: Final = b"\0\0\0\x0cjP  \r\n\x87\n"
@@ -71,7 +71,9 @@ def _parts(data: bytes) -> tuple[list[BoxAt], int, int]:
 def _top_boxes(data: bytes) -> Iterator[BoxAt]:
     """As `boxes`; a codestream may be cut in its last bytes, which `_Codestream` judges."""
     start = len(_SIGNATURE)
-    while start + 8 <= len(data):
+    for _ in range(MOST_BOXES):
+        if start + 8 > len(data):
+            return
         size = int.from_bytes(data[start : start + 4], "big")
         if data[start + 4 : start + 8] == b"jp2c" and (size == 0 or start + size > len(data)):
             yield BoxAt(b"jp2c", start + 8, len(data))
@@ -79,6 +81,7 @@ def _top_boxes(data: bytes) -> Iterator[BoxAt]:
         one = next(boxes(data, start, len(data)))
         yield one
         start = one.end
+    raise Damaged
 
 
 def _colour(data: bytes, header: list[BoxAt], components: int) -> bytes:

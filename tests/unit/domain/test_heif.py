@@ -1,7 +1,9 @@
 """HEIC and AVIF files: what is the picture, what is not, and what is refused before anything is decoded."""
 
+import contextlib
 import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -209,6 +211,58 @@ def test_h01_bombs_are_refused_before_they_are_decoded(bomb: bytes) -> None:
         PhotoReader(isolated=Never()).decode(bomb)  # type: ignore[arg-type] # as far as it is used
     assert refusal.value.status in (413, 415, 422)
     assert time.process_time() - began < 2
+
+
+def _named_again_and_again(*properties: bytes, items: int) -> bytes:
+    """A file of so many items, each of which names each property 40 times or more."""
+    numbers = bytes([len(properties) * 40, *[n for n in range(1, len(properties) + 1) for _ in range(40)]])
+    kinds = [full_box(b"infe", 2, struct.pack(">HH", n, 0), b"hvc1", b"\0") for n in range(1, items + 1)]
+    named = b"".join(struct.pack(">H", n) + numbers for n in range(1, items + 1))
+    auxiliary = b"".join(box(b"auxl", struct.pack(">HHH", n, 1, 1)) for n in range(2, items + 1))
+    return box(b"ftyp", b"heic", bytes(4), b"mif1") + full_box(
+        b"meta", 0, full_box(b"pitm", 0, struct.pack(">H", 1)), full_box(b"iinf", 0, struct.pack(">H", items), *kinds),
+        box(b"iprp", box(b"ipco", *properties), full_box(b"ipma", 0, struct.pack(">I", items), named)),
+        full_box(b"iref", 0, auxiliary),
+        full_box(b"iloc", 0, b"\x44\x00", struct.pack(">HHHHII", 1, 1, 0, 1, 0, 5)),
+    )  # fmt: skip
+
+
+def _places_of_no_bytes(items: int) -> bytes:
+    kinds = [full_box(b"infe", 2, struct.pack(">HH", n, 0), b"hvc1", b"\0") for n in range(1, items + 1)]
+    places = b"".join(struct.pack(">HHH", n, 0, 65_535) for n in range(1, items + 1))
+    return box(b"ftyp", b"heic", bytes(4), b"mif1") + full_box(
+        b"meta", 0, full_box(b"iinf", 0, struct.pack(">H", items), *kinds),
+        full_box(b"iloc", 0, b"\0\0", struct.pack(">H", items), places),
+    )  # fmt: skip
+
+
+COSTLY = {
+    "65,535 places of no bytes for each item": _places_of_no_bytes(60),
+    "one large configuration named again and again": _named_again_and_again(
+        ispe(64, 64), box(b"hvcC", bytes(2_000_000)), items=1
+    ),
+    "one large note on what an item is": _named_again_and_again(
+        ispe(64, 64), box(b"auxC", bytes(4_000_000)), items=100
+    ),
+    "properties in many boxes": box(b"ftyp", b"heic", bytes(4), b"mif1")
+    + full_box(b"meta", 0, *[box(b"iprp", *[box(b"free")] * 2000)] * 200),
+    "references of everybody to everybody": box(b"ftyp", b"heic", bytes(4), b"mif1")
+    + full_box(b"meta", 0, full_box(b"iref", 0, *[box(b"thmb", struct.pack(">HH", 1, 4000), bytes(8000))] * 400)),
+}
+
+
+@pytest.mark.parametrize("costly", COSTLY.values(), ids=COSTLY)
+def test_h01_no_file_costs_the_server_much_more_than_its_bytes(costly: bytes) -> None:
+    began = time.process_time()
+    with contextlib.suppress(Damaged):
+        heif.still(costly)
+    assert time.process_time() - began < 0.4
+    tracemalloc.start()
+    with contextlib.suppress(Damaged):
+        heif.still(costly)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * len(costly) + 8_000_000
 
 
 def test_g3_the_limit_of_such_a_file_is_said() -> None:

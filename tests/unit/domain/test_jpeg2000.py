@@ -80,6 +80,7 @@ BOMBS = {
     "a tile that is not there": TILED.replace(b"\xff\x90\0\x0a\0\1", b"\xff\x90\0\x0a\0\0"),
     "tile parts of no length": CODESTREAM[: CODESTREAM.index(b"\xff\x90")] + b"\xff\x90\0\x0a\0\0\0\0\0\x0c\0\1" * 9000,
     "boxes without end": JP2[:12] + box(b"free") * 100_000,
+    "boxes without end before a picture": JP2[:12] + box(b"free") * 100_000 + JP2[12:],
 }  # fmt: skip
 
 
