@@ -44,8 +44,9 @@ class ChangeView(BaseModel):
 class ProposalView(BaseModel):
     """What one officer proposed about a person; another officer's agreement carries it out.
 
-    is_current: whether the identity still is as it was; else nobody can agree. changes: of a reference change that is open.
-    samples: how many samples and photos would go. receipt: of an erasure that was carried out.
+    is_current: whether the identity still is as it was; else nobody can agree. changes: of a reference change that is open; null
+    where today's rules refuse it, so that it can only be withdrawn. samples: how many samples and photos would go. receipt: of
+    an erasure that was carried out.
     """
 
     id: str
@@ -70,7 +71,9 @@ def _changes(
 ) -> dict[str, ChangeView] | None:
     if proposal.kind != "reference_change":
         return None
-    change = update.proposed_change(runtime, gallery, identity, proposal)
+    change = update.shown_change(runtime, gallery, identity, proposal)
+    if change is None:
+        return None
     before, after = (one.model_dump(mode="json") for one in (change.before, change.after))
     return {name: ChangeView(old=before[name], new=after[name]) for name in before if before[name] != after[name]}
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+import structlog
 from pydantic import ValidationError
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
@@ -29,9 +30,11 @@ from app.domain.attributes import Attributes, GivenAttributes, Json
 from app.domain.changes import FieldValue
 from app.domain.times import birth_date_fault
 from app.errors import Advice, Conflict, ExternalRefTaken, NotFound, NotReady, PreconditionFailed, Validation
-from app.keys import DataKey, GalleryKey
+from app.keys import DataKey, GalleryKey, SealBroken, UnknownKey
 from app.runtime import Runtime
 from app.second_officer import Wanted, agree, propose
+
+log = structlog.get_logger(__name__)
 
 Patch = Mapping[str, Json]
 
@@ -96,6 +99,20 @@ def proposed_change(runtime: Runtime, gallery: Gallery, identity: Identity, prop
     return change_of(runtime, gallery, identity, patch)
 
 
+def shown_change(runtime: Runtime, gallery: Gallery, identity: Identity, proposal: IdentityProposal) -> Change | None:
+    """The effect of a proposal; None if its patch does not fit today's rules, or something does not open.
+
+    It can be withdrawn then, and not be agreed to. Raises UnknownKey.
+    """
+    try:
+        return proposed_change(runtime, gallery, identity, proposal)
+    except UnknownKey:
+        raise
+    except (NotFound, Validation, SealBroken, ValueError) as error:
+        log.warning("proposal_does_not_fit", proposal=proposal.id, error=type(error).__name__)
+        return None
+
+
 async def update(
     runtime: Runtime, action: Action, gallery: Gallery, identity_id: str, patch: Patch, if_version: int | None
 ) -> Identity | IdentityProposal:
@@ -138,7 +155,8 @@ async def _proposed(
     sealed = seal_patch(change.key, json.dumps(dict(change.patch)).encode(), gallery.id, identity.id)
 
     def is_same(known: IdentityProposal) -> bool:
-        return proposed_change(runtime, gallery, identity, known).after == change.after
+        standing = shown_change(runtime, gallery, identity, known)
+        return standing is not None and standing.after == change.after
 
     asked = Wanted("reference_change", sealed_patch=sealed, told=change.told)
     return await propose(session, action, gallery, identity, asked, is_same=is_same)

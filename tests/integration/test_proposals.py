@@ -1,6 +1,7 @@
 """If a gallery asks for two officers, erasures and changes of references are proposed first."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from app.documents.events import AuditEvent, Personal
 from app.documents.galleries import Gallery
 from app.documents.identities import Identity
 from app.documents.proposals import IdentityProposal
+from app.documents.sealed import data_key, seal_patch
 from app.domain.log_export import personal_hash
 from app.runtime import Runtime
 from app.use_cases.trace_reference import trace_reference
@@ -220,6 +222,40 @@ async def test_another_change_waits_for_the_first_one(runtime: Runtime, desk: De
     path = f"/v1/identities/{ann.id}"
     await _proposed(await desk.one.patch(path, json={"external_ref": "NID-2"}))
     assert (await desk.two.patch(path, json={"external_ref": "NID-3"})).status_code == 409
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"external_ref": "NID-2", "date_of_birth": "2533-01-31"},
+        {"external_ref": "\ue000"},
+        {"external_ref": "NID-2", "date_of_birth": 0},
+    ],
+    ids=str,
+)
+async def test_a_proposal_that_older_rules_let_in_does_not_take_the_others_along(
+    runtime: Runtime, desk: Desk, refused: dict[str, Any]
+) -> None:
+    ann, bob = await active(runtime, "ann"), await active(runtime, "bob")
+    gallery = await default_gallery()
+    for one in (ann, bob):
+        await _proposed(await desk.one.patch(f"/v1/identities/{one.id}", json={"external_ref": f"NID-{one.id}"}))
+    sealed = seal_patch(data_key(runtime.keys, gallery, ann), json.dumps(refused).encode(), gallery.id, ann.id)
+    await IdentityProposal.get_pymongo_collection().update_one(
+        {"identity_id": ann.id}, {"$set": {"sealed_patch": sealed}}
+    )
+    listed = await desk.two.get("/v1/proposals")
+    assert listed.status_code == 200, listed.text
+    changes = {item["identity_id"]: item["changes"] for item in listed.json()["items"]}
+    assert changes[ann.id] is None
+    assert changes[bob.id]["external_ref"]["new"] == f"NID-{bob.id}"
+    path = "/v1/proposals/" + next(item["id"] for item in listed.json()["items"] if item["identity_id"] == ann.id)
+    assert (await desk.two.get(path)).status_code == 200
+    assert (await desk.two.post(f"{path}/agree")).status_code == 422
+    again = {"external_ref": "NID-3"}
+    assert (await desk.one.patch(f"/v1/identities/{ann.id}", json=again)).status_code == 409
+    assert (await desk.one.post(f"{path}/withdraw")).status_code == 200
+    await _proposed(await desk.one.patch(f"/v1/identities/{ann.id}", json=again))
 
 
 async def test_a_reference_that_was_given_before_the_agreement_is_not_given_twice(runtime: Runtime, desk: Desk) -> None:
