@@ -169,11 +169,15 @@ class Probing:
             await self._alarm(action, "name", {"unknown_names": limit})
         return total <= limit
 
+    async def has_names_left(self, action: Action) -> bool:
+        """Whether the caller may still ask about unknown names within the hour. Officers always may."""
+        if not binds(action):
+            return True
+        return await UnknownNames.so_far(self._keys, action.actor_id) < self._settings.unknown_names_per_hour
+
     async def require_names_left(self, action: Action) -> None:
         """Raises RateLimited where the caller has asked about too many unknown names within the hour."""
-        if not binds(action):
-            return
-        if await UnknownNames.so_far(self._keys, action.actor_id) >= self._settings.unknown_names_per_hour:
+        if not await self.has_names_left(action):
             raise self.too_many_names(action)
 
     def too_many_names(self, action: Action) -> RateLimited:

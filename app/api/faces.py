@@ -230,10 +230,11 @@ async def verify_identity(
     """Is this the person? A non-match is an answer, not an error."""
     fields = upload.fields
     claimed = await _claimed(runtime, action, fields)
+    # Before anything tells whether the name is known.
+    first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if isinstance(claimed, verify.UnknownClaim):
         await verify.refuse_unknown(runtime, action, claimed, upload.photos["photo"][0])
     gallery, identity = claimed
-    first = await first_answer(runtime, request, action, key, fields.model_dump(), digests=upload.digests)
     if first is not None:
         return _verification(verify.answer_of(runtime, gallery, fields.nonce, first[0], first[1].score))
     claim = verify.Claim(identity, fields.audience, fields.nonce, is_by_reference=fields.external_ref is not None)

@@ -26,7 +26,7 @@ from app.domain.subject import FoundFace
 from app.domain.thresholds import fmr_at
 from app.engine.port import FaceEngine
 from app.engine.reading import FaceReading, read_face
-from app.errors import Advice, NotFound, Problem, ReplayedPhoto, Validation
+from app.errors import Advice, AttemptsExhausted, NotFound, Problem, ReplayedPhoto, Validation
 from app.keys import DataKey
 from app.probing import Marks
 from app.runtime import Runtime
@@ -131,7 +131,7 @@ async def verify(runtime: Runtime, action: Action, gallery: Gallery, claim: Clai
         action, gallery.id, identity.id, claim.nonce, is_required=gallery.policy.require_nonce
     )
     if identity.status == "active":
-        runtime.probing.require_attempts_left(identity)
+        await _require_attempts_left(runtime, action, gallery, identity, photo)
     reading, look, marks = await _read_claimed(runtime, action, gallery, photo)
     limits = thresholds_for(gallery.policy, runtime.engine.card, gallery.samples)
     threshold = limits.verify
@@ -197,10 +197,30 @@ async def refuse_unknown(runtime: Runtime, action: Action, claim: UnknownClaim, 
     await runtime.probing.challenge_of(
         action, gallery.id, claim.name, claim.nonce, is_required=gallery.policy.require_nonce
     )
+    await _admit_face(runtime, action, gallery, claim.name, photo)
+    raise NotFound
+
+
+async def _admit_face(runtime: Runtime, action: Action, gallery: Gallery, name: str, photo: bytes) -> None:
+    """Count a claim that is not compared against the budget of its face. Raises RateLimited, also without a usable face."""
     reading, _, _ = await _read_claimed(runtime, action, gallery, photo)
     part = runtime.probing.part_of(reading.embedding, gallery.contract)
-    await runtime.probing.admit_claim(action, part, claim.name, None)
-    raise NotFound
+    await runtime.probing.admit_claim(action, part, name, None)
+
+
+async def _require_attempts_left(
+    runtime: Runtime, action: Action, gallery: Gallery, identity: Identity, photo: bytes
+) -> None:
+    """Raises AttemptsExhausted; beyond the budget of unknown names only where a claim on nobody would be NotFound.
+
+    Otherwise a caller could go on to ask for names, and find those of locked people.
+    """
+    try:
+        runtime.probing.require_attempts_left(identity)
+    except AttemptsExhausted:
+        if not await runtime.probing.has_names_left(action):
+            await _admit_face(runtime, action, gallery, identity.id, photo)
+        raise
 
 
 def answer_of(

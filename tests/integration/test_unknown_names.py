@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from app.documents.base import now
 from app.documents.events import AuditEvent
 from app.documents.galleries import Gallery
 from app.runtime import Runtime
@@ -24,8 +25,10 @@ async def application(runtime: Runtime, cheap_passwords: None) -> AsyncIterator[
         yield http
 
 
-async def _claim(http: httpx.AsyncClient, photo: bytes, **fields: str) -> tuple[int, str]:
-    answer = await http.post("/v1/verifications", data=fields, files={"photo": photo})
+async def _claim(
+    http: httpx.AsyncClient, photo: bytes, headers: dict[str, bytes] | None = None, **fields: str
+) -> tuple[int, str]:
+    answer = await http.post("/v1/verifications", data=fields, files={"photo": photo}, headers=headers)
     return answer.status_code, str(answer.json().get("type", "")).rpartition("/")[2]
 
 
@@ -76,6 +79,38 @@ async def test_a20_beyond_the_budget_no_fault_of_a_claim_tells_who_is_known(
         ]  # fmt: skip
         assert known == unknown
         assert known[0] in {409, 422, 429}
+
+
+@pytest.mark.parametrize("key", ["used before", "unprintable \xa0"])
+async def test_a20_an_idempotency_key_does_not_tell_who_is_known(
+    application: httpx.AsyncClient, runtime: Runtime, key: str
+) -> None:
+    for name in ("ann", "bob"):
+        await active(runtime, name, external_ref=f"NID-{name}")
+    headers = {"Idempotency-Key": key.encode("latin-1")}
+    await _claim(application, portrait("bob", capture=3), headers, external_ref="NID-bob")
+    for budget_is_spent in (False, True):
+        if budget_is_spent:
+            for number in range(5):
+                await _claim(application, BLANK, external_ref=f"NID-{number}")
+        known, unknown = [
+            await _claim(application, BLANK, headers, external_ref=name) for name in ("NID-ann", "NID-77")
+        ]
+        assert known == unknown
+        assert known[0] == 422
+
+
+async def test_a20_beyond_the_budget_used_up_attempts_do_not_tell_who_is_known(
+    runtime: Runtime, application: httpx.AsyncClient
+) -> None:
+    ann = await active(runtime, "ann", external_ref="NID-ann")
+    spent = {"attempts.consecutive": 50, "attempts.last_failure": now()}
+    await type(ann).get_pymongo_collection().update_one({"_id": ann.id}, {"$set": spent})
+    assert (await _claim(application, BLANK, external_ref="NID-ann")) == (429, "attempts-exhausted")
+    for number in range(5):
+        await _claim(application, BLANK, external_ref=f"NID-{number}")
+    known, unknown = [await _claim(application, BLANK, external_ref=name) for name in ("NID-ann", "NID-77")]
+    assert known == unknown == (429, "rate-limited")
 
 
 async def test_a20_foreign_and_unknown_ids_count_as_unknown_names(
