@@ -30,22 +30,30 @@ async def grants_by_id(database: Database) -> int:
     An account that an older process writes afterwards has names again. A name is no id, so it gives nothing until a process
     starts and this step runs. The ids of galleries that are gone are dropped too.
     """
-    galleries = {row["_id"]: row["name"] async for row in database["galleries"].find({}, {"name": 1})}
-    ids = {name: id_ for id_, name in galleries.items()}
+    ids = [row["_id"] async for row in database["galleries"].find({}, {"_id": 1})]
     changed = 0
     for collection, kind in _COLLECTIONS:
-        bound = {"galleries": {"$elemMatch": {"$nin": list(galleries)}}}
+        bound = {"galleries": {"$elemMatch": {"$nin": ids}}}
         async for account in database[collection].find(bound, {"galleries": 1}):
-            former = account["galleries"]
-            kept = list(
-                dict.fromkeys(one if one in galleries else ids[one] for one in former if one in {*galleries, *ids})
-            )
-            # What the event shows are names; an id without a gallery has none left.
-            old = sorted(galleries.get(one, one) for one in former)
-            new = sorted(galleries[one] for one in kept)
-            told = {} if old == new else {"galleries": {"old": old, "new": new}}
-            changed += await _change(database, collection, kind, account, {"galleries": kept}, told)
+            changed += await _with_ids(database, collection, kind, account)
     return changed
+
+
+async def _with_ids(database: Database, collection: str, kind: str, account: Mapping[str, Any]) -> int:
+    """Give the account ids for names; 1 if it changed."""
+    former = account["galleries"]
+    # Read after the account: while this process starts, an admin may make a gallery and give it to somebody.
+    named = {"$or": [{"_id": {"$in": former}}, {"name": {"$in": former}}]}
+    galleries = {row["_id"]: row["name"] async for row in database["galleries"].find(named, {"name": 1})}
+    ids = {name: id_ for id_, name in galleries.items()}
+    kept = list(dict.fromkeys(one if one in galleries else ids[one] for one in former if one in {*galleries, *ids}))
+    if kept == former:
+        return 0
+    # What the event shows are names; an id without a gallery has none left.
+    old = sorted(galleries.get(one, one) for one in former)
+    new = sorted(galleries[one] for one in kept)
+    told = {} if old == new else {"galleries": {"old": old, "new": new}}
+    return await _change(database, collection, kind, account, {"galleries": kept}, told)
 
 
 async def client_roles(database: Database) -> int:

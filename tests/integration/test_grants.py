@@ -381,6 +381,28 @@ async def test_stored_names_become_ids_and_names_without_a_gallery_go_with_an_ev
             assert event.detail == {"changes": {"galleries": {"old": ["gone", "north"], "new": ["north"]}}}
 
 
+async def test_a_gallery_that_is_made_while_another_process_starts_keeps_its_grants(settings: Settings) -> None:
+    class Meanwhile:
+        """The database; an admin makes a gallery and a client for it just before the accounts are read."""
+
+        def __init__(self, database: Any) -> None:  # noqa: ANN401 - stands for the driver's
+            self._database = database
+            self.client = database.client
+
+        def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - the driver's collection
+            if name == "users" and not raw(settings, "clients"):
+                with pymongo.MongoClient[Json](settings.mongodb_uri) as client:
+                    client[settings.mongodb_database]["galleries"].insert_one({"_id": "g-new", "name": "new"})
+                    row = {"_id": "c-new", "roles": ["relying_app"], "galleries": ["g-new"]}
+                    client[settings.mongodb_database]["clients"].insert_one(row)
+            return self._database[name]
+
+    async with pymongo.AsyncMongoClient[Json](settings.mongodb_uri) as client:
+        await account_migrations.grants_by_id(Meanwhile(client[settings.mongodb_database]))  # type: ignore[arg-type]
+    assert raw(settings, "clients")["c-new"]["galleries"] == ["g-new"]
+    assert raw(settings, "audit_events") == {}
+
+
 async def test_clients_lose_other_roles_once_with_an_event_and_keep_the_rest(settings: Settings) -> None:
     async with open_runtime(settings, FakeEngine()):
         both = await written_by_an_older_version(roles="relying_app officer")
