@@ -87,8 +87,9 @@ _PADDING = bytes(range(1, 255)) * 2
 #: Sixteen bytes of ones, as coded data write them. They fill a decoder's buffer of bits. No code is all ones, so it takes them
 #: for three blocks at most.
 _ONES = b"\xff\0" * 16
-#: A colour by bands that no picture has all over its last row.
-_UNWRITTEN = (1, 254, 77, 3)
+#: A colour by bands that no picture has all over its last row. A grey one may have the first, and then not the other.
+_UNWRITTEN: Final = (1, 254, 77, 3)
+_UNWRITTEN_ELSE: Final = (254, 1, 3, 77)
 #: Width and height, as stored, of the corner that is looked at for rows that a decoder invented.
 _INVENTED_ACROSS, _INVENTED_DOWN = 64, 8
 
@@ -377,7 +378,11 @@ def _decoded_jpeg(still: StillJpeg, reduction: int) -> Pixels:
     # Coded data do not end with 0xFF, which would make a marker of what follows.
     coded = still.data.removesuffix(jpeg.END).rstrip(b"\xff")
     if still.is_streamed:
-        return _decoded(replace(still, data=coded + _ONES), JpegImageFile, reduction, has_end=False)
+        endless = replace(still, data=coded + _ONES)
+        try:
+            return _decoded(endless, JpegImageFile, reduction, unwritten=_UNWRITTEN)
+        except Damaged:
+            return _decoded(endless, JpegImageFile, reduction, unwritten=_UNWRITTEN_ELSE)
     pixels = _decoded(replace(still, data=coded + jpeg.END), JpegImageFile, reduction)
     if not still.has_end or _ends_in_one_colour(pixels, reduction):
         padded = _decoded(replace(still, data=coded + _PADDING + jpeg.END), JpegImageFile, reduction)
@@ -393,11 +398,12 @@ def _ends_in_one_colour(pixels: Pixels, reduction: int) -> bool:
 
 
 def _decoded(
-    still: Still, reader: type[JpegImageFile | PngImageFile], reduction: int, *, has_end: bool = True
+    still: Still, reader: type[JpegImageFile | PngImageFile], reduction: int, *, unwritten: tuple[int, ...] = ()
 ) -> Pixels:
     """By Pillow's reader of this type alone; `Image.open` would try others, and count pixels by a rule of its own.
 
-    has_end: whether the reader meets the end of the picture. Else it complains, and has written all the rows that it has.
+    unwritten: given if the reader does not meet the end of the picture. It complains then, and has written all the rows that
+    it has; others have this colour.
     """
     width, height = still.size
     try:
@@ -406,10 +412,10 @@ def _decoded(
                 raise Damaged
             # Asks the decoder of a JPEG for the smaller picture: a quarter of the time and memory.
             image.draft(None, (width // reduction, height // reduction))
-            if has_end:
-                image.load()
+            if unwritten:
+                _load_rows(image, unwritten)
             else:
-                _load_rows(image)
+                image.load()
             left = reduction // max(1, round(width / image.size[0]))
             across, down = image.size
             return by_bands(down, left, lambda top, bottom: rgb(image.crop((0, top, across, bottom)), left))
@@ -417,16 +423,16 @@ def _decoded(
         raise Damaged from None
 
 
-def _load_rows(image: ImageFile) -> None:
-    """Load a picture without an end. Raises Damaged unless its last row was written."""
+def _load_rows(image: ImageFile, unwritten: tuple[int, ...]) -> None:
+    """Load a picture without an end. Raises Damaged unless its last row was written. unwritten: no colour of the whole row."""
     bands = len(image.getbands())
-    unwritten = _UNWRITTEN[:bands] if bands > 1 else _UNWRITTEN[0]
-    image.im = Image.new(image.mode, image.size, unwritten).im
+    colour = unwritten[:bands] if bands > 1 else unwritten[0]
+    image.im = Image.new(image.mode, image.size, colour).im
     with suppress(OSError):
         image.load()
     image.tile = []
     across, down = image.size
-    if image.crop((0, down - 1, across, down)).getcolors(1) == [(across, unwritten)]:
+    if image.crop((0, down - 1, across, down)).getcolors(1) == [(across, colour)]:
         raise Damaged
 
 

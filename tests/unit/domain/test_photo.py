@@ -313,6 +313,13 @@ def test_g3_the_limits_are_the_readers() -> None:
             small.decode(data)
 
 
+@pytest.mark.parametrize("shade", [0, 1, 2, 253, 254, 255])
+def test_g9_a_grey_photo_may_end_in_any_one_shade(shade: int) -> None:
+    grey = np.asarray(Image.fromarray(PORTRAIT).convert("L")).copy()
+    grey[-32:] = shade
+    assert READER.decode(encoded(grey, "JPEG", quality=95)).pixels[-1].max() <= shade + 2
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"progressive": True}], ids=str
 )
