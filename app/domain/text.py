@@ -5,6 +5,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, Field
 
+from app.domain.spelling import squeezed
+
 REASON_MAXIMUM: Final = 1000
 NONCE_MAXIMUM: Final = 256
 #: So many code points become one in NFC at most. What is longer is refused before: to order the marks on one letter takes the
@@ -12,14 +14,15 @@ NONCE_MAXIMUM: Final = 256
 COMPOSED_OF: Final = 4
 #: Controls, formats, halves of surrogate pairs, separators of lines and paragraphs: they hide text, or show it in another order.
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-#: Formats that languages are written with: joiners, and marks of direction, which turn nothing around but themselves.
-_WRITTEN: Final = frozenset("\u200c\u200d\u200e\u200f\u061c")
+#: Formats that languages are written with: the space without width between Khmer or Thai words (keyboards type it), joiners,
+#: and marks of direction, which turn nothing around but themselves.
+_WRITTEN: Final = frozenset("\u200b\u200c\u200d\u200e\u200f\u061c")
 
 
 def clean_text(text: str) -> str:
-    """The text in NFC, without blanks at its ends. Raises ValueError for hidden characters, and where nothing is left."""
+    """The text in NFC, without blanks at its ends. Raises ValueError for hidden characters, and where nothing can be seen."""
     text = unicodedata.normalize("NFC", text).strip()
-    if not text:
+    if not squeezed(text):
         message = "must not be empty"
         raise ValueError(message)
     if any(unicodedata.category(character) in _HIDDEN and character not in _WRITTEN for character in text):

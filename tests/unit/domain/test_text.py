@@ -16,7 +16,8 @@ NONCE = TypeAdapter[str](Nonce)
 @pytest.mark.parametrize(
     "text",
     [
-        "", "  ", "\u200b", "line one\nline two", "a\tb", "nul\x00", "\x1b[31mred", "paid \u202e001", "\u2066x\u2069",
+        "", "  ", "\u200b", "\u200d", "\u200f \u200c",
+        "line one\nline two", "a\tb", "nul\x00", "\x1b[31mred", "paid \u202e001", "\u2066x\u2069",
         "half \ud83d", "\u2028", "\U000e0041hidden tag", "\x85", "x" * (REASON_MAXIMUM + 1),
         "a" + "\u0301" * 5000,
     ],
@@ -30,7 +31,8 @@ def test_a24_hidden_and_unbounded_text_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "kept"),
     [
-        ("  moved away ", "moved away"), ("Zoe\u0308", "Zo\u00eb"), ("می\u200cخواهم", "می\u200cخواهم"),
+        ("  moved away ", "moved away"), ("Zoe\u0308", "Zo\u00eb"),
+        ("ប្តូរ\u200bទីលំនៅ", "ប្តូរ\u200bទីលំនៅ"), ("می\u200cخواهم", "می\u200cخواهم"),
         ("(\u200fעברית)", "(\u200fעברית)"), ("कार्य क्\u200dष", "कार्य क्\u200dष"), ("𰻝𰻝麵 \U00031350", "𰻝𰻝麵 \U00031350"),
     ],
 )  # fmt: skip
