@@ -940,8 +940,8 @@ async def test_a_backup_of_an_older_version_is_migrated_where_it_is_put_in_place
 def test_of_every_collection_somebody_has_decided_whether_it_is_backed_up() -> None:
     """A new document: put it here, or into what is left out, with the reason."""
     kept = {
-        "audit_events", "audit_heads", "audit_keys", "audit_nodes", "audit_tree", "cases", "clients", "deletions",
-        "galleries", "gallery_changes", "identities", "pairs", "proposals", "root_secrets", "sample_removals",
+        "audience_claims", "audit_events", "audit_heads", "audit_keys", "audit_nodes", "audit_tree", "cases", "clients",
+        "deletions", "galleries", "gallery_changes", "identities", "pairs", "proposals", "root_secrets", "sample_removals",
         "scan_clusters", "scan_pairs", "scans", "signing_keys", "stranger_counts", "users",
     }  # fmt: skip
     names = {document.Settings.name for document in DOCUMENTS}  # type: ignore[attr-defined]

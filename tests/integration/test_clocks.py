@@ -167,7 +167,7 @@ async def test_times_stored_by_a_clock_that_was_ahead_block_nothing(runtime: Run
     assert taken.fence == held.fence + 1
     assert await Held.acquire("publish:x", "a third", 30) is None
     for _ in range(2):
-        await FailedLogins.note_failure("ann", Waits(failures=1, first_seconds=30, longest_seconds=900))
+        await FailedLogins.note_failure("ann", Waits(1, 30, 900, 3600))
     assert 0 < (await FailedLogins.remembered(["ann"]))["ann"].left_seconds <= 60
     await FailedLogins.get_pymongo_collection().update_one({}, {"$set": {"wait_until": ahead}})
     assert (await FailedLogins.remembered(["ann"]))["ann"].left_seconds == 0
