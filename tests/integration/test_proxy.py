@@ -27,6 +27,7 @@ from fastapi import FastAPI, Request
 
 from app import errors
 from app.api import problems
+from app.api.base64_texts import spelt_bytes
 from app.api.envelope import DATA_POLICY, SECURITY_HEADERS, Envelope
 from app.api.identities import MOST_PHOTOS
 from app.api.problems import TYPE_BASE
@@ -230,7 +231,7 @@ async def test_a_request_without_a_proper_id_is_given_one(proxy: Proxy, wrong: s
 
 async def test_h20_as_much_as_the_api_takes_goes_through_and_no_more(tmp_path: Path) -> None:
     settings = Settings(_env_file=None)
-    most = MOST_PHOTOS * (settings.max_photo_bytes * 4 // 3 + 4) + FIELDS_BYTES
+    most = MOST_PHOTOS * spelt_bytes(settings.max_photo_bytes) + FIELDS_BYTES
     limit = int(re.findall(r"client_max_body_size (\d+)m;", CONFIGURATION)[0]) * 2**20
     assert most <= limit < most + 2**20
     async with own_proxy(tmp_path) as proxy, proxy.client() as client:
