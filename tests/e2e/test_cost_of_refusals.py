@@ -247,14 +247,15 @@ def usual(service: Service) -> tuple[str, str, float]:
     gallery = new_gallery(service)
     made: Page = enrol(service, gallery, people()[1].photo)
     deadline = time.monotonic() + WARM_WITHIN_SECONDS
-    while not all(identify(service.app, people()[1].selfie, gallery=gallery).is_success for _ in range(6)):
+    while not all(identify(service.officer, people()[1].selfie, gallery=gallery).is_success for _ in range(6)):
         assert time.monotonic() < deadline  # until both processes have the gallery and the models at hand
     return gallery, made["id"], statistics.median(timed_search(service, gallery, made["id"]) for _ in range(7))
 
 
 def timed_search(service: Service, gallery: str, expected: str) -> float:
     began = time.perf_counter()
-    answer = identify(service.app, people()[1].selfie, gallery=gallery)
+    # As the officer: an application finds one person sixty times an hour at most.
+    answer = identify(service.officer, people()[1].selfie, gallery=gallery)
     assert answer.status_code == 200, answer.text
     assert [candidate["identity_id"] for candidate in answer.json()["candidates"]] == [expected]
     return time.perf_counter() - began

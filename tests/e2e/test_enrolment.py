@@ -171,7 +171,7 @@ def test_a_reference_belongs_to_one_identity_of_its_gallery_however_it_is_spelt(
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"external_ref": ""}, "external_ref"),
+        ({"external_ref": "\u3164"}, "external_ref"),
         ({"external_ref": "x" * 129}, "external_ref"),
         ({"external_ref": "a\x00b"}, "external_ref"),
         ({"full_name": "\u202eevil"}, "full_name"),
