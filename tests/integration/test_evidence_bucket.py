@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 from minio import Minio
 from pydantic import SecretStr
-from structlog.testing import capture_logs
 
 from app.config import Settings, UnsafeProduction
 from app.devstack.servers import free_port
 from app.runtime import Runtime, open_runtime
 from tests.fakes import FakeEngine
+from tests.support.logs import captured_logs
 from tests.support.services import Server
 
 
@@ -49,7 +49,7 @@ async def test_h99_production_does_not_start_with_evidence_in_a_bucket_without_l
     with pytest.raises(UnsafeProduction, match="no object lock"):
         async with serving(bucketed, "production"):
             pass
-    with capture_logs() as logged:
+    with captured_logs() as logged:
         async with serving(bucketed) as runtime:
             await runtime.evidence.append("heads/x", b"x")
     (told,) = [line for line in logged if line["event"] == "evidence_bucket_unlocked"]
@@ -57,7 +57,7 @@ async def test_h99_production_does_not_start_with_evidence_in_a_bucket_without_l
 
 
 async def test_a_bucket_that_is_made_at_the_start_has_its_lock(bucketed: Settings) -> None:
-    with capture_logs() as logged:
+    with captured_logs() as logged:
         async with serving(bucketed, "production") as runtime:
             await runtime.evidence.append("heads/x", b"x")
     assert not [line for line in logged if line["event"] == "evidence_bucket_unlocked"]

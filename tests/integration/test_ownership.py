@@ -14,7 +14,6 @@ from typing import Any
 import pymongo
 import pytest
 from pydantic import SecretStr
-from structlog.testing import capture_logs
 
 from app.audit import by_system
 from app.backups import Tell
@@ -32,6 +31,7 @@ from storage.ownership import MARK
 from storage.photos import PhotosNotOurs, PhotoStoreUnavailable
 from tests.builders import active, by_officer, default_gallery, enrolled, erased, identified, known
 from tests.fakes import FakeEngine
+from tests.support.logs import captured_logs
 from tests.support.services import Server
 from workers import jobs
 
@@ -147,7 +147,7 @@ async def test_foreign_files_are_never_deleted_whatever_is_done_with_the_place(s
         ann = await active(runtime, "ann")
         await publish(runtime, by_system("index.publish"), ann.gallery_id, holder="test")
         await identified(runtime, "ann")
-        with capture_logs() as logs:
+        with captured_logs() as logs:
             await swept(runtime)
         assert content(root) >= planted, planted - content(root)
         told = "foreign_photos_left_alone" if place == "storage_path" else "foreign_index_files_left_alone"
@@ -302,7 +302,7 @@ async def test_a_photo_share_that_is_not_mounted_at_the_start_is_left_alone_unti
 ) -> None:
     folder = settings.storage_path
     mounted = unmount(folder)
-    with capture_logs() as logs:
+    with captured_logs() as logs:
         async with open_runtime(settings, FakeEngine()) as runtime:
             (line,) = [line for line in logs if line["event"] == "place_emptied"]
             assert f"{folder} was marked by this store before, and is empty now" in line["reason"]
