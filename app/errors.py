@@ -20,8 +20,12 @@ clients. Any layer may raise these; only `app.api.problems` knows how they look 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Final, Self
+
+#: How Pydantic writes a member of an enumeration; its value is what callers send.
+_ENUM_MEMBER: Final = re.compile(r"<\w+\.\w+: ('[^']*')>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,17 @@ class Advice:
     field: str
     code: str
     message: str
+
+    @classmethod
+    def of_finding(cls, field: str, finding: Mapping[str, Any]) -> Self:
+        """What Pydantic found in a field, as a sentence. finding: one of `ValidationError.errors()`.
+
+        Our validators say how a value must be or what is wrong with it: "must not be empty".
+        """
+        code, message = finding["type"], finding["msg"]
+        if code == "value_error":
+            message = f"This {message.removeprefix('Value error, ')}."
+        return cls(field, code, _ENUM_MEMBER.sub(r"\1", message))
 
 
 class Problem(Exception):

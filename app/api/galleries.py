@@ -158,7 +158,7 @@ def _merged(base: GalleryPolicy, defaults: GalleryPolicy, patch: dict[str, Any])
     try:
         return GalleryPolicy.model_validate(known)
     except ValidationError as error:
-        advice = tuple(Advice(".".join(["policy", *map(str, e["loc"])]), e["type"], e["msg"]) for e in error.errors())
+        advice = tuple(Advice.of_finding(".".join(["policy", *map(str, e["loc"])]), e) for e in error.errors())
         raise Validation("The policy does not fit.", errors=advice) from error
 
 

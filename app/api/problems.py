@@ -165,7 +165,7 @@ def _advice(errors: Sequence[Any]) -> tuple[Advice, ...]:
     found = []
     for error in errors:
         path = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
-        found.append(Advice(field=".".join(path) or str(error["loc"][0]), code=error["type"], message=error["msg"]))
+        found.append(Advice.of_finding(".".join(path) or str(error["loc"][0]), error))
     return tuple(found)
 
 

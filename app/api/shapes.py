@@ -32,7 +32,7 @@ def _plain(text: str) -> str:
     text = composed(text)
     # Control and invisible characters, half surrogate pairs: two names that look the same must be the same.
     if not text.isprintable() or text != text.strip():
-        message = "only visible characters, and no space at either end"
+        message = "must have only visible characters, and no space at either end"
         raise ValueError(message)
     return text
 

@@ -39,7 +39,7 @@ def _small(metadata: object) -> object:
     try:
         size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, TypeError, UnicodeEncodeError, RecursionError) as error:
-        message = "holds numbers or text that JSON cannot"
+        message = "contains numbers or text that JSON does not allow"
         raise ValueError(message) from error
     if size > METADATA_BYTES:
         message = f"is larger than {METADATA_BYTES} bytes"
@@ -82,7 +82,7 @@ FullName = Annotated[
 
 def _bounded(text: str) -> str:
     if len(squeezed(text)) > COMPOSED_OF * REFERENCE_MAXIMUM:
-        message = f"no reference has more than {REFERENCE_MAXIMUM} characters"
+        message = f"must have at most {REFERENCE_MAXIMUM} characters"
         raise ValueError(message)
     return text
 
@@ -99,7 +99,7 @@ def _written_out(value: object) -> object:
     is_date = isinstance(value, date) and not isinstance(value, datetime)
     is_written = is_date or (isinstance(value, str) and _WRITTEN_DATE.fullmatch(value) is not None)
     if not is_written:
-        message = "a date is written as YYYY-MM-DD"
+        message = "must be a date, written as YYYY-MM-DD"
         raise ValueError(message)
     return value
 

@@ -89,10 +89,10 @@ def composed(text: str) -> str:
     """The text in NFC. Raises ValueError where a character has no place in text, or where nothing can be seen."""
     text = unicodedata.normalize("NFC", text)
     if not any(map(_is_seen, text)):
-        message = "must have something that can be seen"
+        message = "must contain a visible character"
         raise ValueError(message)
     if not all(map(_is_text, text)):
-        message = "holds characters that do not belong into text: controls, line breaks, overrides of the direction"
+        message = "must not contain control characters, line breaks, or characters that change the direction of text"
         raise ValueError(message)
     return text
 
@@ -104,7 +104,7 @@ def require_known(text: str) -> str:
     neither.
     """
     if any(unicodedata.category(c) in ("Co", "Cn") and ord(c) not in _HAN_PLANES for c in text):
-        message = "holds characters of private use, or unknown ones"
+        message = "must not contain characters of private use, or unknown ones"
         raise ValueError(message)
     return text
 

@@ -26,7 +26,7 @@ def clean_text(text: str) -> str:
         message = "must not be empty"
         raise ValueError(message)
     if any(unicodedata.category(character) in _HIDDEN and character not in _WRITTEN for character in text):
-        message = "contains control characters, or characters that hide or turn around text"
+        message = "must not contain control characters, or characters that hide text or change its direction"
         raise ValueError(message)
     return text
 

@@ -28,7 +28,9 @@ def moment_of(text: str) -> datetime:
     """
     parts = _WRITTEN.fullmatch(text)
     if parts is None:
-        message = "a time with its zone, as 2026-11-21T09:30:00Z or 2026-11-21T16:30:00%2B07:00 (a + in a URL is %2B)"
+        message = (
+            "must be a time with its zone, as 2026-11-21T09:30:00Z or 2026-11-21T16:30:00%2B07:00 (a + in a URL is %2B)"
+        )
         raise ValueError(message)
     second, fraction = int(parts["second"]), (parts["fraction"] or ".0")[1:7].ljust(6, "0")
     is_leap = second == _LEAP_SECOND
@@ -40,7 +42,7 @@ def moment_of(text: str) -> datetime:
         read = datetime.fromisoformat(f"{parts['minute'].upper()}:{second - is_leap:02}+00:00") - zone
         return read + (timedelta(seconds=1) if is_leap else timedelta(microseconds=int(fraction)))
     except (ValueError, OverflowError) as error:
-        message = "there is no such time"
+        message = "must be a time that exists"
         raise ValueError(message) from error
 
 

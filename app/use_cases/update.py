@@ -234,5 +234,5 @@ def _validated(merged: dict[str, Json]) -> GivenAttributes:
     try:
         return GivenAttributes.model_validate(merged)
     except ValidationError as error:
-        advice = tuple(Advice(".".join(map(str, e["loc"])), e["type"], e["msg"]) for e in error.errors())
+        advice = tuple(Advice.of_finding(".".join(map(str, e["loc"])), e) for e in error.errors())
         raise Validation(errors=advice) from error
