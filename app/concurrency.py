@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 async def all_of(*work: Awaitable[T]) -> list[T]:
@@ -21,3 +22,9 @@ async def all_of(*work: Awaitable[T]) -> list[T]:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         tasks.clear()  # their error refers to this frame: both would stay until garbage collection
+
+
+async def both(first: Awaitable[T], second: Awaitable[S]) -> tuple[T, S]:
+    """As `all_of`, for two results of different types."""
+    results: list[Any] = await all_of(first, second)
+    return results[0], results[1]

@@ -3,7 +3,6 @@
 Verification and identification use the same rules, so that neither is the way around the other (docs/adr/0050).
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
 from app.audit import Action, by_system, record
+from app.concurrency import both
 from app.config import Settings
 from app.documents.base import now
 from app.documents.budgets import FaceBudget, Finds, NonMatches, UnknownNames, this_hour
@@ -144,7 +144,7 @@ class Probing:
         """
         settings, keys, caller = self._settings, self._keys, action.actor_id
         # Side by side, for the answer waits for both. What is found in vain counts as found: that only makes it stricter.
-        has_room, totals = await asyncio.gather(
+        has_room, totals = await both(
             FaceBudget.admits_finds(keys, caller, part, identity_ids, settings.probe_identities_per_hour),
             Finds.add_all(keys, caller, identity_ids),
         )

@@ -104,10 +104,8 @@ async def identify(
     named, withheld = await _nameable(runtime, action, head, found, probe.reading.embedding, limits, limit)
     candidates = []
     for rank, identity_id in enumerate(named, start=1):
-        exact, reference = (
-            found.scores[identity_id],
-            shown_attributes(runtime.keys, head, found.people[identity_id]).external_ref,
-        )
+        exact = found.scores[identity_id]
+        reference = shown_attributes(runtime.keys, head, found.people[identity_id]).external_ref
         score = found_score(action.caller, exact)
         fpir = None if score is None else fpir_at(card, score, max(head.samples, 1))
         candidates.append(Match(identity_id, reference, band_of(exact, limits), score, rank, fpir))
