@@ -76,8 +76,8 @@ class Allowance:
     mib: int
 
 
-def confine(allowance: Allowance) -> None:
-    """Confine this process for the rest of its life."""
+def confine(allowance: Allowance) -> bool:
+    """Confine this process for the rest of its life. Returns whether its system calls are filtered, too."""
     held = int(open("/proc/self/statm", "rb").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
     most = held + allowance.mib * 2**20
     for kind, value in (
@@ -91,18 +91,18 @@ def confine(allowance: Allowance) -> None:
     # The parent's end is this process's end.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-        _filter_calls(libc)
+    return libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and _filter_calls(libc)
 
 
-def _filter_calls(libc: ctypes.CDLL) -> None:
-    """Any call but those of _ALLOWED fails with EPERM from now on. A kernel without filters leaves all of them allowed."""
+def _filter_calls(libc: ctypes.CDLL) -> bool:
+    """Let any call but those of _ALLOWED fail with EPERM. Returns False where the kernel or the machine has no filter."""
     if platform.machine() not in _ALLOWED:
-        return
+        return False
     program = _program(*_ALLOWED[platform.machine()])
     code = ctypes.create_string_buffer(program, len(program))
     head = ctypes.create_string_buffer(struct.pack("@HP", len(program) // _INSTRUCTION.size, ctypes.addressof(code)))
-    libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(head)), 0, 0)
+    filtered = libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(head)), 0, 0)
+    return bool(filtered == 0)
 
 
 def _program(architecture: int, clone: int, calls: tuple[int, ...]) -> bytes:

@@ -25,7 +25,7 @@ from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from app.domain.faces import Pixels
 from app.domain.rows import by_bands, rgb
 from app.engine.confinement import Allowance, confine
-from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, REQUEST, TICKET
+from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, READY_WITHOUT_FILTER, REQUEST, TICKET
 
 #: How often ended forks are looked for, while there are any.
 _REAP_SECONDS: Final = 0.05
@@ -84,10 +84,10 @@ def _decode_one(connection: socket.socket, allowance: Allowance) -> None:
     """Decode the one picture of this connection, confined. Runs in a fork."""
     # Standard error is the server's log. Input and output lead nowhere already.
     os.dup2(0, 2)
-    confine(allowance)
+    is_filtered = confine(allowance)
     # Files, not sockets: their calls are `read` and `write` alone.
     with os.fdopen(connection.detach(), "r+b", buffering=0) as stream:
-        stream.write(READY)
+        stream.write(READY if is_filtered else READY_WITHOUT_FILTER)
         kind, reduction, halvings, width, height, length = REQUEST.unpack(_read(stream, REQUEST.size))
         data = _read(stream, length)
         try:

@@ -11,3 +11,5 @@ ANSWER = struct.Struct("<II")
 HEIC, AVIF, JPEG2000 = b"h", b"a", b"j"
 #: A fork's first word: it runs, and is confined. What ends it from then on is its picture.
 READY = b"r"
+#: The same, where the kernel or the machine has no filter of system calls. The limits on memory and time hold.
+READY_WITHOUT_FILTER = b"u"

@@ -16,7 +16,7 @@ from app.domain.faces import Pixels
 from app.domain.formats.heif import HeifStill
 from app.domain.formats.jpeg2000 import Jpeg2000Still
 from app.domain.formats.parts import Damaged, TooCostly
-from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, REQUEST, TICKET
+from app.engine.decoder_frames import ANSWER, AVIF, HEIC, JPEG2000, READY, READY_WITHOUT_FILTER, REQUEST, TICKET
 from app.errors import DependencyUnavailable
 
 log = structlog.get_logger(__name__)
@@ -47,6 +47,7 @@ class IsolatedDecoders:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._closed = False
+        self._is_warned = False
 
     @property
     def process_id(self) -> int | None:
@@ -90,10 +91,13 @@ class IsolatedDecoders:
                 self._hand_over(ticket, theirs)
             ours.settimeout(_START_SECONDS)
             try:
-                _receive(ours, memoryview(bytearray(len(READY))))
+                _receive(ours, memoryview(first := bytearray(len(READY))))
             except (OSError, EOFError):
                 log.warning("decoder_not_started")
                 raise _cannot_start() from None
+            if first == READY_WITHOUT_FILTER and not self._is_warned:
+                self._is_warned = True
+                log.warning("decoder_calls_not_filtered")
             ours.settimeout(2 * TICKET.unpack(ticket)[1])
             try:
                 ours.sendall(request)

@@ -20,11 +20,12 @@ from app.domain.formats import heif, jpeg2000
 from app.domain.formats.heif import HeifStill
 from app.domain.formats.jpeg2000 import Jpeg2000Still
 from app.domain.formats.parts import Damaged, TooCostly
-from app.engine import decoder_child, decoders
+from app.engine import confinement, decoder_child, decoders
 from app.engine.confinement import Allowance, confine
 from app.engine.decoder_frames import READY, TICKET
 from app.engine.decoders import IsolatedDecoders
 from app.errors import DependencyUnavailable
+from tests.support.logs import captured_logs
 from tests.support.photos import ASTRONAUT, pixels_of
 from tests.support.picture_files import heif_file, jpeg2000_file
 
@@ -234,6 +235,24 @@ def test_what_a_fork_writes_does_not_reach_the_log() -> None:
     os.close(writing)
     assert os.read(reading, 100) == b""
     os.close(reading)
+
+
+def test_a_machine_without_filters_of_calls_is_logged_once() -> None:
+    def no_filters() -> None:
+        confinement.platform.machine = lambda: "sparc64"  # type: ignore[attr-defined]
+
+    control, child = _serving(no_filters)
+    isolated = IsolatedDecoders()
+    isolated._control = control
+    isolated._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with captured_logs() as lines:
+            for _ in range(2):
+                assert isolated.decode(_stills()["avif"], 1).shape == PORTRAIT.shape
+        assert [line["event"] for line in lines] == ["decoder_calls_not_filtered"]
+    finally:
+        isolated.close()
+        os.waitpid(child, 0)
 
 
 def _open_a_file() -> None:
