@@ -1,6 +1,7 @@
-"""What every door that compares faces asks of a caller before it answers: nonces, replays, attempts and budgets.
+"""Rules for callers that compare faces: nonces, replays, attempts and budgets.
 
-Verification and identification use the same rules, so that neither is the way around the other (docs/adr/0050).
+Verification and identification use the same rules. So a caller cannot avoid the rules of one by using the other
+(docs/adr/0050).
 """
 
 from collections.abc import Sequence
@@ -34,15 +35,15 @@ log = structlog.get_logger(__name__)
 PROBING = Counter(
     "idem_probing_total", "Signs of slow probing: faces, names and finds over budget, callers over the alarm", ["sign"]
 )
-#: Retry-After where only an officer's reset helps.
+#: Retry-After for an identity that an officer must reset. The time of the reset is not known, so clients ask once a day.
 A_DAY_SECONDS: Final = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What a photo is recognised by when it is presented again.
+    """Digests that show that a photo was presented before.
 
-    picture: digest of its decoded pixels. file: SHA-256 of its bytes. Versions before 2026-12 knew the second one only.
+    picture: digest of its decoded pixels. file: SHA-256 of its bytes. Versions before 2026-12 stored `file` only.
     """
 
     picture: bytes
@@ -50,12 +51,12 @@ class Marks:
 
 
 def binds(action: Action) -> bool:
-    """Whether the rules of relying applications bind the caller: everybody but officers, whatever other roles they have."""
+    """Whether the rules of relying applications bind the caller. They bind every caller without the role of officer."""
     return action.caller is not None and not action.caller.has(Role.OFFICER)
 
 
 class Probing:
-    """The rules, with the settings and keys that they need; one per process."""
+    """The rules, with the settings and keys that they need. Each process has one."""
 
     def __init__(self, settings: Settings, keys: KeyRing) -> None:
         self._settings = settings
@@ -68,10 +69,10 @@ class Probing:
     async def challenge_of(
         self, action: Action, gallery_id: str, identity_id: str | None, nonce: str | None, *, is_required: bool
     ) -> str | None:
-        """The challenge that a nonce was given in; None for a nonce of the caller's own, or none.
+        """The id of the challenge that the nonce belongs to. None for a caller's own nonce, and without a nonce.
 
-        identity_id: whom the photo is said to show; None in a search, for which only a nonce without an identity holds. Raises
-        NonceInvalid where it does not hold, before any work on the photo. Only `use` uses it up.
+        identity_id: the claimed identity. None in a search: only a nonce without an identity is valid there. Raises
+        NonceInvalid for a nonce that is not valid, before any work on the photo. Only `use` uses the challenge up.
         """
         text = nonce or ""
         if not text.startswith(NONCE_PREFIX):
@@ -91,14 +92,17 @@ class Probing:
         challenge: str | None,
         session: AsyncClientSession,
     ) -> None:
-        """Use a challenge up, if there is one. Raises NonceInvalid where another request was faster."""
+        """Use the challenge up, if there is one. Raises NonceInvalid if another request has used it already."""
         if challenge is not None and not await Challenge.use(
             challenge, action.actor_id, gallery_id, identity_id, session
         ):
             raise _bad_nonce()
 
     async def require_new(self, presented_to: str, marks: Marks, session: AsyncClientSession) -> None:
-        """Raises ReplayedPhoto where the photo was presented to this identity or gallery already; from now on it was."""
+        """Record that the photo was presented. Raises ReplayedPhoto if it was presented here before.
+
+        presented_to: id of the identity or gallery.
+        """
         ids = [
             self._keys.keyed_hash("presented-picture", presented_to.encode() + marks.picture).hex(),
             self._keys.keyed_hash("presented", presented_to.encode() + marks.file).hex(),
@@ -107,7 +111,7 @@ class Probing:
             raise ReplayedPhoto("Please take a new photo.")
 
     def wait_for(self, identity: Identity) -> timedelta | None:
-        """How long nobody may be compared with the identity: zero for not at all, None for until an officer resets it."""
+        """How long comparisons with the identity are refused. Zero: not at all. None: until an officer resets the attempts."""
         settings, attempts = self._settings, identity.attempts
         limits = AttemptLimits(
             settings.attempts_before_wait,
@@ -117,7 +121,7 @@ class Probing:
         return wait_before_attempt(attempts.consecutive, attempts.last_failure, now(), limits)
 
     def require_attempts_left(self, identity: Identity) -> None:
-        """Raises AttemptsExhausted while nobody may be compared with the identity."""
+        """Raises AttemptsExhausted while comparisons with the identity are refused."""
         wait = self.wait_for(identity)
         if wait is None:
             raise AttemptsExhausted(
@@ -130,7 +134,7 @@ class Probing:
     async def admit_claim(self, action: Action, part: int, name: str, session: AsyncClientSession | None) -> None:
         """Count a claim on a name against the budget of its face. Raises RateLimited beyond the budget.
 
-        name: the identity's id; or what stands for a name that belongs to nobody.
+        name: the identity's id, or a substitute id for a name that no identity has.
         """
         limit = self._settings.probe_identities_per_hour
         if not await FaceBudget.admits(self._keys, action.actor_id, part, name, limit, session):
@@ -139,11 +143,12 @@ class Probing:
     async def admit_finds(self, action: Action, part: int, identity_ids: Sequence[str]) -> set[str]:
         """Count the identities that a search found. Returns those that the caller may see.
 
-        An identity that this caller found too often within the hour is not among them. The answer must not differ from one that
-        does not find it. Raises RateLimited where the budget of the face is spent, no matter whether anybody was found.
+        An identity that this caller found too often within the hour is left out. The answer then equals one that does not find
+        the identity. Raises RateLimited when the budget of the face is spent, even if the search found no identity.
         """
         settings, keys, caller = self._settings, self._keys, action.actor_id
-        # Side by side, for the answer waits for both. What is found in vain counts as found: that only makes it stricter.
+        # Both run at the same time, because the answer waits for both. Finds count even if the face has no room left. That only
+        # makes the rule stricter.
         has_room, totals = await both(
             FaceBudget.admits_finds(keys, caller, part, identity_ids, settings.probe_identities_per_hour),
             Finds.add_all(keys, caller, identity_ids),
@@ -157,9 +162,9 @@ class Probing:
         return {identity_id for identity_id, total in totals.items() if total <= limit}
 
     async def count_unknown(self, action: Action) -> bool:
-        """Count a claim on a name that belongs to nobody whom the caller may see; whether the budget still has room.
+        """Count a claim on a name that no identity has, or none that the caller may see. Returns whether the budget has room.
 
-        Officers have no such budget: they may list everybody. Reaching the limit raises an alarm.
+        Officers have no such budget, because they may list all identities. Reaching the limit raises an alarm.
         """
         if not binds(action):
             return True
@@ -182,10 +187,10 @@ class Probing:
 
     def too_many_names(self, action: Action) -> RateLimited:
         """The refusal of a caller that has asked about too many unknown names."""
-        return self._probing(action, "name", "You have asked about too many names that nobody has.")
+        return self._probing(action, "name", "You have asked about too many names that no identity has.")
 
     async def count_non_match(self, action: Action) -> None:
-        """Count it for the caller; the one that reaches the alarm becomes an event of its own. The answer is not changed."""
+        """Count a non-match for the caller. The count that reaches the limit raises an alarm. The answer does not change."""
         alarm = self._settings.non_matches_alarm_per_hour
         try:
             if await NonMatches.add(self._keys, action.actor_id) == alarm:
@@ -194,7 +199,7 @@ class Probing:
             log.warning("non_match_not_counted", caller=action.actor_id, error=type(failure).__name__)
 
     async def _alarm(self, action: Action, sign: str, detail: Detail) -> None:
-        """Raise an alarm about the caller: an event of its own, a log line, the metric."""
+        """Raise an alarm about the caller: an audit event, a log line, and the metric."""
         PROBING.labels(sign).inc()
         log.warning("probing_alarm", sign=sign, caller=action.actor_id, **detail)
         kind = "system" if action.caller is None else action.caller.kind
@@ -213,6 +218,6 @@ class Probing:
 
 
 def _bad_nonce() -> NonceInvalid:
-    """The same whatever is wrong with it: a nonce of somebody else's is nobody's business."""
-    message = "Ask for a new nonce (POST /v1/challenges) and send it with a selfie taken since."
+    """One refusal for every fault of a nonce. So it does not reveal that another caller has this nonce."""
+    message = "Ask for a new nonce (POST /v1/challenges) and send it with a selfie that is taken after that."
     return NonceInvalid(message, errors=(Advice("nonce", "nonce-invalid", message),))

@@ -1,6 +1,6 @@
-"""Readings: an answer that shows people's attributes is an event before it is given, and many people are an alarm.
+"""Readings: an event records each answer that shows people's attributes, before the answer is sent.
 
-docs/adr/0049-reads-are-events.md
+A caller who reads many people raises an alarm. See docs/adr/0049-reads-are-events.md.
 """
 
 from collections import Counter
@@ -33,10 +33,10 @@ async def note_reading(
     *,
     identity_id: str | None = None,
 ) -> None:
-    """Record that the caller is shown these people. The answer waits for it: raises AuditRefused where it cannot be recorded.
+    """Record that the caller is shown these people. Raises AuditRefused if the log cannot record it: then do not answer.
 
-    people: the name of each one's gallery, by the id of the identity. detail: further details for the event. identity_id: the one
-    that it is all about; None: the subject of the action.
+    people: the name of the gallery, by the id of the identity. detail: more details for the event. identity_id: the subject of
+    the event. None: the subject of the action.
     """
     galleries = Counter(people.values())
     told: Detail = {"people": len(people), **(detail or {})}
@@ -52,7 +52,8 @@ async def note_reading(
 async def note_answer(runtime: Runtime, action: Action, gallery_name: str, identity: Identity) -> None:
     """Note that one identity is shown. If the caller's action has its own event, the person is only counted.
 
-    Whoever has just enrolled the person asks for the verdict, and is shown what they sent. That is no event, and not counted.
+    A caller who has just enrolled the person asks for the verdict, and sees what they sent themselves. That is neither
+    recorded nor counted.
     """
     is_own_news = action.is_read and identity.status == "pending" and identity.created_by == action.actor_id
     if is_own_news or (action.is_recorded and action.name == "identity.enrol"):
@@ -60,14 +61,17 @@ async def note_answer(runtime: Runtime, action: Action, gallery_name: str, ident
     if action.is_recorded:
         await count_people(runtime, action, [identity.id])
         return
-    # A repetition with an idempotency key does nothing, and shows the person all the same.
+    # A repetition with an idempotency key changes nothing, but it shows the person.
     detail: Detail = {} if action.is_read else {"answer_to": action.name}
     reading = replace(action, name="identity.read")
     await note_reading(runtime, reading, {identity.id: gallery_name}, detail, identity_id=identity.id)
 
 
 async def count_people(runtime: Runtime, action: Action, identity_ids: Collection[str]) -> None:
-    """Count whom the caller is shown. PEOPLE_READ_ALARM_PER_HOUR different people within an hour raise an alarm, once an hour."""
+    """Count the people that the caller is shown.
+
+    PEOPLE_READ_ALARM_PER_HOUR different people within an hour raise an alarm, once an hour.
+    """
     caller, alarm = action.caller, runtime.settings.people_read_alarm_per_hour
     if caller is None or not identity_ids:
         return
@@ -80,5 +84,5 @@ async def count_people(runtime: Runtime, action: Action, identity_ids: Collectio
             None, by_system("identity.bulk_read"), subject_kind=caller.kind, subject_id=caller.id,
             detail={"people": alarm},
         )  # fmt: skip
-    except (PyMongoError, AuditRefused) as failure:  # the action is recorded: only its count is lost
+    except (PyMongoError, AuditRefused) as failure:  # the action is recorded; only its count is lost
         log.warning("reading_not_counted", caller=caller.id, error=type(failure).__name__)

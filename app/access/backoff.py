@@ -1,18 +1,18 @@
-"""Failed logins cost time: back-off by where they come from, and never a lock-out.
+"""Failed logins make the next login wait. The wait depends on the address, and no account is ever locked.
 
-Each failure counts against the name *at that address*, against the name in the wider networks that the address lies in, and
-against the address with whatever name (a user's, a client's, or nobody's: they are not told apart). Only these make somebody
-wait. So nobody's failures elsewhere refuse the right password, and every further address brings a guesser few guesses.
+A failure counts three times: for the name at that address, for the name in each wider network around the address, and for the
+address with any name. The name may be a user's, a client's, or unknown. Only these counts cause waits. So failures from other
+networks never refuse the right password, and each further address gives an attacker only a few guesses.
 
-Failures also count against the name alone. That number makes nobody wait: a wait of the name would be one that a stranger can
-bring about. When it is large, each address gets fewer guesses and longer waits, and operators are told (docs/adr/0047).
+A failure also counts for the name alone. This count causes no wait, because then any attacker could lock the user out. When it
+is large, each address gets fewer guesses and longer waits, and an alarm informs the operators (docs/adr/0047).
 
-An address from which the name succeeded lately stands for itself: there only its own failures with that name count, so that
-one person's slips do not make a whole office wait.
+An address is known to a name after a successful login there. At a known address only the failures of that name at that address
+count. So the mistakes of one person do not make a whole office wait.
 
-Whoever waits learns nothing: not before the password is looked at, and not after it, when the wait began in between.
-So however many guesses come at once, no more are answered than were left. Only who shares an address can tell, while it
-waits, which names stand for themselves there (docs/adr/0025).
+A refused attempt does not reveal whether the password was right. This also applies if the wait began while the password was
+checked. So parallel guesses get no more answers than there were guesses left. One thing can be learnt: while an address waits,
+its users can find out which names are known there (docs/adr/0025).
 """
 
 import math
@@ -29,13 +29,14 @@ from app.keys import KeyRing
 
 HOUR_SECONDS: Final = 3600
 DAY_SECONDS: Final = 24 * HOUR_SECONDS
-#: After this many failures of strangers with one name, it is under attack, until two days without another one.
+#: A name is under attack after this many failures at addresses that are not known to it. The attack is over after two days
+#: without another failure. The figures of this file are those of docs/adr/0047.
 ATTACK_FAILURES: Final = 20
-#: Then an address gets two guesses. 15 minutes of wait follow, doubled by each further failure, a day at most.
+#: During an attack an address gets two guesses. Then it waits 15 minutes. Each further failure doubles the wait, up to a day.
 UNDER_ATTACK: Final = Waits(2, 900, DAY_SECONDS, DAY_SECONDS)
-#: What one name may fail in a network of 24 (IPv6: 48) bits, and in one of 16 (IPv6: 32) bits, before all of it waits.
+#: Failures of one name before a whole network waits: a network of 24 (IPv6: 48) bits, and one of 16 (IPv6: 32) bits.
 IN_NETWORK: Final = (Waits(256, 900, DAY_SECONDS, DAY_SECONDS), Waits(4096, 900, DAY_SECONDS, DAY_SECONDS))
-#: From so many networks an attack is an alarm. It is looked at after every so many failures.
+#: An attack from this many networks raises an alarm. The networks are counted after every ALARM_EVERY failures.
 ALARM_NETWORKS: Final = 5
 ALARM_EVERY: Final = 10
 
@@ -50,7 +51,7 @@ class Attack:
 
 
 class Backoff:
-    """Counts failed logins in MongoDB, for all processes together. Without MongoDB nobody logs in."""
+    """Counts failed logins in MongoDB, for all processes together. Without MongoDB no login is possible."""
 
     def __init__(self, settings: Settings, keys: KeyRing) -> None:
         """Names and addresses are stored as keyed hashes only."""
@@ -60,7 +61,7 @@ class Backoff:
         self._keys = keys
 
     async def begin(self, name: str, address: str | None) -> "Attempt":
-        """An attempt to log in with this name from this address, before anything of it is looked at.
+        """Begin an attempt to log in with this name from this address. Call it before the password is checked.
 
         Raises RateLimited while there is a wait.
         """
@@ -84,7 +85,7 @@ class Backoff:
         return attempt
 
     async def forgive(self, name: str) -> None:
-        """Forget the failures of a name, wherever they were."""
+        """Forget the failures of a name at all addresses."""
         await FailedLogins.forgive(self._id("name", name))
 
     def _id(self, kind: str, value: str) -> str:
@@ -93,9 +94,10 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt to log in, whose outcome is to be told: `failed` or `succeeded`, once.
+    """One attempt to log in. The caller reports its outcome once, by `failed` or `succeeded`.
 
-    name, place, here (both together) and networks (the name in each, the narrowest first) are ids of what is remembered of them.
+    name, place, here and networks are ids of documents in `FailedLogins`. place: the address. here: the name at the address.
+    networks: the name in each wider network, the narrowest first.
     """
 
     name: str
@@ -110,26 +112,26 @@ class Attempt:
 
     @property
     def waits_as(self) -> Stranger | None:
-        """In whose place the password waits to be looked at; None goes before all strangers."""
+        """The origin that decides how long the password waits for its check. None goes before all unknown origins."""
         return None if self.is_known_here else self.stranger
 
     @property
     def _counted(self) -> dict[str, Waits]:
-        """What a failure counts against, and what makes it wait."""
+        """The ids that a failure counts for, each with its waits."""
         if self.is_known_here:
             return {self.here: self.by_name}
         here = UNDER_ATTACK if self.is_under_attack else self.by_name
         return {self.here: here, **dict(zip(self.networks, IN_NETWORK, strict=False)), self.place: self.by_place}
 
     def require_no_wait(self, seen: Mapping[str, Remembered]) -> None:
-        """Raises RateLimited while one of what counts has to wait."""
+        """Raises RateLimited while one of the counted ids has a wait."""
         for id_ in self._counted:
             _require_no_wait(seen.get(id_, NOTHING))
 
     async def failed(self) -> Attack | None:
-        """Count a failure. Returns the attack that it is part of, where an alarm is due.
+        """Count a failure. Returns the attack that it belongs to if an alarm is due, else None.
 
-        Raises RateLimited when a wait began since: then the failure must not be told.
+        Raises RateLimited if a wait began after `begin`. The answer must not reveal then that the password was wrong.
         """
         for id_, waits in self._counted.items():
             of = None if id_ == self.place else self.name
@@ -144,7 +146,10 @@ class Attempt:
         return Attack(self.name, failures, networks) if networks >= ALARM_NETWORKS else None
 
     async def succeeded(self) -> None:
-        """Take back the failures of this name from here. Raises RateLimited when a wait began since: nothing must be told."""
+        """Take back the failures of this name at this address.
+
+        Raises RateLimited if a wait began after `begin`. The answer must not reveal then that the password was right.
+        """
         self.require_no_wait(await FailedLogins.remembered(list(self._counted)))
         before = await FailedLogins.make_known(self.here, self.name)
         if not self.is_known_here:

@@ -1,6 +1,6 @@
-"""What an account may be given: roles by its kind, and galleries by their names.
+"""Roles and galleries that an admin may give to an account.
 
-Admins give galleries by name, and see them by name. Accounts keep them by id: a later gallery of the same name is another one.
+Admins see and give galleries by name. Accounts store their ids, so a later gallery of the same name is not included.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from app.errors import Advice, Forbidden, Validation
 
 
 def check_roles(roles: Sequence[Role], possible: Collection[Role]) -> None:
-    """One or more different ones of the possible roles. Raises Validation."""
+    """Raises Validation unless these are one or more different roles, all of them possible for the account."""
     if not roles or len(set(roles)) != len(roles):
         raise _unfit("roles", "One or more different roles are needed.")
     if not set(roles) <= set(possible):
@@ -21,10 +21,10 @@ def check_roles(roles: Sequence[Role], possible: Collection[Role]) -> None:
 
 
 async def granted(giver: Caller | None, names: Sequence[str] | None, session: AsyncClientSession) -> list[str] | None:
-    """The ids of the galleries that an account shall be bound to; None means all.
+    """The ids of the galleries that the account is to be bound to. None means all galleries.
 
-    giver: None is the system, which may give everything. Raises Forbidden for galleries that the giver does not have, whether
-    they exist or not. Raises Validation for names that no gallery has.
+    giver: None is the system, which may give all galleries. Raises Forbidden for galleries that the giver does not have, even
+    if they do not exist. Raises Validation for names that no gallery has.
     """
     if names is None:
         if giver is not None and giver.galleries is not None:
@@ -44,12 +44,12 @@ async def granted(giver: Caller | None, names: Sequence[str] | None, session: As
 
 
 async def shown(galleries: Sequence[str] | None, session: AsyncClientSession | None = None) -> tuple[str, ...] | None:
-    """The names of the galleries of an account; None means all."""
+    """The names of an account's galleries. None means all galleries."""
     return None if galleries is None else named(galleries, await Gallery.names_by_id(galleries, session))
 
 
 def named(galleries: Sequence[str], names: dict[str, str]) -> tuple[str, ...]:
-    """The names of these galleries, in their order. A gallery that is gone has none."""
+    """The names of these galleries, in their order. Deleted galleries are left out."""
     return tuple(names[id_] for id_ in galleries if id_ in names)
 
 

@@ -1,8 +1,8 @@
 """Passwords: their length, their spelling, and Argon2id in a bounded pool of its own.
 
-A hash takes 64 MiB. Few at once and a short line keep a flood of logins from eating the memory, and from standing in
-the way of faces and searches, which have an executor of their own. The line is in order of who asked least, so that a
-stranger's flood does not stand in the way of people either.
+A hash takes 64 MiB. The pool runs few hashes at once and keeps a short line, so a flood of logins cannot use up the memory.
+Faces and searches have another executor, so logins do not delay them. The line serves the origins with the fewest requests
+first, so a flood from unknown origins does not delay other people.
 """
 
 import asyncio
@@ -30,18 +30,21 @@ T = TypeVar("T")
 PASSWORD_MINIMUM, PASSWORD_MAXIMUM = 8, 256
 #: OWASP's stronger profile: 64 MiB, three passes, four lanes; 0.15 s on one core.
 _ARGON2: Final = argon2.using(type="ID", memory_cost=64 * 1024, rounds=3, parallelism=4)
-#: The event loop and the stores come first.
+#: Added to the niceness of a hashing thread, so that the event loop and the stores come first. Linux takes 0 to 19.
 _NICENESS: Final = 5
-#: When a place in the line should be free again.
+#: Retry-After of a full line. A hash takes 0.15 s, so some of the line is free again after this time.
 _RETRY_AFTER_SECONDS: Final = 2
-#: How long it counts who asked, and for how many places and networks.
+#: Requests of an origin count for this long. More names than this are forgotten sooner, which bounds the memory to some MB.
 _COUNTED_SECONDS: Final = 60.0
 _MOST_COUNTED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """Where somebody unknown comes from: the address (IPv6: the network of 64 bits), and the network around it."""
+    """The origin of an unknown caller.
+
+    place: the address (IPv6: the network of 64 bits). network: the wider network around it.
+    """
 
     place: str
     network: str
@@ -49,7 +52,7 @@ class Stranger:
 
 @dataclass(eq=False, slots=True)
 class _Turn:
-    """One password that waits for a thread. The smallest rank goes first, and of equal ones the first that came."""
+    """One password that waits for a thread. The smallest rank goes first. Equal ranks go in the order of their arrival."""
 
     rank: tuple[int, int, int]
     work: Callable[[], Any]
@@ -57,7 +60,7 @@ class _Turn:
 
 
 class _Asked:
-    """How often strangers asked from a place or network within the last minute or two, also in vain."""
+    """Counts the requests of each unknown origin within the last one to two minutes. Refused requests count too."""
 
     def __init__(self) -> None:
         self._present: Counter[str] = Counter()
@@ -65,7 +68,10 @@ class _Asked:
         self._began = time.monotonic()
 
     def rank(self, stranger: Stranger | None) -> tuple[int, int, int]:
-        """Whoever is known goes first; then who asked least from the address, and then from the network. Counts this one."""
+        """The rank of a request in the line; counts the request.
+
+        Known callers go first. Then the fewest requests from the address decide, then the fewest from the network.
+        """
         if stranger is None:
             return 0, 0, 0
         moment = time.monotonic()
@@ -81,8 +87,8 @@ class _Asked:
 class PasswordPool:
     """Hashes and checks passwords, a few at a time; one per process. Used from one event loop.
 
-    The line is in the order of `_Asked.rank`. So a stranger's flood keeps others waiting for the hashes that run already, and
-    for as many networks as are new.
+    The line is in the order of `_Asked.rank`. During a flood others wait for the hashes that already run, and for one request
+    of each new network.
     """
 
     def __init__(self, threads: int, line: int) -> None:
@@ -93,11 +99,11 @@ class PasswordPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="password", initializer=_in_the_background)
 
     async def hashed(self, password: str) -> str:
-        """The password's hash, with its salt and costs in it. Raises NotReady when too many wait already."""
+        """The password's hash, with its salt and costs. Raises NotReady when the line is full."""
         return await self._run(lambda: hash_password(password))
 
     async def matches(self, password: str, hashed: str | None, stranger: Stranger | None = None) -> bool:
-        """As `password_matches`. stranger: who asks, unless they are known. Raises NotReady when too many wait already."""
+        """As `password_matches`. stranger: the origin; None for a known caller. Raises NotReady when the line is full."""
         if len(password) > PASSWORD_MAXIMUM:
             return False
         return await self._run(lambda: password_matches(password, hashed), stranger)
@@ -111,13 +117,13 @@ class PasswordPool:
         try:
             answer: T = await turn.answer
         finally:
-            # Whoever hangs up leaves the line, but a hash that has begun keeps its thread until it ends.
+            # A caller that disconnects leaves the line. A hash that has begun keeps its thread until it ends.
             if turn in self._waiting:
                 self._waiting.remove(turn)
         return answer
 
     def close(self) -> None:
-        """Let go of the threads; who still waits is refused."""
+        """Stop the threads, and refuse the requests that still wait."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for turn in tuple(self._waiting):
             self._refuse(turn)
@@ -156,15 +162,15 @@ def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[..., None], *argu
 
 
 def check_password(password: str, *, refuse_common: bool) -> None:
-    """Refuse a new password by its length, before any hashing, or as one that everybody tries. Raises Validation.
+    """Raises Validation for a new password of the wrong length, or a common one. Hashes nothing.
 
-    refuse_common: in production; a development stack may have a password that its people remember.
+    refuse_common: true in production. A development stack may have a password that is easy to remember.
     """
     if not PASSWORD_MINIMUM <= len(password) <= PASSWORD_MAXIMUM:
         message = f"A password has {PASSWORD_MINIMUM} to {PASSWORD_MAXIMUM} characters."
         raise Validation(message, errors=(Advice("password", "length", message),))
     if refuse_common and _normal(password).casefold() in _common_passwords():
-        message = "This password is among those that are tried first."
+        message = "This password is too common, so attackers try it first. Choose another one."
         raise Validation(message, errors=(Advice("password", "common", message),))
 
 
@@ -174,7 +180,10 @@ def hash_password(password: str) -> str:
 
 
 def password_matches(password: str, hashed: str | None) -> bool:
-    """Whether it is the password; None (there is no such user) costs the same time and is never one. Blocking."""
+    """Whether the password belongs to the hash. Blocking.
+
+    hashed: None if there is no such user. The check then takes the same time, and returns False.
+    """
     if len(password) > PASSWORD_MAXIMUM:
         return False
     matches = cast("bool", _ARGON2.verify(_normal(password), hashed or _decoy_hash()))
@@ -182,8 +191,8 @@ def password_matches(password: str, hashed: str | None) -> bool:
 
 
 def _normal(password: str) -> str:
-    # One keyboard sends an umlaut composed, another decomposed (NIST SP 800-63B, 3.1.1.2). Half a surrogate pair
-    # cannot be encoded and stands for itself, escaped.
+    # Some keyboards send an umlaut composed, others decomposed (NIST SP 800-63B, 3.1.1.2). Half a surrogate pair cannot be
+    # encoded, so it is escaped.
     return unicodedata.normalize("NFKC", password).encode("utf-8", "backslashreplace").decode()
 
 
