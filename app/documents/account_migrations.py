@@ -1,6 +1,6 @@
 """Steps of `migrations` that change what accounts may do. Each change is one transaction with its audit event.
 
-They work on raw documents, and write raw events: both as this version stores them.
+The steps read and write raw documents and raw events, in the form that this version stores.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -25,10 +25,10 @@ _COLLECTIONS: Final = (("users", "user"), ("clients", "client"))
 
 
 async def grants_by_id(database: Database) -> int:
-    """`galleries` of users and clients were names, and are ids. A name without a gallery is dropped.
+    """Replace the names in `galleries` of users and clients by ids. Returns the number of changed accounts.
 
-    An account that an older process writes afterwards has names again. A name is no id, so it gives nothing until a process
-    starts and this step runs. The ids of galleries that are gone are dropped too.
+    Names and ids without a gallery are dropped. An older process may write names again later. A name matches no id, so it
+    grants nothing until a process starts and this step runs.
     """
     ids = [row["_id"] async for row in database["galleries"].find({}, {"_id": 1})]
     changed = 0
@@ -40,16 +40,16 @@ async def grants_by_id(database: Database) -> int:
 
 
 async def _with_ids(database: Database, collection: str, kind: str, account: Mapping[str, Any]) -> int:
-    """Give the account ids for names; 1 if it changed."""
+    """Replace the account's names by ids. Returns 1 if the account changed, else 0."""
     former = account["galleries"]
-    # Read after the account: while this process starts, an admin may make a gallery and give it to somebody.
+    # Read after the account: while this process starts, an admin may make a gallery and give it to an account.
     named = {"$or": [{"_id": {"$in": former}}, {"name": {"$in": former}}]}
     galleries = {row["_id"]: row["name"] async for row in database["galleries"].find(named, {"name": 1})}
     ids = {name: id_ for id_, name in galleries.items()}
     kept = list(dict.fromkeys(one if one in galleries else ids[one] for one in former if one in {*galleries, *ids}))
     if kept == former:
         return 0
-    # What the event shows are names; an id without a gallery has none left.
+    # The event shows names. An id without a gallery has no name, so the event shows the id.
     old = sorted(galleries.get(one, one) for one in former)
     new = sorted(galleries[one] for one in kept)
     told = {} if old == new else {"galleries": {"old": old, "new": new}}
@@ -57,7 +57,10 @@ async def _with_ids(database: Database, collection: str, kind: str, account: Map
 
 
 async def client_roles(database: Database) -> int:
-    """Clients keep the roles that are for clients, and lose others. Their access tokens end, as with any change of roles."""
+    """Remove roles that clients may not have. Returns the number of changed clients.
+
+    The access tokens of a changed client end, as with any change of roles.
+    """
     changed = 0
     async for client in database["clients"].find(
         {"roles": {"$elemMatch": {"$nin": list(_CLIENT_ROLES)}}}, {"roles": 1}
@@ -70,7 +73,10 @@ async def client_roles(database: Database) -> int:
 
 
 async def audience_claims(database: Database) -> int:
-    """Each audience gets its owner (see `settle_claims`); what several clients have is logged at every start."""
+    """Give each audience its owner (see `settle_claims`). Returns the number of changed claims.
+
+    Every start logs the audiences that several clients have.
+    """
 
     async def body(session: AsyncClientSession) -> tuple[int, list[dict[str, Any]]]:
         changed = await settle_claims(database, session)
@@ -92,7 +98,10 @@ async def _change(
     fields: dict[str, Any],
     told: dict[str, Any],
 ) -> int:
-    """Change the account if it is still as it was read; 1 if it was. told: the event's `changes`; empty for no event."""
+    """Change the account if its fields are still as they were read. Returns 1 if it changed, else 0.
+
+    told: the `changes` of the event. Empty: no event is written.
+    """
     unchanged = {"_id": account["_id"], **{name: account[name] for name in fields}}
     update: dict[str, Any] = {"$set": fields}
     if "roles" in fields:

@@ -1,4 +1,4 @@
-"""Whose an audience is: each belongs to one client application."""
+"""Owners of audiences: each audience belongs to one client application."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -14,10 +14,10 @@ from app.errors import Advice, Conflict
 
 
 class AudienceClaim(Stored):
-    """One audience and its owner; the id is the audience. A client's own id is an audience too, and its own.
+    """One audience and its owner. The id is the audience. A client's own id is also an audience, and the client owns it.
 
-    client_id: None while several clients have the audience, as earlier versions allowed. It is nobody's until an admin leaves it
-    to one of them. `Client.audiences` says what an admin gave; only what is claimed here may be used.
+    client_id: None while several clients have the audience, as earlier versions allowed. Then none of them owns it, until an
+    admin leaves it to one client. `Client.audiences` lists what an admin gave. A client may use only the audiences it owns here.
     """
 
     client_id: str | None
@@ -39,9 +39,9 @@ class AudienceClaim(Stored):
 
     @classmethod
     async def take(cls, client_id: str, audiences: Collection[str], session: AsyncClientSession) -> None:
-        """Claim these for the client. Raises Conflict for another client's.
+        """Claim these audiences for the client. Raises Conflict for one that another client has.
 
-        Of two transactions that claim the same audience, one conflicts, starts again, and finds it taken.
+        If two transactions claim the same audience, one of them conflicts. It starts again, and raises Conflict.
         """
         wanted = sorted(set(audiences))
         rows = cls.get_pymongo_collection().find({"_id": {"$in": wanted}}, session=session)
@@ -56,7 +56,10 @@ class AudienceClaim(Stored):
 
     @classmethod
     async def release(cls, client_id: str, audiences: Collection[str], session: AsyncClientSession) -> None:
-        """The client has these no longer; its own document says so already. What one other client has becomes that client's."""
+        """Release audiences that the client's document no longer lists.
+
+        If exactly one other client has the audience, that client owns it from now on.
+        """
         claims = cls.get_pymongo_collection()
         for audience in sorted(set(audiences)):
             holders = await Client.get_pymongo_collection().distinct(
@@ -71,7 +74,7 @@ class AudienceClaim(Stored):
 
     @classmethod
     async def contested(cls, session: AsyncClientSession | None = None) -> list[tuple[str, str | None, list[str]]]:
-        """The audiences that a client has without owning them: the audience, its owner or None, and the clients that have it."""
+        """The audiences that a client has but does not own: the audience, its owner or None, and the clients that have it."""
         rows = Client.get_pymongo_collection().find(
             {"audiences.0": {"$exists": True}}, {"audiences": 1}, session=session
         )
@@ -89,10 +92,10 @@ class AudienceClaim(Stored):
 
 
 async def settle_claims(database: AsyncDatabase[dict[str, Any]], session: AsyncClientSession) -> int:
-    """Bring the claims to what the stored clients have: a step of `migrations`. Returns how many it changed.
+    """Make the claims agree with the stored clients: a step of `migrations`. Returns the number of changed claims.
 
     Needed after an upgrade, after the restore of an older backup, and after an older process has written clients. An owner
-    that still has its audience stays the owner. What several clients have, and none of them owned before, is nobody's.
+    that still has its audience stays the owner. An audience that several clients have, without an earlier owner, has no owner.
     """
     claims, clients = database["audience_claims"], database["clients"]
     holders: dict[str, list[str]] = defaultdict(list)
@@ -111,14 +114,14 @@ async def settle_claims(database: AsyncDatabase[dict[str, Any]], session: AsyncC
             continue
         writes.append(UpdateOne({"_id": audience}, {"$set": {"client_id": owner}}, upsert=True))
     writes += [DeleteOne({"_id": one}) for one in known if one not in right]
-    # Few calls: a store with thousands of clients would else take longer than a transaction may.
+    # One bulk write: with thousands of clients, single writes would take longer than a transaction may.
     if writes:
         await claims.bulk_write(writes, session=session)
     return len(writes)
 
 
 def _owner(audience: str, ids: Collection[str], holders: Sequence[str]) -> str | None:
-    """Whose an audience is that nobody has claimed yet."""
+    """The owner of an audience that has no claim yet. None if several clients have it."""
     if audience in ids:
         return audience
     return holders[0] if len(holders) == 1 else None

@@ -1,6 +1,6 @@
-"""What one caller does in an hour, in figures: whom it asks about with one face, finds, fails to name, erases and reads.
+"""Counts of what one caller does in an hour: claims with one face, finds, unknown names, erasures and readings.
 
-An hour is one of the clock, so around its turn twice as much may pass within sixty minutes.
+An hour is a clock hour. So within sixty minutes across its end, a caller may do twice as much.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,16 +16,16 @@ from app.documents.base import Stored, now
 from app.keys import KeyRing
 
 HOUR: Final = timedelta(hours=1)
-#: For counts outside of a transaction. A count that is lost with a server only leaves a little more room.
+#: For counts outside a transaction. If a server fails and loses a count, the caller has slightly more room.
 _AT_ONCE: Final = WriteConcern(w=1, j=False)
-#: Enough to tell the people of one hour apart.
+#: 64 bits of the hash. Two of 10,000 people then share a value with a probability of about 3 in 10^12.
 PERSON_BYTES: Final = 8
 
 
 class FaceBudget(Stored):
-    """Whom one caller asked about with one face in one hour; the id is a keyed hash of the three.
+    """The identities that one caller asked about with one face in one hour. The id is a keyed hash of the three.
 
-    identities: keyed hashes too, so that nobody reads here who looks like whom.
+    identities: keyed hashes too, so that a reader of the database does not learn who looks like whom.
     """
 
     identities: list[bytes]
@@ -47,9 +47,9 @@ class FaceBudget(Stored):
         limit: int,
         session: AsyncClientSession | None,
     ) -> bool:
-        """Whether the identity is among the first `limit` that the caller asks about with the face; from now on it is.
+        """Count the identity. Returns whether it is among the first `limit` that the caller asks about with the face.
 
-        bucket: the part of the space that the face lies in. False also means that the transaction is over: the caller raises.
+        bucket: the part of the embedding space that the face lies in. False also ends the transaction, so the caller must raise.
         """
         id_, over = cls._of_this_hour(keys, caller_id, bucket)
         identity = keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode())
@@ -59,9 +59,9 @@ class FaceBudget(Stored):
         try:
             await collection.update_one(room, change, upsert=True, session=session)
         except DuplicateKeyError:
-            if session is not None:  # in a transaction, two first ones conflict, and the later one starts again
+            if session is not None:  # two first claims in transactions conflict instead, so there is no room
                 return False
-            # There is no room, or another first one at the same moment has made the document.
+            # There is no room, or another claim has made the document at the same moment.
             return (await collection.update_one(room, change)).matched_count == 1
         return True
 
@@ -69,9 +69,9 @@ class FaceBudget(Stored):
     async def admits_finds(
         cls, keys: KeyRing, caller_id: str, bucket: int, identity_ids: Sequence[str], limit: int
     ) -> bool:
-        """Whether the face has room left; then the identities that a search found with it are among those asked about.
+        """Whether the budget of the face has room. If it has, count the identities that a search found with the face.
 
-        False does not depend on the identities. The search that reaches the limit is still admitted.
+        The result does not depend on the identities. The search that reaches the limit is still admitted.
         """
         id_, over = cls._of_this_hour(keys, caller_id, bucket)
         found = [keys.keyed_hash("face-budget", f"{id_}|{identity_id}".encode()) for identity_id in identity_ids]
@@ -92,7 +92,7 @@ class FaceBudget(Stored):
 
 
 class _CallerHour(Stored):
-    """How often something happened for one caller in one hour. The id is a keyed hash of caller and hour, under LABEL."""
+    """A count for one caller in one hour. The id is a keyed hash of caller and hour, made for the purpose LABEL."""
 
     LABEL: ClassVar[str]
 
@@ -100,15 +100,15 @@ class _CallerHour(Stored):
     expires_at: datetime
 
     class Settings(Stored.Settings):
-        """Indexes; each count names its collection."""
+        """Indexes. Each subclass names its collection."""
 
         indexes: ClassVar[list[IndexModel]] = [IndexModel("expires_at", expireAfterSeconds=0)]
 
     @classmethod
     async def add(cls, keys: KeyRing, caller_id: str) -> int:
-        """One more; how many there are now.
+        """Add one to the count. Returns the new count.
 
-        Outside the action's transaction: there all actions of one caller would conflict.
+        Runs outside the action's transaction, because there all actions of one caller would conflict.
         """
         id_, over = cls._of_this_hour(keys, caller_id)
         after = await cls.get_pymongo_collection().with_options(write_concern=_AT_ONCE).find_one_and_update(
@@ -121,7 +121,7 @@ class _CallerHour(Stored):
 
     @classmethod
     async def so_far(cls, keys: KeyRing, caller_id: str) -> int:
-        """How many there are in this hour."""
+        """The count of this hour."""
         id_, _ = cls._of_this_hour(keys, caller_id)
         row = await cls.get_pymongo_collection().find_one({"_id": id_}, {"total": 1})
         return 0 if row is None else int(row["total"])
@@ -156,7 +156,7 @@ class Erasures(_CallerHour):
 
 
 class UnknownNames(_CallerHour):
-    """How many names that belong to nobody one caller asked about in one hour."""
+    """How many claims on unknown names one caller made in one hour."""
 
     LABEL = "unknown-names"
 
@@ -178,19 +178,19 @@ class Finds(_CallerHour):
 
     @classmethod
     async def add_all(cls, keys: KeyRing, caller_id: str, identity_ids: Sequence[str]) -> dict[str, int]:
-        """One more for each of the identities; how many there are now, by identity.
+        """Add one to the count of each identity. Returns the new counts, by identity.
 
-        Counted before it is read: of searches at the same moment no more are admitted than of searches one after the other.
+        Each count is raised before it is read. So parallel searches are admitted no more often than successive ones.
         """
         totals = await all_of(*(cls.add(keys, f"{caller_id}|{identity_id}") for identity_id in identity_ids))
         return dict(zip(identity_ids, totals, strict=True))
 
 
 class PeopleRead(Stored):
-    """Whose attributes one caller was shown in one hour; the id is a keyed hash of the two.
+    """The people whose attributes one caller was shown in one hour. The id is a keyed hash of caller and hour.
 
-    people: keyed hashes, so that nobody reads here who looked at whom. Not more than an alarm needs. before: how many there were
-    before the last ones.
+    people: keyed hashes, so that a reader of the database does not learn who looked at whom. No more are stored than an alarm
+    needs. before: how many there were before the last call.
     """
 
     people: list[bytes]
@@ -205,13 +205,13 @@ class PeopleRead(Stored):
 
     @classmethod
     async def reaches(cls, keys: KeyRing, caller_id: str, identity_ids: Collection[str], limit: int) -> bool:
-        """Count these people. True for the one call in the hour by which `limit` different people are reached.
+        """Count these people. True for the one call in the hour that reaches `limit` different people.
 
-        One update of one document decides, so that of calls at the same moment one is told.
+        One update of one document decides. So of several parallel calls only one gets True.
         """
         began, over = this_hour()
         id_ = keys.keyed_hash("people-read", f"{caller_id}|{began.isoformat()}".encode()).hex()
-        # More of one page cannot matter.
+        # `limit` people reach the alarm, so more of one page make no difference.
         some = sorted(identity_ids)[:limit]
         shown = [keys.keyed_hash("people-read", f"{id_}|{one}".encode())[:PERSON_BYTES] for one in some]
         known: dict[str, object] = {"$ifNull": ["$people", []]}

@@ -1,6 +1,6 @@
-"""Failed logins that are remembered: how many in a row, and until when the next one has to wait.
+"""Stored failed logins: how many there were in a row, and when the next attempt may be made.
 
-Times are MongoDB's own (`$$NOW`): one clock for all processes, and none that a process's clock could jump over.
+Times come from MongoDB (`$$NOW`). So all processes share one clock, and a wrong clock of a process has no effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,15 @@ from pymongo.errors import DuplicateKeyError
 
 from app.documents.base import Stored
 
-#: How long a success makes an address a known one of its user.
+#: How long an address is known to a name after a successful login there.
 KNOWN_SECONDS = 30 * 24 * 3600
-#: 2 to this power is more than any wait.
+#: 2 to this power seconds is longer than any wait.
 _DOUBLINGS = 20
 
-#: Means no wait. `$$NOW` would not do: another command that began a millisecond earlier would take it for a wait.
+#: Means no wait. `$$NOW` cannot mean it: a command that began a millisecond earlier would read it as a wait.
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-#: No wait is longer (see LOGIN_WAIT_MAXIMUM_SECONDS). A longer one was written while MongoDB's clock was ahead: it is over.
+#: No wait is longer (see LOGIN_WAIT_MAXIMUM_SECONDS). A longer one was written while MongoDB's clock was ahead, so it counts
+#: as over.
 LONGEST_WAIT_SECONDS = 86_400
 _UNTIL = {"$subtract": [{"$ifNull": ["$wait_until", _LONG_AGO]}, "$$NOW"]}
 _LEFT = {"$cond": [{"$gt": [_UNTIL, LONGEST_WAIT_SECONDS * 1000]}, 0, _UNTIL]}
@@ -31,9 +32,10 @@ _IS_KNOWN = {"$gt": [{"$ifNull": ["$known_until", _LONG_AGO]}, "$$NOW"]}
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """What failures cost: after `failures` of them `first_seconds`, then twice as long each, `longest_seconds` at most.
+    """The waits for failures. After `failures` failures the wait is `first_seconds`.
 
-    forgotten_after_seconds: without another failure, counted from the end of the last wait.
+    Each further failure doubles the wait, up to `longest_seconds`. forgotten_after_seconds: the failures are forgotten after
+    this time without another failure, counted from the end of the last wait.
     """
 
     failures: int
@@ -42,13 +44,13 @@ class Waits:
     forgotten_after_seconds: int
 
 
-#: For what is only counted. It is remembered for longer than any wait, so that a guesser who waits is not forgotten.
+#: For counts that cause no wait. They are kept for longer than any wait, so that they outlast an attacker who waits.
 NEVER = Waits(2**31, 0, 0, 2 * LONGEST_WAIT_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What is known of a name, an address, or both together. left_seconds: of its wait, 0 when there is none."""
+    """The state of a name, an address, or a name at an address. left_seconds: of the wait; 0 without a wait."""
 
     failures: int
     left_seconds: float
@@ -59,11 +61,10 @@ NOTHING = Remembered(failures=0, left_seconds=0, is_known=False)
 
 
 class FailedLogins(Stored):
-    """Failures of one name, of one address, or of one name in one place or network; the id is a keyed hash of which.
+    """Failures of one name, of one address, or of one name in one place or network. The id is a keyed hash of these.
 
-    of: for a name in a place or network, the id of the name. is_network: whether it is the narrowest network beyond one
-    subscriber. known_until: until then the address is one from which the name
-    succeeded lately.
+    of: for a name in a place or network, the id of the name. is_network: whether this is the narrowest network around one
+    subscriber. known_until: the address is known to the name until then.
     """
 
     of: str | None = None
@@ -85,7 +86,7 @@ class FailedLogins(Stored):
 
     @classmethod
     async def remembered(cls, ids: Sequence[str]) -> dict[str, Remembered]:
-        """What is known of each of these, as of now; nothing of those that are missing."""
+        """The present state of each of these ids. Ids without a document are left out."""
         cursor = await cls.get_pymongo_collection().aggregate(
             [{"$match": {"_id": {"$in": list(ids)}}}, {"$project": _SEEN}]
         )
@@ -95,7 +96,7 @@ class FailedLogins(Stored):
     async def note_failure(
         cls, id_: str, waits: Waits, of: str | None = None, *, is_network: bool = False
     ) -> Remembered:
-        """Count a failure, unless a wait is on. Returns what was known just before: whoever waits was not counted."""
+        """Count a failure, unless there is a wait. Returns the state before: if it has a wait, the failure did not count."""
         beyond = {"$max": [0, {"$min": [_DOUBLINGS, {"$subtract": ["$$n", waits.failures]}]}]}
         seconds = {"$min": [waits.longest_seconds, {"$multiply": [waits.first_seconds, {"$pow": [2, beyond]}]}]}
         wait = {"$cond": [{"$lt": ["$$n", waits.failures]}, 0, {"$multiply": [1000, seconds]}]}
@@ -115,20 +116,20 @@ class FailedLogins(Stored):
 
     @classmethod
     async def make_known(cls, id_: str, of: str) -> Remembered:
-        """Forget the failures of a name at an address where it has just succeeded. Returns what was known before."""
+        """Forget the failures of a name at an address where it has just succeeded. Returns the state before."""
         known_until = {"$add": ["$$NOW", KNOWN_SECONDS * 1000]}
         fresh = {"failures": 0, "wait_until": _LONG_AGO, "forgotten_at": "$$NOW", "known_until": known_until}
         return await cls._change(id_, [{"$set": {"of": of, **fresh, "expires_at": known_until}}])
 
     @classmethod
     async def take_back(cls, ids: Sequence[str], failures: int) -> None:
-        """Take so many failures back from each."""
+        """Subtract this number of failures from each."""
         left = {"$max": [0, {"$subtract": ["$failures", failures]}]}
         await cls.get_pymongo_collection().update_many({"_id": {"$in": list(ids)}}, [{"$set": {"failures": left}}])
 
     @classmethod
     async def networks_of(cls, name: str) -> int:
-        """From how many networks a name fails."""
+        """How many networks have failures of the name that are not forgotten."""
         rows = await cls.get_pymongo_collection().aggregate(
             [
                 {"$match": {"of": name, "is_network": True, "failures": {"$gt": 0}}},
@@ -140,7 +141,7 @@ class FailedLogins(Stored):
 
     @classmethod
     async def forgive(cls, name: str) -> None:
-        """Forget the failures of a name, wherever they were."""
+        """Forget the failures of a name at all addresses."""
         await cls.get_pymongo_collection().delete_one({"_id": name})
         none = {"failures": 0, "wait_until": _LONG_AGO}
         await cls.get_pymongo_collection().update_many({"of": name}, [{"$set": none}])
@@ -156,7 +157,7 @@ class FailedLogins(Stored):
         return NOTHING if row is None else _remembered(row)
 
 
-#: What of a document is looked at, worked out by MongoDB's clock.
+#: The fields of `Remembered`, calculated with MongoDB's clock.
 _SEEN: Mapping[str, Any] = {
     "failures": {"$cond": [_IS_FORGOTTEN, 0, "$failures"]},
     "left": {"$max": [0, _LEFT]},
