@@ -182,17 +182,22 @@ class Guard:
         """What is known of the place. Writes nothing."""
         place = self.place
         try:
-            mark = place.mark()
-            if mark is not None:
-                state: State = "ours" if mark.store == self.owner.id else "foreign"
-                return Standing(place.setting, place.where, state, mark.store, mark.marked_at)
+            if (mark := place.mark()) is not None:
+                return self._marked(mark)
             if not place.exists():
                 return Standing(place.setting, place.where, "absent")
             unknown = tuple(place.unknown(self.owner))
-            state = "unmarked" if unknown else "emptied" if self._is_emptied() else "free"
+            state: State = "unmarked" if unknown else "emptied" if self._is_emptied() else "free"
+            # Another thread or process may have made and marked the place since the first look at its mark.
+            if (mark := place.mark()) is not None:
+                return self._marked(mark)
         except OSError as error:
             return Standing(place.setting, place.where, "away", trouble=str(error))
         return Standing(place.setting, place.where, state, unknown=unknown)
+
+    def _marked(self, mark: Mark) -> Standing:
+        state: State = "ours" if mark.store == self.owner.id else "foreign"
+        return Standing(self.place.setting, self.place.where, state, mark.store, mark.marked_at)
 
     def _is_emptied(self) -> bool:
         """Whether a place without a mark and unknown content has no gallery either, although the store has marked it before."""

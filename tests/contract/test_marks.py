@@ -201,6 +201,24 @@ def test_threads_that_make_a_removed_folder_again_all_get_it(tmp_path: Path, mon
         shutil.rmtree(tmp_path / "photos")
 
 
+def test_a_place_that_is_marked_during_a_look_is_not_called_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, owner = FolderPlace("STORAGE_PATH", tmp_path / "photos"), Owner("mine")
+    quicker, looking = (
+        Guard(FolderPlace("STORAGE_PATH", tmp_path / "photos"), owner, is_remembered=True),
+        Guard(place, owner, is_remembered=True),
+    )
+    real = place.exists
+
+    def overtaken() -> bool:
+        quicker.require()
+        return real()
+
+    monkeypatch.setattr(place, "exists", overtaken)
+    assert looking.look().state == "ours"
+
+
 def test_one_store_owns_the_place_when_many_claim_it_at_once(place: Place) -> None:
     place.make()
     guards = [guard(place, f"store-{number % 2}") for number in range(8)]
