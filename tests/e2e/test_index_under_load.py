@@ -42,6 +42,7 @@ LEDGER = Ledger({"ann": [1], "eve": [2], "ben": [3]}, {"eve": [4]})
 PROBE = embedding_of(("ann", "ben", "eve"), 1)
 SCORES = {"ann": float(PROBE @ ANN), "ben": float(PROBE @ BEN), "eve": float(PROBE @ EVE)}
 LOWEST = min(SCORES.values())
+ANCHOR = 0.2
 
 
 def _answer(*named: str, began: float = 15, as_of_seq: int = 3, threshold: float = LOWEST - 0.01) -> Answer:
@@ -50,7 +51,7 @@ def _answer(*named: str, began: float = 15, as_of_seq: int = 3, threshold: float
 
 
 def _faults(answer: Answer) -> str:
-    return "\n".join(Oracle(PEOPLE, LEDGER).faults([answer]))
+    return "\n".join(Oracle(PEOPLE, LEDGER, anchor=ANCHOR).faults([answer]))
 
 
 @pytest.mark.parametrize(
@@ -96,10 +97,22 @@ def test_the_oracle_asks_for_no_more_than_an_answer_may_name() -> None:
 
 
 def test_several_samples_of_one_person_count_once_by_the_best() -> None:
-    people = {"ann": Person([BEN, ANN])}
-    oracle = Oracle(people, Ledger({"ann": [1, 2]}))
+    again = embedding_of(("ann",), 7)
+    people = {"ann": Person([again, ANN])}
+    oracle = Oracle(people, Ledger({"ann": [1, 2]}), anchor=ANCHOR)
     right = replace(_answer("ann", as_of_seq=2), probe=ANN, candidates=(("ann", 1.0),))
     assert list(oracle.faults([right])) == []
+    assert any("is missing" in fault for fault in oracle.faults([replace(right, candidates=())]))
     early = replace(right, as_of_seq=1)
     assert any("was given" in fault or "told of" in fault for fault in oracle.faults([early]))
     assert np.isclose(float(ANN @ ANN), 1.0)
+
+
+def test_nobody_is_named_who_is_unlike_one_photo_of_the_enrolment() -> None:
+    oracle = Oracle({"ann": Person([BEN, ANN])}, Ledger({"ann": [1, 2]}), anchor=ANCHOR)
+    assert float(ANN @ BEN) < ANCHOR
+    named = replace(_answer(as_of_seq=2), probe=ANN, candidates=(("ann", 1.0),))
+    assert [fault.rpartition(": ")[2] for fault in oracle.faults([named])] == [
+        f"ann is unlike a photo of the enrolment, at {float(ANN @ BEN):.5f}"
+    ]
+    assert list(oracle.faults([replace(named, candidates=())])) == []

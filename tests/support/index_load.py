@@ -25,6 +25,7 @@ from app.documents.events import AuditEvent
 from app.documents.galleries import DEFAULT_GALLERY, Gallery
 from app.documents.leases import Lease
 from app.domain.callers import Role
+from app.domain.policy import thresholds_for
 from app.leases import release_of
 from app.runtime import Runtime, open_runtime
 from app.use_cases.keep_users import UserFields, ensure_user
@@ -181,7 +182,8 @@ async def put_under_load(settings: Settings, logs: Path, plan: Plan) -> Report:
             await publications.one()
             await publications.require_followed()
         faults = [*load.faults, *publications.faults, *_logged_faults(fleet)]
-        faults += Oracle(load.people, await Ledger.read(gallery.id)).faults(load.answers)
+        anchor = thresholds_for((await _gallery()).policy, runtime.engine.card, plan.people).anchor
+        faults += Oracle(load.people, await Ledger.read(gallery.id), anchor=anchor).faults(load.answers)
         swaps = await _swaps(fleet, since=began)
         fleet.require_alive()
         await fleet.stop()

@@ -25,7 +25,7 @@ ANSWERS_AT_ONCE = 256
 
 @dataclass(slots=True)
 class Person:
-    """Somebody enrolled. embeddings: of their samples, by rising seq.
+    """Somebody enrolled. embeddings: of their samples, by rising seq; all of them are photos of the enrolment.
 
     asked, told: when the request that brought them in began and was answered. Active surely from `active` to `leaving`, surely
     not before `maybe_active` and after `gone`: what lies between happened inside of a request.
@@ -81,8 +81,12 @@ class Ledger:
 class Oracle:
     """Judges answers, once all people and their seqs are known."""
 
-    def __init__(self, people: Mapping[str, Person], ledger: Ledger) -> None:
-        """people: everybody who was ever enrolled, by identity id. Raises KeyError for one without a seq."""
+    def __init__(self, people: Mapping[str, Person], ledger: Ledger, *, anchor: float) -> None:
+        """people: everybody who was ever enrolled, by identity id. Raises KeyError for one without a seq.
+
+        anchor: the score that a match reaches with every photo of the enrolment (see docs/adr/0038).
+        """
+        self._anchor = anchor
         self._ids = list(people)
         self._places = {id_: place for place, id_ in enumerate(self._ids)}
         known = [people[id_] for id_ in self._ids]
@@ -114,11 +118,15 @@ class Oracle:
     def _faults(self, answer: Answer, row: npt.NDArray[np.float32]) -> Iterator[str]:
         yield from self._faults_of_seq(answer)
         best = np.maximum.reduceat(np.where(self._seqs <= answer.as_of_seq, row, UNSEEN), self._starts)
+        weakest = np.minimum.reduceat(row, self._starts)
+        # What counts of a score, at least and at most: beside the anchor the rounding decides.
+        least = np.where(weakest >= self._anchor + ROUNDING, best, np.minimum(best, weakest))
+        most = np.where(weakest >= self._anchor - ROUNDING, best, np.minimum(best, weakest))
         surely = (self._active <= answer.began) & (answer.ended <= self._leaving)
         maybe = (self._maybe_active <= answer.ended) & (answer.began <= self._gone)
         named = dict(answer.candidates)
         lowest = min(named.values(), default=answer.threshold) if len(named) >= answer.limit else answer.threshold
-        for place in np.flatnonzero(surely & (best >= max(lowest, answer.threshold) + ROUNDING)):
+        for place in np.flatnonzero(surely & (least >= answer.threshold + ROUNDING) & (best >= lowest + ROUNDING)):
             if self._ids[place] not in named:
                 yield f"{self._ids[place]} is missing, at {best[place]:.5f}"
         for id_, score in named.items():
@@ -130,6 +138,8 @@ class Oracle:
                 yield f"{id_} was not active at that time"
             elif abs(score - best[mine]) > ROUNDING:
                 yield f"{id_} was given {score:.5f} and has {best[mine]:.5f}"
+            elif most[mine] < answer.threshold - ROUNDING:
+                yield f"{id_} is unlike a photo of the enrolment, at {weakest[mine]:.5f}"
         shown = [score for _, score in answer.candidates]
         if len(named) != len(shown) or any(a < b for a, b in pairwise(shown)):
             yield "the candidates are not in order, or one is named twice"
