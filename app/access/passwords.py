@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: Code points, not bytes: a passphrase in any script counts the same.
 PASSWORD_MINIMUM, PASSWORD_MAXIMUM = 8, 256
+# The library loads its backend at the first use. Two first uses at the same time, or one within the other, would fail.
+argon2.set_backend()
 #: OWASP's stronger profile: 64 MiB, three passes, four lanes; 0.15 s on one core.
 _ARGON2: Final = argon2.using(type="ID", memory_cost=64 * 1024, rounds=3, parallelism=4)
 #: Added to the niceness of a hashing thread, so that the event loop and the stores come first. Linux takes 0 to 19.

@@ -1,7 +1,10 @@
 """Passwords: their length, their spelling, and that an unknown user costs what a known one does."""
 
+import subprocess
+import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -99,3 +102,16 @@ def test_a_username_is_compared_the_same_way_twice(username: str) -> None:
 )
 def test_case_and_width_do_not_make_another_user(one: str, other: str) -> None:
     assert username_key(one) == username_key(other)
+
+
+FIRST_USES = """
+from concurrent.futures import ThreadPoolExecutor
+from app.access.passwords import hash_password, password_matches
+assert not password_matches("a guess", None)
+with ThreadPoolExecutor(4) as threads:
+    assert len({*threads.map(hash_password, ["correct horse"] * 4)}) == 4
+"""
+
+
+def test_the_first_guess_at_an_unknown_user_is_answered_as_every_other() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_USES], check=True, cwd=Path(__file__).parents[3])
